@@ -1,0 +1,83 @@
+//! The session's process service: one [`Init`] launched when it is first needed, and
+//! again after it died. It must never run two of them at once.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::Mutex;
+
+use crate::child::{Child, Spec};
+use crate::init::{Init, Process};
+use crate::{Result, child};
+
+/// Starts a session's commands and knows all its processes. Clones are the same agent;
+/// when the last one is dropped, everything that the session runs is killed.
+#[derive(Debug, Clone, Default)]
+pub struct Agent {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    init: Mutex<Option<Init>>,
+    program_file: Option<PathBuf>,
+}
+
+impl Agent {
+    /// An agent that has started nothing yet.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// The same, with a place to put the init program in case this machine forbids to
+    /// execute memory files (`vm.memfd_noexec`). The file is written only then.
+    pub fn with_program_file(path: impl Into<PathBuf>) -> Self {
+        Self { inner: Arc::new(Inner { init: Mutex::new(None), program_file: Some(path.into()) }) }
+    }
+
+    /// Starts a command; launches the session's init first if there is none alive.
+    ///
+    /// Cancel-safe: a command whose start was not waited for to the end is killed.
+    pub async fn spawn(&self, spec: Spec) -> Result<Child> {
+        let remote = {
+            let mut slot = self.inner.init.lock().await;
+            match &*slot {
+                Some(init) if init.is_alive() => init.remote(),
+                _ => {
+                    // The dead one goes first, so that there are never two.
+                    *slot = None;
+                    let init = Init::launch(self.inner.program_file.as_deref()).await?;
+                    slot.insert(init).remote()
+                }
+            }
+        };
+        child::start(&remote, spec).await
+    }
+
+    /// Every process of the session that is alive now, left-over background processes
+    /// included; empty if nothing was ever started. Cancel-safe.
+    pub async fn busy(&self) -> Result<Vec<Process>> {
+        let remote = {
+            let slot = self.inner.init.lock().await;
+            match &*slot {
+                Some(init) if init.is_alive() => init.remote(),
+                _ => return Ok(Vec::new()),
+            }
+        };
+        remote.list().await
+    }
+
+    /// Ends everything: SIGTERM to all processes, up to `grace` for them to leave, then
+    /// SIGKILL; returns when the last one and the init itself are gone. The agent can be
+    /// used again afterwards. Does nothing if nothing was started.
+    ///
+    /// Cancel-safe: if it is dropped half-way, what is left is killed at once.
+    pub async fn shutdown(&self, grace: Duration) -> Result<()> {
+        let init = self.inner.init.lock().await.take();
+        match init {
+            Some(init) => init.shutdown(grace).await,
+            None => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,594 @@
+//! The owner's end of `denizen-init`: launches the program, asks it to start, signal,
+//! list and kill, and passes on what it tells. One thread per init reads its events and
+//! reaps it in the end, so that nothing here depends on a tokio runtime being alive. It
+//! must never wait for any process but the init itself.
+
+use std::collections::{HashMap, VecDeque};
+use std::ffi::OsString;
+use std::hash::{BuildHasher, RandomState};
+use std::io::{self, IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::io::Errno;
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags, Shutdown, SocketFlags, SocketType, recvmsg, sendmsg, shutdown, socketpair,
+};
+use tokio::sync::{oneshot, watch};
+
+use crate::message::{self, Event, Stage};
+use crate::{Error, Exit, Result, Scope, program, sweep};
+
+/// More than any packet of init: 1,000 processes of a listing.
+const PACKET: usize = 32 * 1024;
+/// Bigger than any argument list the kernel takes (6 MiB, execve(2)); beyond it init is
+/// not even asked.
+const HUGE: usize = 64 * 1024 * 1024;
+
+/// A process of a session.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Process {
+    /// Its process id, as the owner sees it.
+    pub pid: u32,
+    /// Its parent's.
+    pub parent: u32,
+    /// The command ([`Child::id`](crate::Child::id)) that it comes from, if anything tells.
+    pub command: Option<u32>,
+    /// Its short name (`comm`, proc_pid_comm(5)), at most 15 bytes.
+    pub name: String,
+}
+
+/// A command as init starts it: with the caller's own descriptors.
+#[derive(Debug)]
+pub struct Spawn {
+    /// The program and its arguments; see [`Spec::program`](crate::Spec::program).
+    pub argv: Vec<OsString>,
+    /// The complete environment.
+    pub env: Vec<(OsString, OsString)>,
+    /// The directory it starts in.
+    pub cwd: PathBuf,
+    /// Its descriptor 0.
+    pub stdin: OwnedFd,
+    /// Its descriptor 1.
+    pub stdout: OwnedFd,
+    /// Its descriptor 2.
+    pub stderr: OwnedFd,
+    /// Whether `stdin` is a terminal that becomes its controlling one.
+    pub controlling_terminal: bool,
+}
+
+/// A running `denizen-init`. Dropping it kills all that it runs, and it ends; this works
+/// without a runtime and leaves no zombie.
+#[derive(Debug)]
+pub struct Init {
+    remote: Remote,
+}
+
+/// What any number of holders can do with an init without keeping it alive.
+#[derive(Debug, Clone)]
+pub struct Remote {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    socket: OwnedFd,
+    /// Wakes the thread when requests had to be queued.
+    wake: OwnedFd,
+    pid: u32,
+    nonce: u32,
+    state: Mutex<State>,
+    /// Turns true when init is gone and reaped.
+    finished: watch::Sender<bool>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// Init's end of the socket is closed: nothing can be asked any more.
+    dead: bool,
+    /// The owner closed its end.
+    closed: bool,
+    last_id: u32,
+    queue: VecDeque<Packet>,
+    starting: HashMap<u32, oneshot::Sender<Started>>,
+    running: HashMap<u32, watch::Sender<Ended>>,
+    trees: HashMap<u32, Vec<oneshot::Sender<u32>>>,
+    lists: HashMap<u32, (Vec<Process>, oneshot::Sender<Vec<Process>>)>,
+    all_gone: Vec<oneshot::Sender<u32>>,
+}
+
+type Packet = (Vec<u8>, Vec<OwnedFd>);
+type Started = std::result::Result<u32, (Stage, i32)>;
+
+/// What is known about a command's end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Ended {
+    NotYet,
+    Yes(Exit),
+    /// Init died before it could tell.
+    Lost,
+}
+
+impl Init {
+    /// Starts the program from memory; if the machine forbids that, from `file`, which is
+    /// written if need be.
+    ///
+    /// Cancel-safe: an init that nobody waited for ends by itself.
+    pub async fn launch(file: Option<&Path>) -> Result<Self> {
+        let file = file.map(Path::to_owned);
+        let (sender, receiver) = oneshot::channel();
+        std::thread::Builder::new()
+            .name("denizen-init".into())
+            .stack_size(256 * 1024)
+            .spawn(move || match start(file.as_deref()) {
+                Err(source) => drop(sender.send(Err(Error::Launch { source }))),
+                Ok((shared, child)) => {
+                    let remote = Remote { shared: Arc::clone(&shared) };
+                    // If nobody listens, the handle comes back and is dropped: the end.
+                    drop(sender.send(Ok(Self { remote })));
+                    serve(&shared, child);
+                }
+            })
+            .map_err(|source| Error::Launch { source })?;
+        receiver.await.map_err(|_| Error::InitLost)?
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.remote.shared.pid
+    }
+
+    /// Whether it is there to be asked, as far as is known.
+    pub fn is_alive(&self) -> bool {
+        !self.remote.shared.state.lock().dead
+    }
+
+    /// A handle that can ask for everything but does not keep this init alive.
+    pub fn remote(&self) -> Remote {
+        self.remote.clone()
+    }
+
+    /// Starts a command; see [`Remote::spawn`].
+    pub async fn spawn(&self, spawn: Spawn) -> Result<Spawned> {
+        self.remote.spawn(spawn).await
+    }
+
+    /// Everything that is alive under it; see [`Remote::list`].
+    pub async fn list(&self) -> Result<Vec<Process>> {
+        self.remote.list().await
+    }
+
+    /// Ends it: SIGTERM to everything, up to `grace` for all to leave, then SIGKILL;
+    /// returns when the last process is gone and init is reaped. A process that the
+    /// kernel holds in an uninterruptible wait holds this up. No more commands start
+    /// from its first poll on.
+    ///
+    /// Cancel-safe: dropping it half-way kills at once what is left.
+    pub async fn shutdown(self, grace: Duration) -> Result<()> {
+        let shared = &self.remote.shared;
+        let mut finished = shared.finished.subscribe();
+        let mut survivors = 0;
+        if let Ok(gone) = self.remote.ask_end(message::end()) {
+            match tokio::time::timeout(grace, gone).await {
+                Ok(answer) => survivors = answer.unwrap_or(0),
+                Err(_) => {
+                    if let Ok(gone) = self.remote.ask_end(message::kill(0, true)) {
+                        survivors = gone.await.unwrap_or(0);
+                    }
+                }
+            }
+        }
+        shared.close();
+        // It can only fail if the sender is gone, which `shared` holds.
+        let _ = finished.wait_for(|finished| *finished).await;
+        match survivors {
+            0 => Ok(()),
+            count => Err(Error::Survivors { count }),
+        }
+    }
+}
+
+impl Drop for Init {
+    fn drop(&mut self) {
+        self.remote.shared.close();
+    }
+}
+
+impl Remote {
+    /// Starts a command and gives its handle.
+    ///
+    /// Cancel-safe: a command whose start was not waited for to the end is killed.
+    pub async fn spawn(&self, spawn: Spawn) -> Result<Spawned> {
+        let program = spawn.argv.first().cloned().unwrap_or_default();
+        let strings = message::strings(&spawn.cwd, &spawn.argv, &spawn.env)?;
+        let bytes = strings.len();
+        let counts = (u32::try_from(spawn.argv.len()), u32::try_from(spawn.env.len()));
+        let (Ok(argc), Ok(envc), true) = (counts.0, counts.1, bytes <= HUGE) else {
+            return Err(Error::TooBig { program, bytes });
+        };
+        let in_file = bytes > message::INLINE;
+        let mut descriptors = vec![spawn.stdin, spawn.stdout, spawn.stderr];
+        if in_file {
+            descriptors.push(
+                program::memory_file(&strings)
+                    .map_err(Error::io("cannot pass the arguments on"))?,
+            );
+        }
+        let (ended, watch) = watch::channel(Ended::NotYet);
+        let (sender, started) = oneshot::channel();
+        // From here on, dropping it kills what may have been started.
+        let mut spawned = {
+            let mut state = self.shared.state.lock();
+            state.last_id = state.last_id.wrapping_add(1).max(1);
+            let id = state.last_id;
+            let mut packet = message::spawn(id, spawn.controlling_terminal, in_file, argc, envc);
+            if !in_file {
+                packet.extend_from_slice(&strings);
+            }
+            self.shared.send(&mut state, packet, descriptors)?;
+            state.starting.insert(id, sender);
+            state.running.insert(id, ended);
+            Spawned { remote: self.clone(), id, pid: 0, exit: watch, kill_on_drop: true }
+        };
+        match started.await {
+            Ok(Ok(pid)) => {
+                spawned.pid = pid;
+                Ok(spawned)
+            }
+            Ok(Err((stage, errno))) => {
+                spawned.kill_on_drop = false;
+                Err(failure(program, spawn.cwd, bytes, stage, errno))
+            }
+            Err(_) => Err(Error::InitLost),
+        }
+    }
+
+    /// Every process alive under this init, left-over background processes included.
+    /// Cancel-safe.
+    pub async fn list(&self) -> Result<Vec<Process>> {
+        let (sender, listing) = oneshot::channel();
+        {
+            let mut state = self.shared.state.lock();
+            state.last_id = state.last_id.wrapping_add(1).max(1);
+            let id = state.last_id;
+            self.shared.send(&mut state, message::list(id), Vec::new())?;
+            state.lists.insert(id, (Vec::new(), sender));
+        }
+        listing.await.map_err(|_| Error::InitLost)
+    }
+
+    /// Has init read the descriptor to its end and throw it all away.
+    pub(crate) fn drain(&self, fd: OwnedFd) {
+        // A dead init has no processes left that could write.
+        let _ = self.shared.send(&mut self.shared.state.lock(), message::drain(), vec![fd]);
+    }
+
+    fn ask_end(&self, packet: Vec<u8>) -> Result<oneshot::Receiver<u32>> {
+        let (sender, gone) = oneshot::channel();
+        let mut state = self.shared.state.lock();
+        self.shared.send(&mut state, packet, Vec::new())?;
+        state.all_gone.push(sender);
+        Ok(gone)
+    }
+}
+
+/// A started command. Dropping it before its end kills its tree.
+#[derive(Debug)]
+pub struct Spawned {
+    remote: Remote,
+    id: u32,
+    pid: u32,
+    exit: ExitWatch,
+    kill_on_drop: bool,
+}
+
+pub(crate) type ExitWatch = watch::Receiver<Ended>;
+
+impl Spawned {
+    /// The process id of its first process.
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// Its number in this init.
+    pub fn id(&self) -> u32 {
+        self.id
+    }
+
+    /// Waits until its first process has exited. Cancel-safe.
+    pub async fn wait(&self) -> Result<Exit> {
+        let mut exit = self.exit.clone();
+        let ended = exit.wait_for(|ended| *ended != Ended::NotYet).await;
+        match ended.map(|ended| *ended) {
+            Ok(Ended::Yes(exit)) => Ok(exit),
+            _ => Err(Error::InitLost),
+        }
+    }
+
+    /// How it ended, if it has.
+    pub fn try_wait(&self) -> Result<Option<Exit>> {
+        match *self.exit.borrow() {
+            Ended::NotYet => Ok(None),
+            Ended::Yes(exit) => Ok(Some(exit)),
+            Ended::Lost => Err(Error::InitLost),
+        }
+    }
+
+    /// Sends a signal; see [`Child::signal`](crate::Child::signal).
+    pub fn signal(&self, signal: i32, scope: Scope) -> Result<()> {
+        let number = u32::try_from(signal).ok().filter(|number| (1..=64).contains(number));
+        let number = number.ok_or(Error::BadSignal(signal))?;
+        // A tree may outlive its first process.
+        if scope != Scope::Tree && self.try_wait()?.is_some() {
+            return Err(Error::Ended);
+        }
+        let packet = message::signal(self.id, number, scope);
+        let shared = &self.remote.shared;
+        shared.send(&mut shared.state.lock(), packet, Vec::new())
+    }
+
+    /// Kills its tree and waits until it is gone; see
+    /// [`Child::kill_tree`](crate::Child::kill_tree).
+    pub async fn kill_tree(&self) -> Result<()> {
+        let (sender, gone) = oneshot::channel();
+        {
+            let shared = &self.remote.shared;
+            let mut state = shared.state.lock();
+            shared.send(&mut state, message::kill(self.id, true), Vec::new())?;
+            state.trees.entry(self.id).or_default().push(sender);
+        }
+        match gone.await {
+            Ok(0) => Ok(()),
+            Ok(count) => Err(Error::Survivors { count }),
+            Err(_) => Err(Error::InitLost),
+        }
+    }
+
+    /// From now on, dropping this handle kills nothing.
+    pub fn detach(&mut self) {
+        self.kill_on_drop = false;
+    }
+
+    pub(crate) fn exit_watch(&self) -> ExitWatch {
+        self.exit.clone()
+    }
+}
+
+impl Drop for Spawned {
+    fn drop(&mut self) {
+        if self.kill_on_drop && *self.exit.borrow() == Ended::NotYet {
+            let shared = &self.remote.shared;
+            // A dead init has no processes left to kill.
+            let _ =
+                shared.send(&mut shared.state.lock(), message::kill(self.id, false), Vec::new());
+        }
+    }
+}
+
+/// What the caller is told about a failed start.
+fn failure(program: OsString, cwd: PathBuf, bytes: usize, stage: Stage, errno: i32) -> Error {
+    let source = io::Error::from_raw_os_error(errno);
+    match (stage, Errno::from_raw_os_error(errno)) {
+        (Stage::Cwd, _) => Error::WorkingDirectory { cwd, source },
+        (Stage::Interpreter, _) => Error::InterpreterNotFound { program },
+        (Stage::Program, Errno::NOENT) => Error::ProgramNotFound { program },
+        (Stage::Program, Errno::ISDIR) => Error::ProgramIsDirectory { program },
+        (Stage::Program, Errno::ACCESS) => Error::NotExecutable { program },
+        (_, Errno::TOOBIG) => Error::TooBig { program, bytes },
+        (_, Errno::SHUTDOWN) => Error::ShuttingDown,
+        _ => Error::Start { program, source },
+    }
+}
+
+impl Shared {
+    /// Sends a request now, or has the thread send it when the socket takes it. Never
+    /// blocks, and requests keep their order.
+    fn send(&self, state: &mut State, packet: Vec<u8>, descriptors: Vec<OwnedFd>) -> Result<()> {
+        if state.dead {
+            return Err(Error::InitLost);
+        }
+        if state.closed {
+            return Err(Error::ShuttingDown);
+        }
+        if state.queue.is_empty() {
+            match send_packet(self.socket.as_fd(), &packet, &descriptors) {
+                Ok(()) => return Ok(()),
+                Err(Errno::AGAIN) => {}
+                Err(Errno::PIPE | Errno::CONNRESET) => return Err(Error::InitLost),
+                Err(error) => {
+                    return Err(Error::io("cannot reach the session's first process")(error));
+                }
+            }
+        }
+        state.queue.push_back((packet, descriptors));
+        // It can only fail if the counter is full, and then the thread wakes anyway.
+        let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+        Ok(())
+    }
+
+    /// Ends init: it sees that nobody can ask any more, kills everything, and exits.
+    fn close(&self) {
+        let mut state = self.state.lock();
+        state.closed = true;
+        state.queue.clear();
+        let _ = shutdown(&self.socket, Shutdown::Write);
+    }
+
+    /// Sends what waits; whether all of it went.
+    fn flush(&self) -> bool {
+        let mut state = self.state.lock();
+        while let Some((packet, descriptors)) = state.queue.front() {
+            if send_packet(self.socket.as_fd(), packet, descriptors) == Err(Errno::AGAIN) {
+                return false;
+            }
+            // Another failure means that init is gone, which is noticed when reading.
+            state.queue.pop_front();
+        }
+        true
+    }
+
+    fn handle(&self, event: Event) {
+        // Nobody may be waiting any more for any of these; that is fine.
+        let mut state = self.state.lock();
+        match event {
+            Event::Spawned { id, pid } => {
+                if let Some(sender) = state.starting.remove(&id) {
+                    drop(state);
+                    let _ = sender.send(Ok(pid));
+                }
+            }
+            Event::Failed { id, stage, errno } => {
+                state.running.remove(&id);
+                if let Some(sender) = state.starting.remove(&id) {
+                    drop(state);
+                    let _ = sender.send(Err((stage, errno)));
+                }
+            }
+            Event::Exited { id, exit } => {
+                if let Some(sender) = state.running.remove(&id) {
+                    drop(state);
+                    sender.send_replace(Ended::Yes(exit));
+                }
+            }
+            Event::TreeGone { id, survivors } => {
+                for sender in state.trees.remove(&id).into_iter().flatten() {
+                    let _ = sender.send(survivors);
+                }
+            }
+            Event::AllGone { survivors } => {
+                for sender in std::mem::take(&mut state.all_gone) {
+                    let _ = sender.send(survivors);
+                }
+            }
+            Event::Listing { id, part, more } => {
+                if let Some((list, _)) = state.lists.get_mut(&id) {
+                    list.extend(part);
+                }
+                if !more && let Some((list, sender)) = state.lists.remove(&id) {
+                    let _ = sender.send(list);
+                }
+            }
+        }
+    }
+}
+
+fn send_packet(
+    socket: BorrowedFd<'_>,
+    packet: &[u8],
+    descriptors: &[OwnedFd],
+) -> Result<(), Errno> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    let borrowed: Vec<BorrowedFd<'_>> = descriptors.iter().map(AsFd::as_fd).collect();
+    if !borrowed.is_empty() {
+        // There is room for four, and no request has more.
+        control.push(SendAncillaryMessage::ScmRights(&borrowed));
+    }
+    let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+    loop {
+        match sendmsg(socket, &[IoSlice::new(packet)], &mut control, flags) {
+            Err(Errno::INTR) => {}
+            other => return other.map(|_| ()),
+        }
+    }
+}
+
+fn start(file: Option<&Path>) -> io::Result<(Arc<Shared>, std::process::Child)> {
+    let (ours, theirs) =
+        socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
+    let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+    // Part of the mark on its processes. 31 bits: it must not look like "unlimited".
+    let nonce = u32::try_from(RandomState::new().hash_one(0u8) >> 33).unwrap_or(1).max(1);
+    let socket = theirs.try_clone()?;
+    let run = |path: &Path, socket: OwnedFd| {
+        Command::new(path)
+            .arg0("denizen-init")
+            .arg(nonce.to_string())
+            .env_clear()
+            .stdin(socket)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+    };
+    let child = match (program::in_memory().and_then(|path| run(&path, socket)), file) {
+        (Ok(child), _) => child,
+        (Err(error), None) => return Err(error),
+        (Err(error), Some(file)) => {
+            tracing::debug!(%error, ?file, "init cannot be run from memory; using a file");
+            program::to_file(file)?;
+            run(file, theirs)?
+        }
+    };
+    let shared = Shared {
+        socket: ours,
+        wake,
+        pid: child.id(),
+        nonce,
+        state: Mutex::default(),
+        finished: watch::Sender::new(false),
+    };
+    Ok((Arc::new(shared), child))
+}
+
+/// The thread of one init: its events until it is gone, then its end.
+fn serve(shared: &Shared, mut child: std::process::Child) {
+    let mut buffer = vec![0; PACKET];
+    loop {
+        match recvmsg(
+            &shared.socket,
+            &mut [IoSliceMut::new(&mut buffer)],
+            &mut RecvAncillaryBuffer::default(),
+            RecvFlags::DONTWAIT,
+        ) {
+            Ok(message) if message.bytes > 0 => {
+                if let Some(event) = buffer.get(..message.bytes).and_then(message::event) {
+                    shared.handle(event);
+                }
+            }
+            Err(Errno::INTR) => {}
+            Err(Errno::AGAIN) => idle(shared),
+            _ => break,
+        }
+    }
+    let closed = {
+        let mut state = shared.state.lock();
+        state.dead = true;
+        state.closed
+    };
+    // Its own child, by its own number. It has closed its socket, so it is leaving.
+    let status = child.wait();
+    if !closed || !status.as_ref().is_ok_and(std::process::ExitStatus::success) {
+        tracing::warn!(pid = shared.pid, ?status, "the session's init died; killing what it ran");
+        sweep::sweep(shared.nonce);
+    }
+    let state = std::mem::take(&mut *shared.state.lock());
+    shared.state.lock().dead = true;
+    for ended in state.running.values() {
+        ended.send_replace(Ended::Lost);
+    }
+    // Dropping the other senders tells those who wait.
+    drop(state);
+    shared.finished.send_replace(true);
+}
+
+/// Waits until there is something to read or to send.
+fn idle(shared: &Shared) {
+    let mut events = PollFlags::IN;
+    if !shared.flush() {
+        events |= PollFlags::OUT;
+    }
+    let mut fds = [PollFd::new(&shared.socket, events), PollFd::new(&shared.wake, PollFlags::IN)];
+    // Interrupted or out of memory: the caller comes back here.
+    let _ = poll(&mut fds, None);
+    if !fds[1].revents().is_empty() {
+        let _ = rustix::io::read(&shared.wake, &mut [0u8; 8]);
+    }
+}

@@ -1,0 +1,164 @@
+//! The packets between the owner and `denizen-init`; the table that both sides keep to is
+//! at the top of that program's source. This module only lays out and takes apart bytes.
+
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+use crate::init::Process;
+use crate::{Error, Exit, Result, Scope};
+
+/// Strings up to this size travel in the packet, others in a file. Well under the
+/// packet size that init takes and any sensible `net.core.wmem_default`.
+pub(crate) const INLINE: usize = 16 * 1024;
+
+const SPAWN: u8 = 1;
+const SIGNAL: u8 = 2;
+const KILL: u8 = 3;
+const LIST: u8 = 4;
+const END: u8 = 5;
+const DRAIN: u8 = 6;
+/// The bytes of one process in a listing.
+const RECORD: usize = 28;
+
+fn header(kind: u8, flags: u8, id: u32) -> Vec<u8> {
+    let mut packet = vec![kind, flags, 0, 0];
+    packet.extend(id.to_le_bytes());
+    packet
+}
+
+/// A spawn request without its strings.
+pub(crate) fn spawn(id: u32, terminal: bool, in_file: bool, argc: u32, envc: u32) -> Vec<u8> {
+    let flags = u8::from(terminal) | u8::from(in_file) << 1;
+    let mut packet = header(SPAWN, flags, id);
+    packet.extend(argc.to_le_bytes());
+    packet.extend(envc.to_le_bytes());
+    packet
+}
+
+/// The strings of a spawn request, checked: no zero bytes, variables with proper names.
+pub(crate) fn strings(
+    cwd: &Path,
+    argv: &[OsString],
+    env: &[(OsString, OsString)],
+) -> Result<Vec<u8>> {
+    let size = cwd.as_os_str().len()
+        + argv.iter().map(|arg| arg.len() + 1).sum::<usize>()
+        + env.iter().map(|(name, value)| name.len() + value.len() + 2).sum::<usize>();
+    let mut bytes = Vec::with_capacity(size + 1);
+    let mut put = |what, string: &OsStr, end: u8| {
+        if string.as_bytes().contains(&0) {
+            let value = string.to_owned();
+            return Err(Error::BadString { what, value });
+        }
+        bytes.extend_from_slice(string.as_bytes());
+        bytes.push(end);
+        Ok(())
+    };
+    put("the working directory", cwd.as_os_str(), 0)?;
+    for arg in argv {
+        put("an argument", arg, 0)?;
+    }
+    for (name, value) in env {
+        if name.is_empty() || name.as_bytes().contains(&b'=') {
+            return Err(Error::BadString { what: "a variable's name", value: name.clone() });
+        }
+        put("a variable's name", name, b'=')?;
+        put("a variable's value", value, 0)?;
+    }
+    Ok(bytes)
+}
+
+pub(crate) fn signal(id: u32, signal: u32, scope: Scope) -> Vec<u8> {
+    let scope = match scope {
+        Scope::Leader => 0,
+        Scope::Group => 1,
+        Scope::Tree => 2,
+    };
+    let mut packet = header(SIGNAL, scope, id);
+    packet.extend(signal.to_le_bytes());
+    packet
+}
+
+/// Kill one tree, or everything with id 0.
+pub(crate) fn kill(id: u32, announce: bool) -> Vec<u8> {
+    header(KILL, u8::from(announce), id)
+}
+
+pub(crate) fn list(id: u32) -> Vec<u8> {
+    header(LIST, 0, id)
+}
+
+pub(crate) fn end() -> Vec<u8> {
+    header(END, 0, 0)
+}
+
+pub(crate) fn drain() -> Vec<u8> {
+    header(DRAIN, 0, 0)
+}
+
+/// How far a start came before it failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Stage {
+    Start,
+    Cwd,
+    Program,
+    Interpreter,
+}
+
+/// What init tells.
+#[derive(Debug)]
+pub(crate) enum Event {
+    Spawned { id: u32, pid: u32 },
+    Failed { id: u32, stage: Stage, errno: i32 },
+    Exited { id: u32, exit: Exit },
+    TreeGone { id: u32, survivors: u32 },
+    AllGone { survivors: u32 },
+    Listing { id: u32, part: Vec<Process>, more: bool },
+}
+
+/// Takes an event apart; none if it is not one.
+pub(crate) fn event(packet: &[u8]) -> Option<Event> {
+    let number = |at: usize| -> Option<u32> {
+        Some(u32::from_le_bytes(packet.get(at..at + 4)?.try_into().ok()?))
+    };
+    let (kind, flags, id) = (*packet.first()?, *packet.get(1)?, number(4)?);
+    let signed = |at| number(at).and_then(|value| i32::try_from(value).ok());
+    Some(match kind {
+        1 => Event::Spawned { id, pid: number(8)? },
+        2 => Event::Failed {
+            id,
+            stage: match flags {
+                1 => Stage::Cwd,
+                2 => Stage::Program,
+                3 => Stage::Interpreter,
+                _ => Stage::Start,
+            },
+            errno: signed(8)?,
+        },
+        3 => Event::Exited {
+            id,
+            exit: if flags == 0 { Exit::Code(signed(8)?) } else { Exit::Signal(signed(8)?) },
+        },
+        4 => Event::TreeGone { id, survivors: number(8)? },
+        5 => Event::AllGone { survivors: number(8)? },
+        6 => {
+            let records = packet.get(8..)?.chunks_exact(RECORD);
+            Event::Listing { id, part: records.filter_map(process).collect(), more: flags & 1 != 0 }
+        }
+        _ => return None,
+    })
+}
+
+fn process(record: &[u8]) -> Option<Process> {
+    let number = |at: usize| -> Option<u32> {
+        Some(u32::from_le_bytes(record.get(at..at + 4)?.try_into().ok()?))
+    };
+    let name = record.get(12..RECORD)?.split(|byte| *byte == 0).next()?;
+    Some(Process {
+        pid: number(0)?,
+        parent: number(4)?,
+        command: Some(number(8)?).filter(|id| *id != 0),
+        name: String::from_utf8_lossy(name).into_owned(),
+    })
+}

@@ -1,0 +1,77 @@
+//! What is run once in a new volume before anybody gets to use it.
+//!
+//! It is the operator's command, not an agent's, so it has this process's environment and what
+//! the pool's configuration adds. It must never be run twice for one volume: the caller sees
+//! to that.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::ffi::{OsStr, OsString};
+use std::path::Path;
+
+use denizen_agent::{Agent, Exit, Spec, Stdio};
+use uuid::Uuid;
+
+use crate::config::VmPoolRuntimeConfig;
+use crate::error::{Error, Result};
+
+/// How much of a failed command's output an error keeps, in bytes.
+const TAIL: usize = 4096;
+
+/// Runs the bootstrap command and builds the Nix profile, if the pool has them.
+///
+/// Not cancel-safe: dropped, it ends what it runs and leaves the volume as it is then.
+pub(crate) async fn run(config: &VmPoolRuntimeConfig, id: Uuid, volume: &Path) -> Result<()> {
+    if let Some(command) = &config.bootstrap_command {
+        one(&config.env, id, volume, command).await?;
+    }
+    if let Some(profile) = &config.nix_profile {
+        let command = ["nix", "develop", profile, "--command", "true"].map(str::to_owned);
+        one(&config.env, id, volume, &command).await?;
+    }
+    Ok(())
+}
+
+async fn one(
+    env: &HashMap<String, String>,
+    id: Uuid,
+    volume: &Path,
+    command: &[String],
+) -> Result<()> {
+    let Some((program, args)) = command.split_first() else { return Ok(()) };
+    let failed = |problem: String, output: &VecDeque<u8>| Error::Bootstrap {
+        session: id,
+        command: command.join(" "),
+        problem,
+        output: String::from_utf8_lossy(&output.iter().copied().collect::<Vec<u8>>()).into_owned(),
+    };
+    let mut environment: BTreeMap<OsString, OsString> = std::env::vars_os().collect();
+    environment.extend(env.iter().map(|(name, value)| (name.into(), value.into())));
+
+    let agent = Agent::new();
+    let spec = Spec {
+        program: OsStr::new(program).to_owned(),
+        args: args.iter().map(OsString::from).collect(),
+        env: environment,
+        cwd: volume.to_owned(),
+        stdio: Stdio::Pipes { stdin: false },
+    };
+    let mut tail = VecDeque::new();
+    let mut child = match agent.spawn(spec).await {
+        Ok(child) => child,
+        Err(error) => return Err(failed(error.to_string(), &tail)),
+    };
+    if let Some(mut output) = child.take_output() {
+        while let Some(chunk) = output.next().await? {
+            tail.extend(chunk.bytes.iter().copied());
+            tail.drain(..tail.len().saturating_sub(TAIL));
+        }
+    }
+    let exit = child.wait().await?;
+    // Whatever it left running would belong to no session.
+    agent.shutdown(std::time::Duration::ZERO).await?;
+    match exit {
+        Exit::Code(0) => Ok(()),
+        Exit::Code(code) => Err(failed(format!("exited with status {code}"), &tail)),
+        Exit::Signal(signal) => Err(failed(format!("was ended by signal {signal}"), &tail)),
+    }
+}

@@ -1,0 +1,166 @@
+//! What a pool is configured with: the form people write ([`VmPoolConfig`]) and the form the
+//! pool runs on ([`VmPoolRuntimeConfig`]). Both are plain data; what else can be chosen is on
+//! [`crate::Builder`].
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use std::{fs, io};
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+
+/// A pool's configuration as it stands in a file. Keys that are not fields here are refused,
+/// so that a misspelt one does not pass in silence.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct VmPoolConfig {
+    /// Whether there is a pool at all. Default: no.
+    pub enabled: bool,
+    /// The folder that holds all sessions of the pool.
+    pub volume_root: PathBuf,
+    /// A Nix flake whose development shell is built when a session is made.
+    pub nix_profile: Option<String>,
+    /// The shell that runs command lines. Default: `/bin/bash`.
+    pub shell: PathBuf,
+    /// What the shell is given before the command line. Default: `-lc`.
+    pub shell_args: Vec<String>,
+    /// Environment of every command. Nothing else of the host's environment is passed on.
+    pub env: HashMap<String, String>,
+    /// Most sessions with files on local disk at once. Default: 32.
+    pub max_vms: usize,
+    /// Seconds without use after which a session is stopped. Default: 900.
+    pub idle_shutdown_seconds: u64,
+    /// Seconds of being stopped after which a session's local files are deleted. Default: 3600.
+    pub prune_after_seconds: u64,
+    /// Seconds of being stopped after which a session is backed up. Needs
+    /// `backup_destination`.
+    pub backup_after_seconds: Option<u64>,
+    /// The folder that backups are written to. With it, nothing is deleted before a verified
+    /// backup holds it.
+    pub backup_destination: Option<PathBuf>,
+    /// A program and its arguments, run in the volume once, when a session is made.
+    pub bootstrap_command: Option<Vec<String>>,
+}
+
+impl Default for VmPoolConfig {
+    fn default() -> Self {
+        Self {
+            enabled: false,
+            volume_root: PathBuf::from("/var/lib/denizen"),
+            nix_profile: None,
+            shell: PathBuf::from("/bin/bash"),
+            shell_args: vec!["-lc".to_owned()],
+            env: HashMap::new(),
+            max_vms: 32,
+            idle_shutdown_seconds: 900,
+            prune_after_seconds: 3600,
+            backup_after_seconds: None,
+            backup_destination: None,
+            bootstrap_command: None,
+        }
+    }
+}
+
+impl VmPoolConfig {
+    /// Checks that the values make sense and, if the pool is enabled, that its folders can be
+    /// made and written to.
+    ///
+    /// # Errors
+    /// [`Error::Config`] names the field and says what is wrong with it.
+    pub fn validate(&self) -> Result<()> {
+        let positive = |field, value: u64| {
+            if value == 0 {
+                return Err(Error::config(field, "must be greater than zero"));
+            }
+            Ok(())
+        };
+        positive("max_vms", self.max_vms as u64)?;
+        positive("idle_shutdown_seconds", self.idle_shutdown_seconds)?;
+        positive("prune_after_seconds", self.prune_after_seconds)?;
+        if let Some(seconds) = self.backup_after_seconds {
+            positive("backup_after_seconds", seconds)?;
+            if self.backup_destination.is_none() {
+                return Err(Error::config(
+                    "backup_after_seconds",
+                    "needs backup_destination, the folder that backups go to",
+                ));
+            }
+        }
+        if self.bootstrap_command.as_ref().is_some_and(Vec::is_empty) {
+            return Err(Error::config("bootstrap_command", "must name a program"));
+        }
+        if self.enabled {
+            writable("volume_root", &self.volume_root)?;
+            if let Some(destination) = &self.backup_destination {
+                writable("backup_destination", destination)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Makes the folder if need be and writes a file in it: permissions alone do not tell of a
+/// read-only or full file system.
+fn writable(field: &'static str, path: &Path) -> Result<()> {
+    let attempt = || -> io::Result<()> {
+        fs::create_dir_all(path)?;
+        let probe = path.join(format!(".denizen-probe-{}", uuid::Uuid::new_v4()));
+        let written = fs::write(&probe, b"probe");
+        let removed = fs::remove_file(&probe);
+        written.and(removed)
+    };
+    attempt().map_err(|source| {
+        Error::config(field, format!("cannot be made or written to: {}: {source}", path.display()))
+    })
+}
+
+/// [`VmPoolConfig`] with times as [`Duration`]s.
+#[derive(Clone, Debug)]
+pub struct VmPoolRuntimeConfig {
+    /// Whether there is a pool at all.
+    pub enabled: bool,
+    /// The folder that holds all sessions of the pool.
+    pub volume_root: PathBuf,
+    /// A Nix flake whose development shell is built when a session is made.
+    pub nix_profile: Option<String>,
+    /// The shell that runs command lines.
+    pub shell: PathBuf,
+    /// What the shell is given before the command line.
+    pub shell_args: Vec<String>,
+    /// Environment of every command.
+    pub env: HashMap<String, String>,
+    /// Most sessions with files on local disk at once.
+    pub max_vms: usize,
+    /// Without use for this long, a session is stopped.
+    pub idle_shutdown: Duration,
+    /// Stopped for this long, a session's local files are deleted.
+    pub prune_after: Duration,
+    /// Stopped for this long, a session is backed up.
+    pub backup_after: Option<Duration>,
+    /// The folder that backups are written to.
+    pub backup_destination: Option<PathBuf>,
+    /// A program and its arguments, run in the volume once, when a session is made.
+    pub bootstrap_command: Option<Vec<String>>,
+}
+
+impl From<&VmPoolConfig> for VmPoolRuntimeConfig {
+    fn from(config: &VmPoolConfig) -> Self {
+        let config = config.clone();
+        Self {
+            enabled: config.enabled,
+            volume_root: config.volume_root,
+            nix_profile: config.nix_profile,
+            shell: config.shell,
+            shell_args: config.shell_args,
+            env: config.env,
+            max_vms: config.max_vms,
+            idle_shutdown: Duration::from_secs(config.idle_shutdown_seconds),
+            prune_after: Duration::from_secs(config.prune_after_seconds),
+            backup_after: config.backup_after_seconds.map(Duration::from_secs),
+            backup_destination: config.backup_destination,
+            bootstrap_command: config.bootstrap_command,
+        }
+    }
+}

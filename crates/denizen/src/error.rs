@@ -1,0 +1,226 @@
+//! What can go wrong, in words that say what failed, on what, and what to do.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+use std::{fmt, io};
+
+use uuid::Uuid;
+
+pub use crate::registry::RegistryError;
+
+/// A result with denizen's [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Any failure of the library.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The configuration says that there is no pool.
+    #[error("the pool is disabled: set `enabled` in its configuration to have sessions")]
+    Disabled,
+
+    /// [`crate::MicroVmManager::new`] was called where nothing can run its tasks.
+    #[error("a pool needs a Tokio runtime: call it from within one, or enter one first")]
+    NoRuntime,
+
+    /// The pool is being shut down.
+    #[error("the pool is shutting down")]
+    ShuttingDown,
+
+    /// All places are taken by sessions that may not be sent away.
+    #[error(
+        "the pool is at capacity ({max_vms} sessions): stop or remove a session, wait with an \
+         acquire timeout, or raise max_vms{}", cause(last_failure.as_ref())
+    )]
+    AtCapacity {
+        /// How many sessions may be resident.
+        max_vms: usize,
+        /// Why the last attempt to make room failed, if one did.
+        last_failure: Option<String>,
+    },
+
+    /// The wait in line was longer than the pool's acquire timeout.
+    #[error(
+        "session {session} could not be had within {waited:?}: {}",
+        if *at_capacity { "the pool is at capacity" } else { "it is in use" }
+    )]
+    AcquireTimeout {
+        /// The session asked for.
+        session: Uuid,
+        /// How long the caller waited.
+        waited: Duration,
+        /// Whether it was a place in the pool that was waited for, not the session itself.
+        at_capacity: bool,
+    },
+
+    /// Somebody holds the session, or processes run in it.
+    #[error("session {session} is in use: end what runs in it, or force it to stop")]
+    InUse {
+        /// The session.
+        session: Uuid,
+    },
+
+    /// There is no such session.
+    #[error("there is no session {session}")]
+    Unknown {
+        /// What was asked for.
+        session: String,
+    },
+
+    /// A session's folder has vanished though denizen did not delete it.
+    #[error(
+        "the volume of session {session} is gone from {}: put it back there, or {}",
+        path.display(),
+        match backup {
+            Some(name) => format!("restore the session from its backup {name}"),
+            None => "remove the session and begin anew".to_owned(),
+        }
+    )]
+    VolumeMissing {
+        /// The session.
+        session: Uuid,
+        /// Where its volume should be.
+        path: PathBuf,
+        /// The latest backup, which may be older than what was lost.
+        backup: Option<String>,
+    },
+
+    /// A session has no backup, or not the one asked for.
+    #[error("session {session} has no {}", match name {
+        Some(name) => format!("backup {name}"),
+        None => "backup".to_owned(),
+    })]
+    NoBackup {
+        /// The session.
+        session: Uuid,
+        /// The backup asked for.
+        name: Option<String>,
+    },
+
+    /// Backups have nowhere to go.
+    #[error("the pool has no backup_destination: set one to back up and restore sessions")]
+    NoDestination,
+
+    /// A value in the configuration cannot be used.
+    #[error("configuration: {field} {problem}")]
+    Config {
+        /// The field.
+        field: &'static str,
+        /// What is wrong with it.
+        problem: String,
+    },
+
+    /// Not a name for a session.
+    #[error("{name:?} cannot name a session: it {problem}")]
+    Name {
+        /// What was given.
+        name: String,
+        /// What is wrong with it.
+        problem: &'static str,
+    },
+
+    /// The volume root cannot be used.
+    #[error("cannot use the volume root {}: {source}", path.display())]
+    Root {
+        /// The volume root.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+
+    /// The volume root belongs to another user, who could change it under us.
+    #[error(
+        "{} belongs to user {owner}, this process runs as user {me}: run as its owner, or use \
+         another volume root", path.display()
+    )]
+    RootOwner {
+        /// The volume root or denizen's folder in it.
+        path: PathBuf,
+        /// Its owner's user id.
+        owner: u32,
+        /// Our user id.
+        me: u32,
+    },
+
+    /// The registry cannot be used.
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
+
+    /// A session's folder could not be changed.
+    #[error("cannot {action} {}: {source}", path.display())]
+    Volume {
+        /// What was being done.
+        action: &'static str,
+        /// The folder.
+        path: PathBuf,
+        /// What the system said; a full disk shows up here.
+        source: io::Error,
+    },
+
+    /// Making a session failed in its bootstrap. Nothing of the session is kept.
+    #[error(
+        "the bootstrap of session {session} failed: {command} {problem}{}",
+        output_tail(output)
+    )]
+    Bootstrap {
+        /// The session.
+        session: Uuid,
+        /// What was run.
+        command: String,
+        /// How it ended, or why it could not be run.
+        problem: String,
+        /// The end of what it printed, on both streams.
+        output: String,
+    },
+
+    /// A backup could not be written, read or listed.
+    #[error(transparent)]
+    Backup(#[from] denizen_archive::Error),
+
+    /// A command could not be run, or its processes not be reached.
+    #[error(transparent)]
+    Agent(#[from] denizen_agent::Error),
+
+    /// A task of the pool did not end as it should; a fault in denizen.
+    #[error("a task of the pool ended early: {0}")]
+    Task(String),
+
+    /// The failure of one operation, told to each of the callers who waited for it.
+    #[error("{0}")]
+    Shared(#[source] Arc<Error>),
+}
+
+impl Error {
+    pub(crate) fn config(field: &'static str, problem: impl Into<String>) -> Self {
+        Self::Config { field, problem: problem.into() }
+    }
+
+    pub(crate) fn root(path: &Path, source: io::Error) -> Self {
+        Self::Root { path: path.to_owned(), source }
+    }
+
+    pub(crate) fn volume(action: &'static str, path: &Path, source: io::Error) -> Self {
+        Self::Volume { action, path: path.to_owned(), source }
+    }
+
+    /// The failure itself, where several callers share one.
+    pub fn kind(&self) -> &Self {
+        match self {
+            Self::Shared(error) => error.kind(),
+            error => error,
+        }
+    }
+}
+
+fn cause(failure: Option<&String>) -> impl fmt::Display {
+    failure.map_or_else(String::new, |failure| format!("; room could not be made: {failure}"))
+}
+
+fn output_tail(output: &str) -> impl fmt::Display {
+    if output.is_empty() {
+        String::new()
+    } else {
+        format!("; its output ends with:\n{output}")
+    }
+}

@@ -1,0 +1,150 @@
+//! What happens to sessions, for whoever listens.
+
+use std::time::SystemTime;
+
+use serde::Serialize;
+use tokio::sync::broadcast;
+use uuid::Uuid;
+
+use crate::lifecycle::Op;
+
+/// Events kept for a listener that is behind.
+const BACKLOG: usize = 1024;
+
+/// One step in a session's life.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Event {
+    /// When, by the wall clock, in seconds and fractions since 1970.
+    #[serde(serialize_with = "unix_seconds")]
+    pub at: SystemTime,
+    /// Whose.
+    pub session: Uuid,
+    /// Its name, if it has one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// What happened.
+    #[serde(flatten)]
+    pub kind: EventKind,
+}
+
+/// What happened to a session.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum EventKind {
+    /// Its volume was made and bootstrapped.
+    Created,
+    /// It can run commands.
+    Started,
+    /// Nothing runs in it any more.
+    Stopped,
+    /// It has been idle, but processes run in it, which counts as use.
+    StillRunning,
+    /// A verified backup was written.
+    BackedUp {
+        /// The backup.
+        backup: String,
+    },
+    /// Its volume was put back from a backup.
+    Restored {
+        /// The backup.
+        backup: String,
+    },
+    /// Its local files were deleted; a backup holds them.
+    Archived,
+    /// Its local files were deleted, and no backup holds them.
+    Deleted,
+    /// It was removed at the user's wish.
+    Removed,
+    /// A volume that nobody knew of was found and taken in.
+    Adopted,
+    /// Its volume has vanished, though denizen did not delete it.
+    Missing,
+    /// Something done for it failed.
+    Failed {
+        /// What.
+        operation: &'static str,
+        /// Why.
+        error: String,
+        /// When it is tried again, if it is.
+        #[serde(skip_serializing_if = "Option::is_none", serialize_with = "maybe_unix_seconds")]
+        retry_at: Option<SystemTime>,
+    },
+    /// The listener was too slow: this many events before this one are lost to it.
+    Lagged {
+        /// How many.
+        missed: u64,
+    },
+}
+
+/// A stream of [`Event`]s from the moment it was asked for.
+#[derive(Debug)]
+pub struct Events(broadcast::Receiver<Event>);
+
+impl Events {
+    /// The next event; none once the pool is gone. Cancel-safe: a dropped call loses nothing.
+    pub async fn next(&mut self) -> Option<Event> {
+        match self.0.recv().await {
+            Ok(event) => Some(event),
+            Err(broadcast::error::RecvError::Closed) => None,
+            Err(broadcast::error::RecvError::Lagged(missed)) => Some(Event {
+                at: SystemTime::now(),
+                session: Uuid::nil(),
+                name: None,
+                kind: EventKind::Lagged { missed },
+            }),
+        }
+    }
+}
+
+/// The sending end.
+#[derive(Clone, Debug)]
+pub(crate) struct Announcer(broadcast::Sender<Event>);
+
+impl Announcer {
+    pub(crate) fn new() -> Self {
+        Self(broadcast::Sender::new(BACKLOG))
+    }
+
+    pub(crate) fn announce(&self, event: Event) {
+        // Nobody listening is fine.
+        let _ = self.0.send(event);
+    }
+
+    pub(crate) fn listen(&self) -> Events {
+        Events(self.0.subscribe())
+    }
+}
+
+/// The word for an operation wherever people read it.
+pub(crate) fn op_name(op: &Op) -> &'static str {
+    match op {
+        Op::Create => "create",
+        Op::Start => "start",
+        Op::Stop { .. } => "stop",
+        Op::Backup => "backup",
+        Op::Prune => "prune",
+        Op::Restore(_) => "restore",
+        Op::Remove => "remove",
+    }
+}
+
+/// Seconds since 1970, as a number with milliseconds.
+pub(crate) fn unix_seconds<S: serde::Serializer>(
+    at: &SystemTime,
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
+    let since = at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    #[allow(clippy::cast_precision_loss)] // Exact for the next 280,000 years.
+    serializer.serialize_f64(since.as_millis() as f64 / 1000.0)
+}
+
+pub(crate) fn maybe_unix_seconds<S: serde::Serializer>(
+    at: &Option<SystemTime>,
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
+    match at {
+        Some(at) => unix_seconds(at, serializer),
+        None => serializer.serialize_none(),
+    }
+}

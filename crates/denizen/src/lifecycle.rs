@@ -1,0 +1,1276 @@
+//! The lifecycle core: the one place that decides what may happen to a session.
+//!
+//! [`Lifecycle`] is a state machine. Calls tell it what happened ([`Lifecycle::acquire`],
+//! [`Lifecycle::finished`], [`Lifecycle::tick`] …) and when; it answers with [`Effect`]s,
+//! which the pool carries out in order. It must never do I/O, wait, read a clock or draw a
+//! random number: the same calls give the same effects, so that whole lives of a pool can be
+//! simulated (`tests/simulation.rs`).
+//!
+//! How it thinks: a session has a [`Phase`] (durable), at most one operation in flight, at
+//! most one holder, and a line of waiters. After every change [`Lifecycle::advance`] looks at
+//! the session and takes the next step there is: serve the line, go on with an eviction, or do
+//! what time has made due. Nothing else starts an operation.
+
+use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::time::Duration;
+
+use uuid::Uuid;
+
+/// First wait after a failed operation; doubled with every further failure.
+const FIRST_RETRY: Duration = Duration::from_secs(10);
+/// Longest wait between two tries.
+const LONGEST_RETRY: Duration = Duration::from_secs(3600);
+
+/// Milliseconds on the pool's own clock, which never goes back (see `time.rs`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PoolTime(pub u64);
+
+impl PoolTime {
+    /// This time and `wait` more; stays at the end of time rather than wrap.
+    #[must_use]
+    pub fn after(self, wait: Duration) -> Self {
+        let wait = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX);
+        Self(self.0.saturating_add(wait))
+    }
+}
+
+/// Names one caller in a line; never used twice by one pool.
+pub type WaiterId = u64;
+/// Names one run of an operation; never used twice by one pool.
+pub type Seq = u64;
+
+/// The rules a pool is run by.
+#[derive(Clone, Debug)]
+pub struct Policy {
+    /// Most sessions that may have files on local disk at once.
+    pub max_vms: usize,
+    /// Unused for this long, an active session is stopped.
+    pub idle_shutdown: Duration,
+    /// Stopped for this long, a session's local files are deleted.
+    pub prune_after: Duration,
+    /// Stopped for this long, a session's changes are backed up.
+    pub backup_after: Option<Duration>,
+    /// Whether backups have somewhere to go.
+    pub has_destination: bool,
+}
+
+/// Where a session stands. What is written here is durable before the disk follows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// Not made yet: known only because somebody waits for it. Never durable.
+    Absent,
+    /// The volume is being made and bootstrapped; undone if that does not end well.
+    Creating,
+    /// Local files, and an instance that may be running.
+    Active,
+    /// Local files, nothing running.
+    Stopped,
+    /// Local files are about to be replaced from a backup.
+    Restoring,
+    /// Local files are about to be deleted.
+    Pruning,
+    /// No local files; a verified backup holds everything.
+    Archived,
+    /// The local files are gone though nobody here deleted them.
+    Missing,
+    /// The user asked for the session to be forgotten.
+    Removing,
+}
+
+impl Phase {
+    /// Whether the session takes up one of the pool's `max_vms` places.
+    pub fn is_resident(self) -> bool {
+        !matches!(self, Self::Absent | Self::Archived | Self::Missing)
+    }
+}
+
+/// Work the pool does for a session, one at a time.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Op {
+    /// Make the volume and bootstrap it; all or nothing.
+    Create,
+    /// Make the session ready to run commands.
+    Start,
+    /// End the instance. Without `force`, answer [`Outcome::Busy`] if something still runs.
+    Stop {
+        /// End background processes too.
+        force: bool,
+    },
+    /// Write a verified backup of the volume.
+    Backup,
+    /// Delete the local files.
+    Prune,
+    /// Put the volume back as the named backup has it; all or nothing.
+    Restore(String),
+    /// Delete the local files, whatever they hold.
+    Remove,
+}
+
+/// How an operation ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// Done.
+    Done,
+    /// Done: the verified backup has this name.
+    BackedUp(String),
+    /// Not done, and nothing changed.
+    Failed,
+    /// Not done: processes are still running in the session.
+    Busy,
+    /// Not done: the session's volume is not on disk any more.
+    Missing,
+}
+
+/// What a caller in line waits for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Want {
+    /// The exclusive use of the session.
+    Guard {
+        /// Wait for a place in a full pool rather than be refused at once.
+        patient: bool,
+    },
+    /// Instance ended, files kept.
+    Stopped {
+        /// End background processes too.
+        force: bool,
+    },
+    /// Everything saved in a verified backup.
+    BackedUp,
+    /// Volume as the named backup (the latest if none) has it.
+    Restored(Option<String>),
+    /// Session and local files gone.
+    Removed,
+}
+
+/// Why a caller is turned away.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// `max_vms` sessions are resident and none may be evicted.
+    AtCapacity,
+    /// A guard is held, or processes are running.
+    InUse,
+    /// The session is not known here.
+    Unknown,
+    /// The volume has vanished.
+    Missing,
+    /// There is no backup to restore.
+    NoBackup,
+    /// No backup destination is set.
+    NoDestination,
+    /// The operation done on the caller's behalf failed.
+    Failed,
+}
+
+/// What the pool has to do, in this order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Effect {
+    /// Make `row` durable if there is one, then do `op`, then call [`Lifecycle::finished`]
+    /// with `seq`, whatever happened. A row that cannot be written is a failed operation.
+    Run {
+        /// The session.
+        id: Uuid,
+        /// To be given back to [`Lifecycle::finished`].
+        seq: Seq,
+        /// What to do.
+        op: Op,
+        /// What has to be durable before.
+        row: Option<Row>,
+    },
+    /// Somebody wants the session: give up the running operation if that is quick.
+    Interrupt {
+        /// The session.
+        id: Uuid,
+        /// The operation to give up.
+        seq: Seq,
+    },
+    /// Make a row durable; nothing waits for it, and a crash before it loses nothing.
+    Save(Row),
+    /// Forget a row, as [`Effect::Save`].
+    Forget(Uuid),
+    /// The waiter now holds the session.
+    Grant {
+        /// The session.
+        id: Uuid,
+        /// Who was waiting.
+        waiter: WaiterId,
+    },
+    /// What the waiter asked for is done.
+    Fulfil {
+        /// The session.
+        id: Uuid,
+        /// Who was waiting.
+        waiter: WaiterId,
+    },
+    /// The waiter is turned away.
+    Refuse {
+        /// The session.
+        id: Uuid,
+        /// Who was waiting.
+        waiter: WaiterId,
+        /// Why.
+        why: Refusal,
+    },
+    /// Something a user may want to know.
+    Notify {
+        /// The session.
+        id: Uuid,
+        /// What happened to it.
+        change: Change,
+    },
+}
+
+/// A step in a session's life, as told to whoever listens.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// Volume made and bootstrapped.
+    Created,
+    /// Ready to run commands.
+    Started,
+    /// Instance ended.
+    Stopped,
+    /// Idle by the clock, but processes are running, which counts as use.
+    StillRunning,
+    /// A verified backup was written.
+    BackedUp(String),
+    /// The volume was put back from a backup.
+    Restored(String),
+    /// Local files deleted, a backup holds them.
+    Archived,
+    /// Local files deleted, and no backup holds them.
+    Deleted,
+    /// Removed at the user's wish.
+    Removed,
+    /// A volume without a row was found and taken in.
+    Adopted,
+    /// The volume has vanished from the disk.
+    Missing,
+    /// An operation failed; tried again at the given time if it is one that is retried.
+    Failed {
+        /// What failed.
+        op: Op,
+        /// When it is tried again.
+        retry_at: Option<PoolTime>,
+    },
+}
+
+/// What is remembered of a session across restarts.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Row {
+    /// The session.
+    pub id: Uuid,
+    /// Where it stands.
+    pub phase: Phase,
+    /// When it was made.
+    pub created_at: PoolTime,
+    /// When it was last released.
+    pub last_used: PoolTime,
+    /// Since when nothing runs in it.
+    pub stopped_at: PoolTime,
+    /// Whether there may be changes that no verified backup holds.
+    pub unsaved: bool,
+    /// The latest verified backup.
+    pub backup: Option<String>,
+}
+
+/// What a start finds on disk for a session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Found {
+    /// No volume.
+    Nothing,
+    /// A volume whose making or bootstrap did not end.
+    Half,
+    /// A volume.
+    Whole,
+}
+
+#[derive(Clone, Debug)]
+struct Waiter {
+    id: WaiterId,
+    want: Want,
+}
+
+#[derive(Clone, Debug)]
+struct Running {
+    op: Op,
+    seq: Seq,
+    /// The waiter whose wish this is part of; none for the pool's own housekeeping.
+    wished_by: Option<WaiterId>,
+    /// Where the session stands if the operation fails.
+    fallback: Phase,
+    interrupted: bool,
+}
+
+#[derive(Clone, Debug)]
+struct Session {
+    row: Row,
+    running: Option<Running>,
+    held: bool,
+    /// Chosen to make room for another session.
+    evicting: bool,
+    /// In [`Lifecycle::slot_line`].
+    wants_slot: bool,
+    waiters: VecDeque<Waiter>,
+    failures: u32,
+    retry_at: PoolTime,
+    /// Its key in the due-queue. May be early: a warm release does not move it.
+    due: Option<PoolTime>,
+}
+
+/// A session as others may see it.
+#[derive(Clone, Debug)]
+pub struct View<'a> {
+    /// What is durable.
+    pub row: &'a Row,
+    /// What is being done for it.
+    pub running: Option<&'a Op>,
+    /// Whether a guard is held.
+    pub held: bool,
+    /// How many callers are in line.
+    pub waiting: usize,
+    /// Failures in a row of what is retried.
+    pub failures: u32,
+    /// When the failed operation is tried again.
+    pub retry_at: Option<PoolTime>,
+}
+
+/// The state of a pool. See the module's page.
+#[derive(Debug)]
+pub struct Lifecycle {
+    policy: Policy,
+    now: PoolTime,
+    next_seq: Seq,
+    sessions: HashMap<Uuid, Session>,
+    resident: usize,
+    evicting: usize,
+    /// What time makes due, earliest first.
+    due: BTreeSet<(PoolTime, Uuid)>,
+    /// Sessions with a failure that is being waited out.
+    failing: BTreeSet<Uuid>,
+    /// Sessions that wait for a place, in order.
+    slot_line: VecDeque<Uuid>,
+    /// Operations begun and not ended.
+    running: usize,
+    /// Those of them that a caller waits for.
+    wished: usize,
+    #[cfg(test)]
+    fault: Option<Fault>,
+}
+
+/// Faults that the tests plant to see that the simulation notices them. Outside of tests none
+/// can be set, and the checks for them compile to nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fault {
+    /// One session too many.
+    CapacityOffByOne,
+    /// A session counts as saved for ever after its first backup.
+    SavedForEver,
+    /// Held sessions are stopped and pruned.
+    PruneWhileHeld,
+    /// A failed backup counts as one.
+    FailedBackupCounts,
+    /// Eviction does not save first.
+    EvictUnsaved,
+    /// A second holder is let in.
+    TwoHolders,
+    /// The line is served last come, first served.
+    LineReversed,
+    /// A cancelled waiter stays in line.
+    CancelForgotten,
+    /// A crash while active counts as saved.
+    CrashCountsAsSaved,
+    /// A half-made volume is kept at the next start.
+    HalfMadeKept,
+    /// The row of a prune is not written before it.
+    PruneNotDurable,
+    /// Idle time is counted from the first use.
+    IdleFromFirstUse,
+    /// Two operations at once.
+    TwoOperations,
+    /// Processes left running do not count.
+    BusyIgnored,
+    /// A freed place wakes nobody.
+    SlotWakesNobody,
+    /// An archived session starts empty.
+    ArchivedStartsEmpty,
+}
+
+impl Lifecycle {
+    /// An empty pool.
+    pub fn new(policy: Policy) -> Self {
+        Self {
+            policy,
+            now: PoolTime::default(),
+            next_seq: 1,
+            sessions: HashMap::new(),
+            resident: 0,
+            evicting: 0,
+            due: BTreeSet::new(),
+            failing: BTreeSet::new(),
+            slot_line: VecDeque::new(),
+            running: 0,
+            wished: 0,
+            #[cfg(test)]
+            fault: None,
+        }
+    }
+
+    #[cfg(test)]
+    fn has(&self, fault: Fault) -> bool {
+        self.fault == Some(fault)
+    }
+
+    #[cfg(not(test))]
+    #[allow(clippy::unused_self)]
+    fn has(&self, _: Fault) -> bool {
+        false
+    }
+
+
+    /// How many sessions take up a place.
+    pub fn resident(&self) -> usize {
+        self.resident
+    }
+
+    /// How many operations have begun and not ended.
+    pub fn in_flight(&self) -> usize {
+        self.running
+    }
+
+    /// How many of them are the pool's own housekeeping, not a caller's wish.
+    pub fn housekeeping(&self) -> usize {
+        self.running - self.wished
+    }
+
+    /// When [`Lifecycle::tick`] has something to do next.
+    pub fn next_due(&self) -> Option<PoolTime> {
+        self.due.first().map(|(at, _)| *at)
+    }
+
+    /// One session.
+    pub fn view(&self, id: Uuid) -> Option<View<'_>> {
+        self.sessions.get(&id).map(Self::seen)
+    }
+
+    /// All sessions, in no order.
+    pub fn views(&self) -> impl Iterator<Item = View<'_>> {
+        self.sessions.values().map(Self::seen)
+    }
+
+    fn seen(session: &Session) -> View<'_> {
+        View {
+            row: &session.row,
+            running: session.running.as_ref().map(|running| &running.op),
+            held: session.held,
+            waiting: session.waiters.len(),
+            failures: session.failures,
+            retry_at: (session.failures > 0).then_some(session.retry_at),
+        }
+    }
+
+    // ---- What happens to the pool -------------------------------------------------------
+
+    /// Takes up what an earlier process left: `rows` with what is on disk for each, and
+    /// volumes without a row. Half-done work is finished or undone.
+    pub fn recover(
+        &mut self,
+        now: PoolTime,
+        rows: Vec<(Row, Found)>,
+        orphans: &[(Uuid, Found)],
+        out: &mut Vec<Effect>,
+    ) {
+        self.now = now;
+        for (row, found) in rows {
+            self.recover_row(row, found, out);
+        }
+        for &(id, found) in orphans {
+            let row = Row {
+                id,
+                phase: if found == Found::Whole { Phase::Stopped } else { Phase::Removing },
+                created_at: now,
+                last_used: now,
+                stopped_at: now,
+                unsaved: true,
+                backup: None,
+            };
+            if found == Found::Whole {
+                out.push(Effect::Save(row.clone()));
+                out.push(Effect::Notify { id, change: Change::Adopted });
+            }
+            self.take_in(row);
+        }
+        let ids: Vec<Uuid> = self.sessions.keys().copied().collect();
+        for id in ids {
+            self.advance(id, out);
+        }
+    }
+
+    fn recover_row(&mut self, mut row: Row, found: Found, out: &mut Vec<Effect>) {
+        let id = row.id;
+        let was = row.phase;
+        row.phase = match (was, found) {
+            (Phase::Creating, Found::Half) if self.has(Fault::HalfMadeKept) => Phase::Stopped,
+            (Phase::Absent | Phase::Creating, Found::Half | Found::Nothing)
+            | (Phase::Removing, _) => Phase::Removing,
+            (Phase::Pruning, Found::Whole | Found::Half) => Phase::Pruning,
+            (_, Found::Whole | Found::Half) => Phase::Stopped,
+            (Phase::Pruning, Found::Nothing) if row.backup.is_none() => Phase::Removing,
+            (Phase::Restoring | Phase::Pruning | Phase::Archived, Found::Nothing) => {
+                Phase::Archived
+            }
+            (Phase::Active | Phase::Stopped | Phase::Missing, Found::Nothing) => {
+                if row.backup.is_some() && !row.unsaved && was != Phase::Active {
+                    Phase::Archived
+                } else {
+                    Phase::Missing
+                }
+            }
+        };
+        match was {
+            // Whoever held it may have written until the very end.
+            Phase::Active => {
+                row.unsaved = !self.has(Fault::CrashCountsAsSaved) || row.backup.is_none();
+                row.stopped_at = self.now;
+            }
+            // A volume that reappeared holds who knows what.
+            Phase::Archived | Phase::Missing if row.phase == Phase::Stopped => {
+                row.unsaved = true;
+                row.stopped_at = self.now;
+            }
+            Phase::Creating if row.phase == Phase::Stopped => row.stopped_at = self.now,
+            _ => {}
+        }
+        if row.phase == Phase::Missing && was != Phase::Missing {
+            out.push(Effect::Notify { id, change: Change::Missing });
+        }
+        if row.phase != was {
+            out.push(Effect::Save(row.clone()));
+        }
+        self.take_in(row);
+    }
+
+    fn take_in(&mut self, row: Row) {
+        self.resident += usize::from(row.phase.is_resident());
+        let session = Session::new(row);
+        self.sessions.insert(session.row.id, session);
+    }
+
+    /// The warm path: takes the session if it is active, idle and nobody is in line.
+    pub fn acquire_warm(&mut self, id: Uuid) -> bool {
+        match self.sessions.get_mut(&id) {
+            Some(session)
+                if session.row.phase == Phase::Active
+                    && !session.held
+                    && session.running.is_none()
+                    && session.waiters.is_empty()
+                    && !session.evicting =>
+            {
+                session.held = true;
+                session.row.unsaved = true;
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// A caller wants something of a session. It is answered by [`Effect::Grant`],
+    /// [`Effect::Fulfil`] or [`Effect::Refuse`], now or later.
+    pub fn acquire(
+        &mut self,
+        now: PoolTime,
+        id: Uuid,
+        waiter: WaiterId,
+        want: Want,
+        out: &mut Vec<Effect>,
+    ) {
+        self.at(now);
+        let guard = matches!(want, Want::Guard { .. });
+        if !guard && !self.sessions.contains_key(&id) {
+            out.push(Effect::Refuse { id, waiter, why: Refusal::Unknown });
+            return;
+        }
+        let reversed = self.has(Fault::LineReversed);
+        let session = self.sessions.entry(id).or_insert_with(|| Session::absent(id, now));
+        if session.held && !guard {
+            out.push(Effect::Refuse { id, waiter, why: Refusal::InUse });
+            return;
+        }
+        let waiter = Waiter { id: waiter, want };
+        if reversed {
+            session.waiters.push_front(waiter);
+        } else {
+            session.waiters.push_back(waiter);
+        }
+        self.advance(id, out);
+    }
+
+    /// A caller in line has gone away. Calling it for one that was already answered is
+    /// harmless.
+    pub fn cancel(&mut self, now: PoolTime, id: Uuid, waiter: WaiterId, out: &mut Vec<Effect>) {
+        self.at(now);
+        if self.has(Fault::CancelForgotten) {
+            return;
+        }
+        let Some(session) = self.sessions.get_mut(&id) else { return };
+        session.waiters.retain(|waiting| waiting.id != waiter);
+        if session.wants_slot && !session.guard_waits() {
+            session.wants_slot = false;
+            self.slot_line.retain(|waiting| *waiting != id);
+        }
+        self.advance(id, out);
+        self.fill_slots(out);
+    }
+
+    /// The holder is done.
+    pub fn release(&mut self, now: PoolTime, id: Uuid, out: &mut Vec<Effect>) {
+        self.at(now);
+        let now = self.now;
+        let keep_last_use = self.has(Fault::IdleFromFirstUse);
+        if let Some(session) = self.sessions.get_mut(&id) {
+            session.held = false;
+            if !keep_last_use {
+                session.row.last_used = now;
+            }
+            // Warm: nobody waits, nothing is due earlier than what the queue has.
+            if session.waiters.is_empty() && session.due.is_some() && self.slot_line.is_empty() {
+                return;
+            }
+            self.advance(id, out);
+            self.fill_slots(out);
+        }
+    }
+
+    /// Time has passed.
+    pub fn tick(&mut self, now: PoolTime, out: &mut Vec<Effect>) {
+        self.at(now);
+        while let Some(&(at, id)) = self.due.first() {
+            if at > self.now {
+                break;
+            }
+            self.due.pop_first();
+            if let Some(session) = self.sessions.get_mut(&id) {
+                session.due = None;
+            }
+            self.advance(id, out);
+        }
+        self.fill_slots(out);
+    }
+
+    /// As [`Lifecycle::tick`], but what failed is tried again without waiting: the operator
+    /// asked.
+    pub fn tick_eagerly(&mut self, now: PoolTime, out: &mut Vec<Effect>) {
+        self.at(now);
+        let failing: Vec<Uuid> = self.failing.iter().copied().collect();
+        for id in failing {
+            if let Some(session) = self.sessions.get_mut(&id) {
+                session.retry_at = self.now;
+            }
+            self.advance(id, out);
+        }
+        self.tick(now, out);
+    }
+
+    /// An operation has ended.
+    pub fn finished(
+        &mut self,
+        now: PoolTime,
+        id: Uuid,
+        seq: Seq,
+        outcome: Outcome,
+        out: &mut Vec<Effect>,
+    ) {
+        self.at(now);
+        let Some(session) = self.sessions.get_mut(&id) else { return };
+        let Some(running) = session.running.take_if(|running| running.seq == seq) else { return };
+        self.running -= 1;
+        self.wished -= usize::from(running.wished_by.is_some());
+        match outcome {
+            Outcome::Done | Outcome::BackedUp(_) => self.succeeded(id, &running, outcome, out),
+            Outcome::Busy => self.was_busy(id, &running, out),
+            Outcome::Missing => self.went_missing(id, &running, out),
+            Outcome::Failed => self.failed(id, &running, out),
+        }
+        self.advance(id, out);
+        if !self.has(Fault::SlotWakesNobody) {
+            self.fill_slots(out);
+        }
+    }
+
+    fn at(&mut self, now: PoolTime) {
+        self.now = self.now.max(now);
+    }
+
+    // ---- How operations end -------------------------------------------------------------
+
+    fn succeeded(&mut self, id: Uuid, running: &Running, outcome: Outcome, out: &mut Vec<Effect>) {
+        let now = self.now;
+        let saved_for_ever = self.has(Fault::SavedForEver);
+        let Some(session) = self.sessions.get_mut(&id) else { return };
+        session.failures = 0;
+        self.failing.remove(&id);
+        let row = &mut session.row;
+        let change = match &running.op {
+            Op::Create => {
+                row.stopped_at = now;
+                self.enter(id, Phase::Stopped);
+                Change::Created
+            }
+            Op::Start => {
+                // The row that says so is already durable.
+                row.unsaved = !saved_for_ever || row.backup.is_none();
+                row.last_used = now;
+                out.push(Effect::Notify { id, change: Change::Started });
+                return;
+            }
+            Op::Stop { .. } => {
+                row.stopped_at = now;
+                self.enter(id, Phase::Stopped);
+                Change::Stopped
+            }
+            Op::Backup => {
+                if let Outcome::BackedUp(name) = outcome {
+                    row.unsaved = false;
+                    row.backup = Some(name.clone());
+                    Change::BackedUp(name)
+                } else {
+                    return;
+                }
+            }
+            Op::Prune => {
+                if row.backup.is_some() {
+                    self.enter(id, Phase::Archived);
+                    Change::Archived
+                } else {
+                    self.forget(id, out);
+                    out.push(Effect::Notify { id, change: Change::Deleted });
+                    return;
+                }
+            }
+            Op::Restore(name) => {
+                row.unsaved = false;
+                row.backup = Some(name.clone());
+                row.stopped_at = now;
+                self.enter(id, Phase::Stopped);
+                Change::Restored(name.clone())
+            }
+            Op::Remove => {
+                let wished_by = running.wished_by;
+                self.forget(id, out);
+                if let Some(session) = self.sessions.get_mut(&id)
+                    && let Some(waiter) = wished_by
+                    && session.waiters.front().is_some_and(|front| front.id == waiter)
+                {
+                    session.waiters.pop_front();
+                    out.push(Effect::Fulfil { id, waiter });
+                }
+                out.push(Effect::Notify { id, change: Change::Removed });
+                return;
+            }
+        };
+        if let Some(session) = self.sessions.get(&id) {
+            out.push(Effect::Save(session.row.clone()));
+        }
+        if let (Op::Restore(_), Some(waiter)) = (&running.op, running.wished_by)
+            && let Some(session) = self.sessions.get_mut(&id)
+            && let Some(front) = session.waiters.front()
+            && front.id == waiter
+            && matches!(front.want, Want::Restored(_))
+        {
+            session.waiters.pop_front();
+            out.push(Effect::Fulfil { id, waiter });
+        }
+        out.push(Effect::Notify { id, change });
+    }
+
+    fn was_busy(&mut self, id: Uuid, running: &Running, out: &mut Vec<Effect>) {
+        let now = self.now;
+        self.end_eviction(id);
+        if let Some(session) = self.sessions.get_mut(&id) {
+            // What runs in the background counts as use until now.
+            session.row.last_used = now;
+            session.retry_at = now.after(FIRST_RETRY);
+            if running.wished_by.is_none() {
+                out.push(Effect::Notify { id, change: Change::StillRunning });
+            }
+        }
+        self.refuse_wish(id, running, &Refusal::InUse, out);
+    }
+
+    fn went_missing(&mut self, id: Uuid, running: &Running, out: &mut Vec<Effect>) {
+        self.end_eviction(id);
+        let Some(session) = self.sessions.get(&id) else { return };
+        if session.row.backup.is_some() && !session.row.unsaved {
+            // Nothing is lost: whoever waits gets the backup.
+            self.enter(id, Phase::Archived);
+            if let Some(session) = self.sessions.get(&id) {
+                out.push(Effect::Save(session.row.clone()));
+            }
+            out.push(Effect::Notify { id, change: Change::Missing });
+            return;
+        }
+        self.enter(id, Phase::Missing);
+        if let Some(session) = self.sessions.get(&id) {
+            out.push(Effect::Save(session.row.clone()));
+        }
+        out.push(Effect::Notify { id, change: Change::Missing });
+        self.refuse_wish(id, running, &Refusal::Missing, out);
+    }
+
+    fn failed(&mut self, id: Uuid, running: &Running, out: &mut Vec<Effect>) {
+        self.end_eviction(id);
+        if running.op == Op::Backup && self.has(Fault::FailedBackupCounts) {
+            if let Some(session) = self.sessions.get_mut(&id) {
+                session.row.unsaved = false;
+            }
+            return;
+        }
+        if running.op == Op::Create {
+            self.refuse_guards(id, out);
+            self.forget(id, out);
+            out.push(Effect::Notify {
+                id,
+                change: Change::Failed { op: Op::Create, retry_at: None },
+            });
+            return;
+        }
+        let now = self.now;
+        let phase_before = self.sessions.get(&id).map(|session| session.row.phase);
+        self.enter(id, running.fallback);
+        let Some(session) = self.sessions.get_mut(&id) else { return };
+        // Giving up for a caller is no failure of the operation.
+        if !running.interrupted {
+            let retried = running.wished_by.is_none();
+            if retried {
+                let wait = FIRST_RETRY.saturating_mul(1 << session.failures.min(20));
+                session.failures += 1;
+                session.retry_at = now.after(wait.min(LONGEST_RETRY));
+                self.failing.insert(id);
+            }
+            out.push(Effect::Notify {
+                id,
+                change: Change::Failed {
+                    op: running.op.clone(),
+                    retry_at: retried.then_some(session.retry_at),
+                },
+            });
+        }
+        if phase_before != Some(running.fallback) {
+            out.push(Effect::Save(session.row.clone()));
+        }
+        if matches!(running.op, Op::Start | Op::Restore(_)) {
+            self.refuse_guards(id, out);
+        }
+        self.refuse_wish(id, running, &Refusal::Failed, out);
+    }
+
+    /// Turns away the waiter for whom the operation was run, if it is still there.
+    fn refuse_wish(&mut self, id: Uuid, running: &Running, why: &Refusal, out: &mut Vec<Effect>) {
+        let (Some(waiter), Some(session)) = (running.wished_by, self.sessions.get_mut(&id)) else {
+            return;
+        };
+        let before = session.waiters.len();
+        session.waiters.retain(|waiting| waiting.id != waiter);
+        if session.waiters.len() < before {
+            out.push(Effect::Refuse { id, waiter, why: why.clone() });
+        }
+    }
+
+    /// Turns away all who wait for a guard: what just failed would fail for them too.
+    fn refuse_guards(&mut self, id: Uuid, out: &mut Vec<Effect>) {
+        let Some(session) = self.sessions.get_mut(&id) else { return };
+        session.waiters.retain(|waiting| {
+            let guard = matches!(waiting.want, Want::Guard { .. });
+            if guard {
+                out.push(Effect::Refuse { id, waiter: waiting.id, why: Refusal::Failed });
+            }
+            !guard
+        });
+    }
+
+    // ---- What happens next --------------------------------------------------------------
+
+    /// Takes the next step for a session, if there is one.
+    fn advance(&mut self, id: Uuid, out: &mut Vec<Effect>) {
+        let Some(session) = self.sessions.get_mut(&id) else { return };
+        let guard_waits = session.guard_waits();
+        if let Some(running) = &mut session.running {
+            let housekeeping = running.wished_by.is_none() && running.op == Op::Backup;
+            if housekeeping && !running.interrupted && guard_waits {
+                running.interrupted = true;
+                out.push(Effect::Interrupt { id, seq: running.seq });
+            }
+            if self.has(Fault::TwoOperations) {
+                self.keep_house(id, out);
+            }
+            return;
+        }
+        if session.held {
+            if self.has(Fault::PruneWhileHeld) {
+                self.keep_house(id, out);
+            }
+            if self.has(Fault::TwoHolders) {
+                self.serve_line(id, out);
+            }
+            return;
+        }
+        // Left behind by a crash: finish before anybody is served.
+        match session.row.phase {
+            Phase::Removing => {
+                if self.may_retry(id) {
+                    self.run(id, Op::Remove, None, out);
+                }
+                return;
+            }
+            Phase::Pruning => {
+                if self.may_retry(id) {
+                    self.run(id, Op::Prune, None, out);
+                }
+                return;
+            }
+            _ => {}
+        }
+        if !session.waiters.is_empty() {
+            self.end_eviction(id);
+            self.serve_line(id, out);
+            return;
+        }
+        self.drop_if_absent(id);
+        self.keep_house(id, out);
+    }
+
+    /// Whether the last failure has been waited out; if not, comes back when it has.
+    fn may_retry(&mut self, id: Uuid) -> bool {
+        let Some(session) = self.sessions.get(&id) else { return false };
+        if session.failures == 0 || session.retry_at <= self.now {
+            return true;
+        }
+        let at = session.retry_at;
+        self.schedule(id, at);
+        false
+    }
+
+    /// Serves the front of a session's line until it has to wait for something.
+    fn serve_line(&mut self, id: Uuid, out: &mut Vec<Effect>) {
+        let has_room = self.has_room();
+        loop {
+            let Some(session) = self.sessions.get_mut(&id) else { return };
+            let Some(front) = session.waiters.front() else { break };
+            let (waiter, phase) = (front.id, session.row.phase);
+            let answer = match (front.want.clone(), phase) {
+                (Want::Guard { .. }, Phase::Active) => {
+                    session.waiters.pop_front();
+                    session.held = true;
+                    session.row.unsaved = true;
+                    out.push(Effect::Grant { id, waiter });
+                    return;
+                }
+                (Want::Guard { .. }, Phase::Stopped) => {
+                    return self.run(id, Op::Start, Some(waiter), out);
+                }
+                (Want::Guard { .. }, Phase::Absent | Phase::Archived) => {
+                    return self.want_slot(id, out);
+                }
+                (Want::Guard { .. }, Phase::Missing) => Err(Refusal::Missing),
+                // Not reached: an operation is in flight in these, or `advance` began one.
+                (_, Phase::Creating | Phase::Restoring | Phase::Pruning | Phase::Removing) => {
+                    return;
+                }
+
+                // Removed while the caller was in line.
+                (Want::Removed, Phase::Absent) => Ok(()),
+                (_, Phase::Absent) => Err(Refusal::Unknown),
+
+                (Want::Stopped { force }, Phase::Active) => {
+                    return self.run(id, Op::Stop { force }, Some(waiter), out);
+                }
+                (Want::Stopped { .. }, Phase::Missing) => Err(Refusal::Missing),
+                (Want::Stopped { .. }, _) => Ok(()),
+
+                (Want::BackedUp | Want::Restored(_), _) if !self.policy.has_destination => {
+                    Err(Refusal::NoDestination)
+                }
+                (Want::BackedUp | Want::Restored(_), Phase::Active) => {
+                    return self.run(id, Op::Stop { force: false }, Some(waiter), out);
+                }
+                (Want::BackedUp, Phase::Missing) => Err(Refusal::Missing),
+                (Want::BackedUp, Phase::Stopped) if session.row.unsaved => {
+                    return self.run(id, Op::Backup, Some(waiter), out);
+                }
+                (Want::BackedUp, _) => Ok(()),
+
+                // What is there is saved before it is replaced.
+                (Want::Restored(_), Phase::Stopped) if session.row.unsaved => {
+                    return self.run(id, Op::Backup, Some(waiter), out);
+                }
+                (Want::Restored(name), _) => match name.or_else(|| session.row.backup.clone()) {
+                    None => Err(Refusal::NoBackup),
+                    Some(_) if !phase.is_resident() && !has_room => Err(Refusal::AtCapacity),
+                    Some(name) => return self.run(id, Op::Restore(name), Some(waiter), out),
+                },
+
+                (Want::Removed, _) => return self.run(id, Op::Remove, Some(waiter), out),
+            };
+            session.waiters.pop_front();
+            out.push(match answer {
+                Ok(()) => Effect::Fulfil { id, waiter },
+                Err(why) => Effect::Refuse { id, waiter, why },
+            });
+        }
+        self.drop_if_absent(id);
+        self.keep_house(id, out);
+    }
+
+    /// What time, or the need for room, asks of a session nobody waits for.
+    fn keep_house(&mut self, id: Uuid, out: &mut Vec<Effect>) {
+        let policy = &self.policy;
+        let Some(session) = self.sessions.get(&id) else { return };
+        let row = &session.row;
+        let pressed = session.evicting;
+        let (at, op) = match row.phase {
+            Phase::Active => {
+                (row.last_used.after(policy.idle_shutdown), Op::Stop { force: false })
+            }
+            Phase::Stopped if policy.has_destination && row.unsaved => {
+                let wait = policy.backup_after.unwrap_or(policy.prune_after);
+                (row.stopped_at.after(wait.min(policy.prune_after)), Op::Backup)
+            }
+            Phase::Stopped => (row.stopped_at.after(policy.prune_after), Op::Prune),
+            _ => return,
+        };
+        let op = match op {
+            Op::Backup if pressed && self.has(Fault::EvictUnsaved) => Op::Prune,
+            Op::Stop { .. } if self.has(Fault::BusyIgnored) => Op::Stop { force: true },
+            op => op,
+        };
+        let at = if pressed { self.now } else { at };
+        let at = if session.failures > 0 { at.max(session.retry_at) } else { at };
+        if at <= self.now {
+            self.run(id, op, None, out);
+        } else {
+            self.schedule(id, at);
+        }
+    }
+
+    fn schedule(&mut self, id: Uuid, at: PoolTime) {
+        let Some(session) = self.sessions.get_mut(&id) else { return };
+        if let Some(before) = session.due {
+            if before == at {
+                return;
+            }
+            self.due.remove(&(before, id));
+        }
+        session.due = Some(at);
+        self.due.insert((at, id));
+    }
+
+    /// Begins an operation, its row first.
+    fn run(&mut self, id: Uuid, op: Op, wished_by: Option<WaiterId>, out: &mut Vec<Effect>) {
+        let seq = self.next_seq;
+        self.next_seq += 1;
+        let Some(session) = self.sessions.get(&id) else { return };
+        // A prune or removal that a crash left half-done falls back to itself: it has to end.
+        let fallback = session.row.phase;
+        let next = match &op {
+            Op::Create => Some(Phase::Creating),
+            Op::Start => Some(Phase::Active),
+            Op::Prune => Some(Phase::Pruning),
+            Op::Restore(_) => Some(Phase::Restoring),
+            Op::Remove => Some(Phase::Removing),
+            Op::Stop { .. } | Op::Backup => None,
+        };
+        let mut row = None;
+        if let Some(phase) = next {
+            self.enter(id, phase);
+            let Some(session) = self.sessions.get(&id) else { return };
+            let mut durable = session.row.clone();
+            match &op {
+                Op::Start => durable.unsaved = true,
+                Op::Restore(name) => durable.backup = Some(name.clone()),
+                _ => {}
+            }
+            if op != Op::Prune || !self.has(Fault::PruneNotDurable) {
+                row = Some(durable);
+            }
+        }
+        if let Some(session) = self.sessions.get_mut(&id) {
+            session.running =
+                Some(Running { op: op.clone(), seq, wished_by, fallback, interrupted: false });
+            self.running += 1;
+            self.wished += usize::from(wished_by.is_some());
+            out.push(Effect::Run { id, seq, op, row });
+        }
+    }
+
+    /// Moves a session to a phase, keeping count of the places taken.
+    fn enter(&mut self, id: Uuid, phase: Phase) {
+        let Some(session) = self.sessions.get_mut(&id) else { return };
+        let before = session.row.phase.is_resident();
+        session.row.phase = phase;
+        self.resident = self.resident + usize::from(phase.is_resident()) - usize::from(before);
+        if !phase.is_resident() {
+            self.end_eviction(id);
+        }
+    }
+
+    /// Drops all that is known of a session, but not those who wait for it.
+    fn forget(&mut self, id: Uuid, out: &mut Vec<Effect>) {
+        self.enter(id, Phase::Absent);
+        let Some(session) = self.sessions.get_mut(&id) else { return };
+        if let Some(at) = session.due {
+            self.due.remove(&(at, id));
+        }
+        self.failing.remove(&id);
+        let waiters = std::mem::take(&mut session.waiters);
+        let wants_slot = session.wants_slot;
+        *session = Session { waiters, wants_slot, ..Session::absent(id, self.now) };
+        out.push(Effect::Forget(id));
+        self.drop_if_absent(id);
+    }
+
+    fn drop_if_absent(&mut self, id: Uuid) {
+        if self.sessions.get(&id).is_some_and(|session| {
+            session.row.phase == Phase::Absent
+                && session.waiters.is_empty()
+                && session.running.is_none()
+        }) {
+            self.sessions.remove(&id);
+        }
+    }
+
+    // ---- Places in a full pool ----------------------------------------------------------
+
+    fn has_room(&self) -> bool {
+        self.resident < self.policy.max_vms + usize::from(self.has(Fault::CapacityOffByOne))
+    }
+
+    /// Puts a session at the end of the line for a place.
+    fn want_slot(&mut self, id: Uuid, out: &mut Vec<Effect>) {
+        let Some(session) = self.sessions.get_mut(&id) else { return };
+        if !session.wants_slot {
+            session.wants_slot = true;
+            self.slot_line.push_back(id);
+        }
+        self.fill_slots(out);
+    }
+
+    /// Gives free places to the line, makes room if there is none, and turns away those for
+    /// whom no room is being made and who would not wait.
+    fn fill_slots(&mut self, out: &mut Vec<Effect>) {
+        while let Some(&id) = self.slot_line.front() {
+            if !self.has_room() {
+                break;
+            }
+            self.slot_line.pop_front();
+            let starts_empty = self.has(Fault::ArchivedStartsEmpty);
+            let Some(session) = self.sessions.get_mut(&id) else { continue };
+            session.wants_slot = false;
+            let Some(front) = session.waiters.front() else { continue };
+            let wished_by = Some(front.id);
+            let op = match (session.row.phase, session.row.backup.clone()) {
+                (Phase::Archived, Some(name)) if !starts_empty => Op::Restore(name),
+                _ => Op::Create,
+            };
+            self.run(id, op, wished_by, out);
+        }
+        while self.evicting < self.slot_line.len() && self.evict_one(out) {}
+        let turned_away: Vec<Uuid> = self.slot_line.iter().skip(self.evicting).copied().collect();
+        for id in turned_away {
+            self.turn_away_impatient(id, out);
+        }
+    }
+
+    fn turn_away_impatient(&mut self, id: Uuid, out: &mut Vec<Effect>) {
+        let Some(session) = self.sessions.get_mut(&id) else { return };
+        session.waiters.retain(|waiting| {
+            let impatient = waiting.want == Want::Guard { patient: false };
+            if impatient {
+                let why = Refusal::AtCapacity;
+                out.push(Effect::Refuse { id, waiter: waiting.id, why });
+            }
+            !impatient
+        });
+        if !session.guard_waits() {
+            session.wants_slot = false;
+            self.slot_line.retain(|waiting| *waiting != id);
+            // Whoever else is in its line can be answered now.
+            self.advance(id, out);
+        }
+    }
+
+    /// Begins to make room by sending the session away that has been of no use for longest.
+    fn evict_one(&mut self, out: &mut Vec<Effect>) -> bool {
+        // Every resident session that nothing happens to is in the due-queue.
+        let chosen = self
+            .due
+            .iter()
+            .filter_map(|(_, id)| self.sessions.get(id))
+            .filter(|session| self.is_evictable(session))
+            .min_by_key(|session| match session.row.phase {
+                Phase::Stopped => (false, session.row.stopped_at, session.row.id),
+                _ => (true, session.row.last_used, session.row.id),
+            })
+            .map(|session| session.row.id);
+        let Some(id) = chosen else { return false };
+        if let Some(session) = self.sessions.get_mut(&id) {
+            session.evicting = true;
+            self.evicting += 1;
+        }
+        self.advance(id, out);
+        true
+    }
+
+    /// Stopped sessions may be evicted; idle ones too where that costs no data.
+    fn is_evictable(&self, session: &Session) -> bool {
+        let phase = match session.row.phase {
+            Phase::Stopped => true,
+            Phase::Active => self.policy.has_destination,
+            _ => false,
+        };
+        phase
+            && !session.held
+            && !session.evicting
+            && session.running.is_none()
+            && session.waiters.is_empty()
+            && session.retry_at <= self.now
+    }
+
+    fn end_eviction(&mut self, id: Uuid) {
+        if let Some(session) = self.sessions.get_mut(&id)
+            && session.evicting
+        {
+            session.evicting = false;
+            self.evicting -= 1;
+        }
+    }
+}
+
+impl Session {
+    fn new(row: Row) -> Self {
+        Self {
+            row,
+            running: None,
+            held: false,
+            evicting: false,
+            wants_slot: false,
+            waiters: VecDeque::new(),
+            failures: 0,
+            retry_at: PoolTime::default(),
+            due: None,
+        }
+    }
+
+    fn absent(id: Uuid, now: PoolTime) -> Self {
+        Self::new(Row {
+            id,
+            phase: Phase::Absent,
+            created_at: now,
+            last_used: now,
+            stopped_at: now,
+            unsaved: true,
+            backup: None,
+        })
+    }
+
+    fn guard_waits(&self) -> bool {
+        self.waiters.iter().any(|waiting| matches!(waiting.want, Want::Guard { .. }))
+    }
+}

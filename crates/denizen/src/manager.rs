@@ -1,0 +1,367 @@
+//! The library's door: the manager, its builder and the guard.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use denizen_agent::Agent;
+use uuid::Uuid;
+
+use crate::backup::Backup;
+use crate::command::Command;
+use crate::config::VmPoolRuntimeConfig;
+use crate::error::{Error, Result};
+use crate::event::Events;
+use crate::isolation::Isolation;
+use crate::lifecycle::Want;
+use crate::name::SessionName;
+use crate::pool::{Hold, Pool, SessionInfo, Settings, Tasks, blocking};
+use crate::time::{Clock, SystemClock};
+
+/// A pool of sessions under one folder. There is one for each volume root at any time: a
+/// second one, in this process or another, is refused.
+///
+/// Dropping the manager stops its tasks. Guards still held stay usable until they are dropped;
+/// after the last one nothing of the pool runs any more. [`MicroVmManager::shutdown`] is the
+/// gentle way.
+pub struct MicroVmManager {
+    config: Arc<VmPoolRuntimeConfig>,
+    /// None if the pool is disabled.
+    pool: Option<Arc<Pool>>,
+    _tasks: Option<Tasks>,
+}
+
+impl fmt::Debug for MicroVmManager {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("MicroVmManager")
+            .field("enabled", &self.config.enabled)
+            .field("volume_root", &self.config.volume_root)
+            .field("active_vms", &self.pool.as_ref().map_or(0, |pool| pool.resident()))
+            .finish()
+    }
+}
+
+/// What can be chosen for a pool beyond its configuration.
+#[derive(Debug)]
+#[must_use = "a builder does nothing until it is built"]
+pub struct Builder {
+    config: VmPoolRuntimeConfig,
+    settings: Settings,
+}
+
+impl Builder {
+    /// How far sessions are kept from their host. Default: [`Isolation::Host`].
+    pub fn isolation(mut self, isolation: Isolation) -> Self {
+        self.settings.isolation = isolation;
+        self
+    }
+
+    /// Where the pool reads the time. Default: [`SystemClock`].
+    pub fn clock(mut self, clock: Arc<dyn Clock>) -> Self {
+        self.settings.clock = clock;
+        self
+    }
+
+    /// How long a caller waits, in line with the others, for a session in use or for a place
+    /// in a full pool. Default: for a session in use as long as it takes, for a place not at
+    /// all.
+    pub fn acquire_timeout(mut self, limit: Duration) -> Self {
+        self.settings.acquire_timeout = Some(limit);
+        self
+    }
+
+    /// Whether processes that a command left running keep their session from being stopped
+    /// when idle. Default: yes.
+    pub fn background_is_use(mut self, counts: bool) -> Self {
+        self.settings.background_is_use = counts;
+        self
+    }
+
+    /// Opens the pool: makes its folders, takes its lock and takes up what an earlier process
+    /// left.
+    ///
+    /// # Errors
+    /// [`Error::NoRuntime`] outside of a Tokio runtime; [`Error::Config`], [`Error::Root`],
+    /// [`Error::RootOwner`] and [`Error::Registry`] if the volume root cannot be used.
+    pub fn build(self) -> Result<Arc<MicroVmManager>> {
+        let config = Arc::new(self.config);
+        if !config.enabled {
+            return Ok(Arc::new(MicroVmManager { config, pool: None, _tasks: None }));
+        }
+        if tokio::runtime::Handle::try_current().is_err() {
+            return Err(Error::NoRuntime);
+        }
+        let (pool, tasks) = Pool::open(config.clone(), self.settings)?;
+        Ok(Arc::new(MicroVmManager { config, pool: Some(pool), _tasks: Some(tasks) }))
+    }
+}
+
+impl MicroVmManager {
+    /// Opens a pool with the defaults of [`Builder`].
+    ///
+    /// # Errors
+    /// As [`Builder::build`].
+    pub fn new(config: VmPoolRuntimeConfig) -> Result<Arc<Self>> {
+        Self::builder(config).build()
+    }
+
+    /// Begins to choose what the configuration has no fields for.
+    pub fn builder(config: VmPoolRuntimeConfig) -> Builder {
+        let settings = Settings {
+            isolation: Isolation::default(),
+            clock: Arc::new(SystemClock),
+            acquire_timeout: None,
+            background_is_use: true,
+        };
+        Builder { config, settings }
+    }
+
+    /// Whether there is a pool at all.
+    pub fn is_enabled(&self) -> bool {
+        self.config.enabled
+    }
+
+    /// The configuration the pool was opened with.
+    pub fn config(&self) -> &VmPoolRuntimeConfig {
+        &self.config
+    }
+
+    fn pool(&self) -> Result<&Arc<Pool>> {
+        self.pool.as_ref().ok_or(Error::Disabled)
+    }
+
+    /// Takes a session for exclusive use: makes it if it is new, restores it if it is archived,
+    /// starts it if it is stopped. Callers for one session are served in order.
+    ///
+    /// Cancel-safe: dropped at any point, the call leaves no trace in the line, and a session
+    /// that was just granted is given back. A session that was being made is made to the end.
+    ///
+    /// # Errors
+    /// [`Error::Disabled`], [`Error::AtCapacity`], [`Error::AcquireTimeout`],
+    /// [`Error::Bootstrap`], [`Error::VolumeMissing`], [`Error::ShuttingDown`], or what kept
+    /// the session from being made, restored or started.
+    pub async fn acquire(&self, session_id: Uuid) -> Result<VmExecutionGuard> {
+        let hold = self.pool()?.acquire(session_id).await?;
+        Ok(VmExecutionGuard { hold })
+    }
+
+    /// Does now what is due: stops idle sessions, backs up, prunes. What failed before and is
+    /// being waited out is tried again at once. Returns when it is done; a failure shows in
+    /// [`MicroVmManager::inspect`] and in the events, and stops nothing else.
+    ///
+    /// Cancel-safe: what has begun goes on.
+    ///
+    /// # Errors
+    /// None at present; a disabled pool has nothing to do.
+    pub async fn run_maintenance_now(&self) -> Result<()> {
+        if let Some(pool) = &self.pool {
+            pool.maintain().await;
+        }
+        Ok(())
+    }
+
+    /// All sessions, by name.
+    ///
+    /// # Errors
+    /// [`Error::Disabled`].
+    pub fn sessions(&self) -> Result<Vec<SessionInfo>> {
+        Ok(self.pool()?.sessions())
+    }
+
+    /// What is known of one session.
+    ///
+    /// # Errors
+    /// [`Error::Disabled`], [`Error::Unknown`].
+    pub fn inspect(&self, session_id: Uuid) -> Result<SessionInfo> {
+        self.pool()?.inspect(session_id)
+    }
+
+    /// The session of that name, if there is one.
+    ///
+    /// # Errors
+    /// [`Error::Disabled`].
+    pub fn find(&self, name: &SessionName) -> Result<Option<Uuid>> {
+        Ok(self.pool()?.named(name))
+    }
+
+    /// The session of that name; if there is none, the id that a session of that name will
+    /// have from now on. Cancel-safe.
+    ///
+    /// # Errors
+    /// [`Error::Disabled`], [`Error::Registry`].
+    pub async fn find_or_name(&self, name: &SessionName) -> Result<Uuid> {
+        self.pool()?.id_for(name).await
+    }
+
+    /// Ends what runs in a session; its files stay. With `force`, background processes are
+    /// ended too, which otherwise are [`Error::InUse`]; a guard being held always is. Already
+    /// stopped is fine. Cancel-safe: what has begun goes on.
+    ///
+    /// # Errors
+    /// [`Error::Disabled`], [`Error::Unknown`], [`Error::InUse`], [`Error::VolumeMissing`].
+    pub async fn stop(&self, session_id: Uuid, force: bool) -> Result<()> {
+        self.pool()?.ask(session_id, Want::Stopped { force }).await.map(drop)
+    }
+
+    /// Saves a session now; stops it for that. Nothing to save is fine. Cancel-safe: what has
+    /// begun goes on.
+    ///
+    /// # Errors
+    /// As [`MicroVmManager::stop`], [`Error::NoDestination`], or why the backup failed.
+    pub async fn backup(&self, session_id: Uuid) -> Result<()> {
+        self.pool()?.ask(session_id, Want::BackedUp).await.map(drop)
+    }
+
+    /// What a session can be restored from, newest first. Cancel-safe.
+    ///
+    /// # Errors
+    /// [`Error::Disabled`], [`Error::NoDestination`], [`Error::Backup`].
+    pub async fn backups(&self, session_id: Uuid) -> Result<Vec<Backup>> {
+        let pool = self.pool()?.clone();
+        blocking(move || pool.backups()?.list(session_id)).await
+    }
+
+    /// Puts a session back as a backup (the latest, if none is named) has it. Changes since
+    /// the last backup are saved first. A restore that fails leaves what was there.
+    /// Cancel-safe: what has begun goes on.
+    ///
+    /// # Errors
+    /// As [`MicroVmManager::backup`], [`Error::NoBackup`], [`Error::AtCapacity`].
+    pub async fn restore(&self, session_id: Uuid, backup: Option<&str>) -> Result<()> {
+        let want = Want::Restored(backup.map(str::to_owned));
+        self.pool()?.ask(session_id, want).await.map(drop)
+    }
+
+    /// Makes a new session whose volume is a copy of another's, and gives its id. Waits until
+    /// the other one is free. Cancel-safe.
+    ///
+    /// # Errors
+    /// As [`MicroVmManager::acquire`], [`Error::Unknown`].
+    pub async fn fork(&self, session_id: Uuid) -> Result<Uuid> {
+        self.pool()?.fork(session_id).await
+    }
+
+    /// Forgets a session and deletes its local files, saved or not. Its backups stay where
+    /// they are. Cancel-safe: what has begun goes on.
+    ///
+    /// # Errors
+    /// [`Error::Disabled`], [`Error::Unknown`], [`Error::InUse`] while a guard is held, or why
+    /// the files could not be deleted.
+    pub async fn remove(&self, session_id: Uuid) -> Result<()> {
+        self.pool()?.ask(session_id, Want::Removed).await.map(drop)
+    }
+
+    /// What happens to sessions from now on.
+    ///
+    /// # Errors
+    /// [`Error::Disabled`].
+    pub fn events(&self) -> Result<Events> {
+        Ok(self.pool()?.events())
+    }
+
+    /// The folder of a session, whether or not it is there.
+    ///
+    /// # Errors
+    /// [`Error::Disabled`].
+    pub fn session_folder(&self, session_id: Uuid) -> Result<PathBuf> {
+        Ok(self.pool()?.site(session_id))
+    }
+
+    /// Lets nobody in any more, waits until all guards are dropped and all operations have
+    /// ended, and ends what still runs in sessions. Callers in line get
+    /// [`Error::ShuttingDown`].
+    ///
+    /// Cancel-safe: dropped, the pool stays closed and what has begun goes on.
+    ///
+    /// # Errors
+    /// [`Error::Registry`] if the last state could not be written; nothing is lost then.
+    pub async fn shutdown(&self) -> Result<()> {
+        match &self.pool {
+            Some(pool) => pool.shutdown().await,
+            None => Ok(()),
+        }
+    }
+}
+
+/// The exclusive use of a session. Dropping it gives the session back; processes that were
+/// left running in the background go on.
+pub struct VmExecutionGuard {
+    hold: Hold,
+}
+
+impl fmt::Debug for VmExecutionGuard {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("VmExecutionGuard")
+            .field("session_id", &self.session_id())
+            .field("workdir", &self.workdir())
+            .finish_non_exhaustive()
+    }
+}
+
+impl VmExecutionGuard {
+    /// The session.
+    pub fn session_id(&self) -> Uuid {
+        self.hold.place.site.id
+    }
+
+    /// The shell that runs command lines.
+    pub fn shell_path(&self) -> &Path {
+        &self.hold.pool.config.shell
+    }
+
+    /// What the shell is given before the command line.
+    pub fn shell_args(&self) -> &[String] {
+        &self.hold.pool.config.shell_args
+    }
+
+    /// What the configuration adds to every command's environment.
+    pub fn environment(&self) -> &HashMap<String, String> {
+        &self.hold.pool.config.env
+    }
+
+    /// Where commands start: `<volume_root>/<uuid>/volume` under `host` isolation.
+    pub fn workdir(&self) -> &Path {
+        &self.hold.place.site.volume
+    }
+
+    /// A command line, to be run by the pool's shell.
+    pub fn command(&self, line: impl Into<std::ffi::OsString>) -> Command<'_> {
+        let args = self.shell_args().iter().map(Into::into).chain([line.into()]).collect();
+        Command::new(self, self.shell_path().into(), args)
+    }
+
+    /// A program, to be run as it is; without a `/` it is looked for in the command's `PATH`.
+    pub fn program(&self, program: impl Into<std::ffi::OsString>) -> Command<'_> {
+        Command::new(self, program.into(), Vec::new())
+    }
+
+    /// The session's agent: its processes, beyond what [`VmExecutionGuard::command`] offers.
+    ///
+    /// # Errors
+    /// [`Error::Task`] if the session has no instance, a fault in denizen.
+    pub fn agent(&self) -> Result<Agent> {
+        let agent = self.hold.place.agent();
+        agent.ok_or_else(|| Error::Task("an active session has no instance".to_owned()))
+    }
+
+    /// What a command's environment begins with: a plain `PATH`, `HOME` and `PWD` in the
+    /// volume, a UTF-8 locale, and then the configuration's own. Nothing of the host's.
+    pub fn base_environment(&self) -> std::collections::BTreeMap<String, String> {
+        let workdir = self.workdir().to_string_lossy().into_owned();
+        let shell = self.shell_path().to_string_lossy().into_owned();
+        let mut env: std::collections::BTreeMap<String, String> = [
+            ("HOME", workdir.as_str()),
+            ("LANG", "C.UTF-8"),
+            ("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"),
+            ("PWD", &workdir),
+            ("SHELL", &shell),
+        ]
+        .map(|(name, value)| (name.to_owned(), value.to_owned()))
+        .into();
+        env.insert("DENIZEN_SESSION".to_owned(), self.session_id().to_string());
+        env.extend(self.environment().clone());
+        env
+    }
+}

@@ -1,0 +1,750 @@
+//! The pool: carries out what the lifecycle decides.
+//!
+//! Callers change the [`Lifecycle`] under one short, synchronous lock and wait, if they have
+//! to, on a channel of their own. What the lifecycle orders is handed to one driver task,
+//! which writes rows first (many at once, if many are waiting) and then runs each operation in
+//! a task of its own; the operation's end goes back into the lifecycle. The pool must never
+//! decide anything about a session: if it seems to have to, the lifecycle lacks a rule.
+
+mod operation;
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
+use std::time::{Duration, SystemTime};
+
+use denizen_agent::Agent;
+use parking_lot::Mutex;
+use serde::Serialize;
+use tokio::sync::{Notify, mpsc, oneshot};
+use tokio::task::JoinSet;
+use uuid::Uuid;
+
+use crate::backup::Backups;
+use crate::config::VmPoolRuntimeConfig;
+use crate::error::{Error, Result};
+use crate::event::{
+    Announcer, Event, EventKind, Events, maybe_unix_seconds, op_name, unix_seconds,
+};
+use crate::isolation::{Driver, Isolation, Site};
+use crate::lifecycle::{
+    Change, Effect, Lifecycle, Op, Phase, Policy, PoolTime, Refusal, Seq, View, WaiterId, Want,
+};
+use crate::name::SessionName;
+use crate::registry::{Registry, Write, phase_name};
+use crate::time::{Clock, PoolClock};
+use crate::volume::Volumes;
+
+/// Longest sleep of the timer. Only bounds the harm of a clock that stands still.
+const LONGEST_SLEEP: Duration = Duration::from_secs(60);
+/// How long rows that could not be written wait for the next try.
+const WRITE_AGAIN: Duration = Duration::from_secs(5);
+
+/// What a builder can choose beyond the configuration.
+#[derive(Clone, Debug)]
+pub(crate) struct Settings {
+    pub(crate) isolation: Isolation,
+    pub(crate) clock: Arc<dyn Clock>,
+    pub(crate) acquire_timeout: Option<Duration>,
+    pub(crate) background_is_use: bool,
+}
+
+/// A session's place in this process.
+#[derive(Debug)]
+pub(crate) struct Place {
+    pub(crate) site: Site,
+    /// Set while the session is active.
+    instance: Mutex<Option<Agent>>,
+}
+
+impl Place {
+    pub(crate) fn agent(&self) -> Option<Agent> {
+        self.instance.lock().clone()
+    }
+}
+
+/// The exclusive hold on a session; dropping it gives the session back.
+pub(crate) struct Hold {
+    pub(crate) pool: Arc<Pool>,
+    pub(crate) place: Arc<Place>,
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        let id = self.place.site.id;
+        self.pool.apply(|state, now, out| state.core.release(now, id, out));
+    }
+}
+
+/// What a waiter is told: a hold if it wanted one.
+type Answer = Result<Option<Hold>>;
+
+enum Order {
+    Run { id: Uuid, seq: Seq, op: Op, row: Option<Write> },
+    Write(Write),
+}
+
+struct State {
+    core: Lifecycle,
+    places: HashMap<Uuid, Arc<Place>>,
+    waiters: HashMap<WaiterId, oneshot::Sender<Answer>>,
+    next_waiter: WaiterId,
+    /// Flags of operations that may be given up.
+    interrupts: HashMap<Seq, Arc<AtomicBool>>,
+    /// Volumes that sessions about to be made begin with.
+    origins: HashMap<Uuid, PathBuf>,
+    ids: BTreeMap<String, Uuid>,
+    names: HashMap<Uuid, SessionName>,
+    /// The last failure of each session that has not been followed by a success.
+    failures: HashMap<Uuid, String>,
+    /// When the timer will look next.
+    armed: Option<PoolTime>,
+    closing: bool,
+}
+
+pub(crate) struct Pool {
+    pub(crate) config: Arc<VmPoolRuntimeConfig>,
+    settings: Settings,
+    clock: PoolClock,
+    volumes: Volumes,
+    driver: Arc<dyn Driver>,
+    backups: Option<Backups>,
+    registry: Arc<Mutex<Registry>>,
+    state: Mutex<State>,
+    orders: mpsc::UnboundedSender<Order>,
+    /// Something is due earlier than the timer knows.
+    earlier: Notify,
+    /// An operation has ended or a guard was given back.
+    changed: Notify,
+    announcer: Announcer,
+}
+
+/// The pool's tasks; they end when this is dropped.
+pub(crate) struct Tasks(#[allow(dead_code)] JoinSet<()>);
+
+impl Pool {
+    /// Opens the volume root, takes up what an earlier process left, and begins to work.
+    /// Must be called within a Tokio runtime.
+    pub(crate) fn open(
+        config: Arc<VmPoolRuntimeConfig>,
+        settings: Settings,
+    ) -> Result<(Arc<Self>, Tasks)> {
+        if config.max_vms == 0 {
+            return Err(Error::config("max_vms", "must be greater than zero"));
+        }
+        let volumes = Volumes::open(&config.volume_root)?;
+        let (mut registry, remembered) = Registry::open(volumes.root(), volumes.own())?;
+        let clock = PoolClock::resume(settings.clock.clone(), remembered.time.as_ref());
+        let known: HashMap<Uuid, ()> = remembered.rows.iter().map(|row| (row.id, ())).collect();
+        let stray_names = remembered.names.iter().filter(|(_, id)| !known.contains_key(id));
+        let stray_names: Vec<Write> = stray_names.map(|(_, id)| Write::Forget(*id)).collect();
+        registry.commit(&stray_names, &clock.save())?;
+
+        let on_disk = volumes.scan()?;
+        let orphans: Vec<_> = on_disk
+            .iter()
+            .filter(|id| !known.contains_key(id))
+            .map(|id| (*id, volumes.found(*id)))
+            .collect();
+        let rows = remembered.rows.into_iter().map(|row| {
+            let found = volumes.found(row.id);
+            (row, found)
+        });
+        let rows = rows.collect();
+
+        let backups = config.backup_destination.clone().map(Backups::new);
+        let policy = Policy {
+            max_vms: config.max_vms,
+            idle_shutdown: config.idle_shutdown,
+            prune_after: config.prune_after,
+            backup_after: config.backup_after,
+            has_destination: backups.is_some(),
+        };
+        let (orders, inbox) = mpsc::unbounded_channel();
+        let names = remembered.names.into_iter().filter(|(_, id)| known.contains_key(id));
+        let names: HashMap<Uuid, SessionName> = names.map(|(name, id)| (id, name)).collect();
+        let state = State {
+            core: Lifecycle::new(policy),
+            places: HashMap::new(),
+            waiters: HashMap::new(),
+            next_waiter: 1,
+            interrupts: HashMap::new(),
+            origins: HashMap::new(),
+            ids: names.iter().map(|(id, name)| (name.to_string(), *id)).collect(),
+            names,
+            failures: HashMap::new(),
+            armed: None,
+            closing: false,
+        };
+        let pool = Arc::new(Self {
+            driver: settings.isolation.driver(),
+            config,
+            settings,
+            clock,
+            volumes,
+            backups,
+            registry: Arc::new(Mutex::new(registry)),
+            state: Mutex::new(state),
+            orders,
+            earlier: Notify::new(),
+            changed: Notify::new(),
+            announcer: Announcer::new(),
+        });
+        pool.sweep();
+        pool.apply(|state, now, out| state.core.recover(now, rows, &orphans, out));
+        let mut tasks = JoinSet::new();
+        tasks.spawn(drive(Arc::downgrade(&pool), inbox));
+        tasks.spawn(keep_time(Arc::downgrade(&pool)));
+        Ok((pool, Tasks(tasks)))
+    }
+
+    /// Deletes what a killed process left half-done, beside the work.
+    fn sweep(&self) {
+        let left_over = self.volumes.left_over();
+        let backups = self.backups.clone();
+        tokio::task::spawn_blocking(move || {
+            left_over.remove();
+            if let Some(Err(error)) = backups.map(|backups| backups.sweep()) {
+                tracing::warn!(%error, "cannot look for half-written backups");
+            }
+        });
+    }
+
+    // ---- The state, and what follows from changing it -----------------------------------
+
+    /// Changes the lifecycle and sees to what it orders.
+    fn apply<T>(
+        self: &Arc<Self>,
+        change: impl FnOnce(&mut State, PoolTime, &mut Vec<Effect>) -> T,
+    ) -> T {
+        self.apply_after(None, change)
+    }
+
+    /// As `apply`, when `failure` is why callers may be turned away.
+    fn apply_after<T>(
+        self: &Arc<Self>,
+        failure: Option<&Arc<Error>>,
+        change: impl FnOnce(&mut State, PoolTime, &mut Vec<Effect>) -> T,
+    ) -> T {
+        let mut effects = Vec::new();
+        let mut answers = Vec::new();
+        let now = self.clock.now();
+        let mut state = self.state.lock();
+        let result = change(&mut state, now, &mut effects);
+        for effect in effects {
+            // Orders leave under the lock, so that they stay in the lifecycle's order.
+            self.carry_out(&mut state, effect, failure, &mut answers);
+        }
+        let due = state.core.next_due();
+        let earlier = due.is_some_and(|due| state.armed.is_none_or(|armed| due < armed));
+        drop(state);
+        if earlier {
+            self.earlier.notify_one();
+        }
+        // An answer nobody waits for gives its hold back, which takes the lock.
+        for (waiter, answer) in answers {
+            let _: std::result::Result<(), Answer> = oneshot::Sender::send(waiter, answer);
+        }
+        result
+    }
+
+    fn carry_out(
+        self: &Arc<Self>,
+        state: &mut State,
+        effect: Effect,
+        failure: Option<&Arc<Error>>,
+        answers: &mut Vec<(oneshot::Sender<Answer>, Answer)>,
+    ) {
+        // A closed channel means that the manager is gone: nothing is begun any more.
+        let order = |order| drop(self.orders.send(order));
+        match effect {
+            Effect::Run { id, seq, op, row } => {
+                if op == Op::Backup {
+                    state.interrupts.insert(seq, Arc::default());
+                }
+                order(Order::Run { id, seq, op, row: row.map(Write::Save) });
+            }
+            Effect::Interrupt { seq, .. } => {
+                if let Some(flag) = state.interrupts.get(&seq) {
+                    flag.store(true, Ordering::Relaxed);
+                }
+            }
+            Effect::Save(row) => order(Order::Write(Write::Save(row))),
+            Effect::Forget(id) => {
+                order(Order::Write(Write::Forget(id)));
+                state.places.remove(&id);
+                state.failures.remove(&id);
+                if let Some(name) = state.names.remove(&id) {
+                    state.ids.remove(name.as_str());
+                }
+            }
+            Effect::Grant { id, waiter } => {
+                // Even if nobody waits any more: dropping the hold gives it back.
+                let hold = Hold { pool: self.clone(), place: self.place(state, id) };
+                let sender = state.waiters.remove(&waiter).unwrap_or_else(|| oneshot::channel().0);
+                answers.push((sender, Ok(Some(hold))));
+            }
+            Effect::Fulfil { waiter, .. } => {
+                if let Some(sender) = state.waiters.remove(&waiter) {
+                    answers.push((sender, Ok(None)));
+                }
+            }
+            Effect::Refuse { id, waiter, why } => {
+                let error = self.refusal(state, id, &why, failure);
+                if let Some(sender) = state.waiters.remove(&waiter) {
+                    answers.push((sender, Err(error)));
+                }
+            }
+            Effect::Notify { id, change } => self.tell(state, id, change, failure),
+        }
+    }
+
+    fn refusal(
+        &self,
+        state: &State,
+        id: Uuid,
+        why: &Refusal,
+        failure: Option<&Arc<Error>>,
+    ) -> Error {
+        match why {
+            Refusal::AtCapacity => Error::AtCapacity {
+                max_vms: self.config.max_vms,
+                last_failure: state.failures.values().next().cloned(),
+            },
+            Refusal::InUse => Error::InUse { session: id },
+            Refusal::Unknown => Error::Unknown { session: id.to_string() },
+            Refusal::Missing => Error::VolumeMissing {
+                session: id,
+                path: self.volumes.home(id).join("volume"),
+                backup: state.core.view(id).and_then(|view| view.row.backup.clone()),
+            },
+            Refusal::NoBackup => Error::NoBackup { session: id, name: None },
+            Refusal::NoDestination => Error::NoDestination,
+            Refusal::Failed => match failure {
+                Some(error) => Error::Shared(error.clone()),
+                None => Error::Task("its operation failed".to_owned()),
+            },
+        }
+    }
+
+    fn tell(
+        &self,
+        state: &mut State,
+        id: Uuid,
+        change: Change,
+        failure: Option<&Arc<Error>>,
+    ) {
+        match &change {
+            Change::Failed { retry_at: Some(_), .. } => {
+                let text = failure.map_or_else(|| "unknown".to_owned(), ToString::to_string);
+                state.failures.insert(id, text);
+            }
+            Change::BackedUp(_) | Change::Archived | Change::Stopped => {
+                state.failures.remove(&id);
+            }
+            _ => {}
+        }
+        let kind = match change {
+            Change::Created => EventKind::Created,
+            Change::Started => EventKind::Started,
+            Change::Stopped => EventKind::Stopped,
+            Change::StillRunning => EventKind::StillRunning,
+            Change::BackedUp(backup) => EventKind::BackedUp { backup },
+            Change::Restored(backup) => EventKind::Restored { backup },
+            Change::Archived => EventKind::Archived,
+            Change::Deleted => EventKind::Deleted,
+            Change::Removed => EventKind::Removed,
+            Change::Adopted => EventKind::Adopted,
+            Change::Missing => EventKind::Missing,
+            Change::Failed { op, retry_at } => EventKind::Failed {
+                operation: op_name(&op),
+                error: failure.map_or_else(String::new, ToString::to_string),
+                retry_at: retry_at.map(|at| self.clock.to_wall(at)),
+            },
+        };
+        match &kind {
+            EventKind::Deleted => tracing::warn!(
+                session = %id,
+                "session deleted with its files: the pool has no backup destination"
+            ),
+            EventKind::Missing => tracing::warn!(session = %id, "volume has vanished from disk"),
+            EventKind::Failed { operation, error, .. } => {
+                tracing::warn!(session = %id, operation, error, "operation failed");
+            }
+            kind => tracing::info!(session = %id, event = ?kind),
+        }
+        let name = state.names.get(&id).map(ToString::to_string);
+        self.announcer.announce(Event { at: self.clock.wall(), session: id, name, kind });
+    }
+
+    fn place(&self, state: &mut State, id: Uuid) -> Arc<Place> {
+        let place = state.places.entry(id).or_insert_with(|| {
+            let site = Site { id, volume: self.volumes.home(id).join("volume") };
+            Arc::new(Place { site, instance: Mutex::new(None) })
+        });
+        place.clone()
+    }
+
+    // ---- What callers want --------------------------------------------------------------
+
+    /// Takes the session for one caller. Cancel-safe: dropped at any point, it leaves the line
+    /// or gives the session back.
+    pub(crate) async fn acquire(self: &Arc<Self>, id: Uuid) -> Result<Hold> {
+        {
+            let mut state = self.state.lock();
+            if !state.closing && state.core.acquire_warm(id) {
+                let place = self.place(&mut state, id);
+                drop(state);
+                return Ok(Hold { pool: self.clone(), place });
+            }
+        }
+        let timeout = self.settings.acquire_timeout;
+        let answer = self.ask(id, Want::Guard { patient: timeout.is_some() });
+        let answer = match timeout {
+            None => answer.await?,
+            Some(limit) => match tokio::time::timeout(limit, answer).await {
+                Ok(answer) => answer?,
+                Err(_) => return Err(self.waited_too_long(id, limit)),
+            },
+        };
+        answer.ok_or_else(|| Error::Task("a guard was asked for and none given".to_owned()))
+    }
+
+    fn waited_too_long(&self, session: Uuid, waited: Duration) -> Error {
+        let state = self.state.lock();
+        let view = state.core.view(session);
+        let at_capacity = view.is_none_or(|view| {
+            view.running.is_none() && !view.held && !view.row.phase.is_resident()
+        });
+        Error::AcquireTimeout { session, waited, at_capacity }
+    }
+
+    /// Asks for something and waits for the answer. Cancel-safe: dropped, it leaves the line;
+    /// what has begun on its behalf goes on.
+    pub(crate) async fn ask(self: &Arc<Self>, id: Uuid, want: Want) -> Answer {
+        struct Ticket<'a>(&'a Arc<Pool>, Uuid, WaiterId);
+        impl Drop for Ticket<'_> {
+            fn drop(&mut self) {
+                let Self(pool, id, waiter) = *self;
+                pool.apply(|state, now, out| {
+                    // If it is gone, the answer has been given.
+                    if state.waiters.remove(&waiter).is_some() {
+                        state.core.cancel(now, id, waiter, out);
+                    }
+                });
+            }
+        }
+        let (sender, answer) = oneshot::channel();
+        let waiter = self.apply(|state, now, out| {
+            if state.closing {
+                return Err(Error::ShuttingDown);
+            }
+            let waiter = state.next_waiter;
+            state.next_waiter += 1;
+            state.waiters.insert(waiter, sender);
+            state.core.acquire(now, id, waiter, want, out);
+            Ok(waiter)
+        })?;
+        let _ticket = Ticket(self, id, waiter);
+        answer.await.unwrap_or(Err(Error::ShuttingDown))
+    }
+
+    /// Makes a new session whose volume is a copy of another's.
+    pub(crate) async fn fork(self: &Arc<Self>, source: Uuid) -> Result<Uuid> {
+        self.known(source)?;
+        // Nobody changes it while it is copied.
+        let hold = self.acquire(source).await?;
+        let id = Uuid::new_v4();
+        self.state.lock().origins.insert(id, hold.place.site.volume.clone());
+        let made = self.acquire(id).await;
+        self.state.lock().origins.remove(&id);
+        drop(made?);
+        Ok(id)
+    }
+
+    fn known(&self, id: Uuid) -> Result<()> {
+        match self.state.lock().core.view(id) {
+            Some(view) if view.row.phase != Phase::Absent => Ok(()),
+            _ => Err(Error::Unknown { session: id.to_string() }),
+        }
+    }
+
+    /// The session of that name.
+    pub(crate) fn named(&self, name: &SessionName) -> Option<Uuid> {
+        self.state.lock().ids.get(name.as_str()).copied()
+    }
+
+    /// The session of that name; a new one's id if there is none.
+    pub(crate) async fn id_for(self: &Arc<Self>, name: &SessionName) -> Result<Uuid> {
+        if let Some(id) = self.named(name) {
+            return Ok(id);
+        }
+        let pool = self.clone();
+        let name = name.clone();
+        blocking(move || {
+            let mut registry = pool.registry.lock();
+            // Another caller may have been first.
+            if let Some(id) = pool.named(&name) {
+                return Ok(id);
+            }
+            let id = Uuid::new_v4();
+            registry.name(&name, id)?;
+            let mut state = pool.state.lock();
+            state.ids.insert(name.to_string(), id);
+            state.names.insert(id, name);
+            Ok(id)
+        })
+        .await
+    }
+
+    pub(crate) fn sessions(&self) -> Vec<SessionInfo> {
+        let state = self.state.lock();
+        let mut all: Vec<_> = state
+            .core
+            .views()
+            .filter(|view| view.row.phase != Phase::Absent)
+            .map(|view| self.info(&state, &view))
+            .collect();
+        drop(state);
+        all.sort_by(|a, b| (&a.name, a.id).cmp(&(&b.name, b.id)));
+        all
+    }
+
+    pub(crate) fn inspect(&self, id: Uuid) -> Result<SessionInfo> {
+        self.known(id)?;
+        let state = self.state.lock();
+        let view = state.core.view(id);
+        view.map(|view| self.info(&state, &view))
+            .ok_or_else(|| Error::Unknown { session: id.to_string() })
+    }
+
+    fn info(&self, state: &State, view: &View<'_>) -> SessionInfo {
+        let row = view.row;
+        let wall = |at| self.clock.to_wall(at);
+        SessionInfo {
+            id: row.id,
+            name: state.names.get(&row.id).map(ToString::to_string),
+            isolation: self.settings.isolation.name(),
+            state: phase_name(row.phase),
+            operation: view.running.map(op_name),
+            in_use: view.held,
+            waiting: view.waiting,
+            created_at: wall(row.created_at),
+            last_used: wall(row.last_used),
+            unsaved: row.unsaved,
+            backup: row.backup.clone(),
+            failures: view.failures,
+            last_failure: state.failures.get(&row.id).cloned(),
+            retry_at: view.retry_at.map(wall),
+            volume: row.phase.is_resident().then(|| self.volumes.home(row.id).join("volume")),
+        }
+    }
+
+    pub(crate) fn resident(&self) -> usize {
+        self.state.lock().core.resident()
+    }
+
+    pub(crate) fn events(&self) -> Events {
+        self.announcer.listen()
+    }
+
+    pub(crate) fn backups(&self) -> Result<&Backups> {
+        self.backups.as_ref().ok_or(Error::NoDestination)
+    }
+
+    pub(crate) fn site(&self, id: Uuid) -> PathBuf {
+        self.volumes.home(id)
+    }
+
+    // ---- Housekeeping -------------------------------------------------------------------
+
+    /// Does what is due and waits until it is done. Cancel-safe: what has begun goes on.
+    pub(crate) async fn maintain(self: &Arc<Self>) {
+        self.apply(|state, now, out| state.core.tick_eagerly(now, out));
+        self.until(|state| state.core.housekeeping() == 0).await;
+    }
+
+    /// Waits until the condition holds.
+    async fn until(&self, condition: impl Fn(&State) -> bool) {
+        loop {
+            let changed = self.changed.notified();
+            tokio::pin!(changed);
+            changed.as_mut().enable();
+            if condition(&self.state.lock()) {
+                return;
+            }
+            changed.await;
+        }
+    }
+
+    /// Lets nobody in any more, waits for guards and operations, ends all instances.
+    pub(crate) async fn shutdown(self: &Arc<Self>) -> Result<()> {
+        let waiting: Vec<_> = {
+            let mut state = self.state.lock();
+            state.closing = true;
+            state.waiters.drain().collect()
+        };
+        drop(waiting);
+        let quiet = |state: &State| {
+            state.core.in_flight() == 0 && state.core.views().all(|view| !view.held)
+        };
+        self.until(quiet).await;
+        self.apply(|state, now, out| {
+            let active: Vec<Uuid> = state
+                .core
+                .views()
+                .filter(|view| view.row.phase == Phase::Active)
+                .map(|view| view.row.id)
+                .collect();
+            for id in active {
+                let waiter = state.next_waiter;
+                state.next_waiter += 1;
+                state.core.acquire(now, id, waiter, Want::Stopped { force: true }, out);
+            }
+        });
+        self.until(quiet).await;
+        // The driver has written what the operations left; save the time last.
+        let pool = self.clone();
+        blocking(move || Ok(pool.registry.lock().commit(&[], &pool.clock.save())?)).await
+    }
+
+    fn finished(self: &Arc<Self>, id: Uuid, seq: Seq, result: operation::Result) {
+        let (outcome, failure) = match result {
+            Ok(outcome) => (outcome, None),
+            Err(error) => (crate::lifecycle::Outcome::Failed, Some(Arc::new(error))),
+        };
+        self.apply_after(failure.as_ref(), |state, now, out| {
+            state.interrupts.remove(&seq);
+            state.core.finished(now, id, seq, outcome, out);
+        });
+        self.changed.notify_waiters();
+    }
+}
+
+/// What is known of a session.
+#[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
+pub struct SessionInfo {
+    /// The session.
+    pub id: Uuid,
+    /// Its name, if it was given one.
+    pub name: Option<String>,
+    /// How far it is kept from its host.
+    pub isolation: &'static str,
+    /// `creating`, `active`, `stopped`, `restoring`, `pruning`, `archived`, `missing` or
+    /// `removing`.
+    pub state: &'static str,
+    /// What is being done for it right now.
+    pub operation: Option<&'static str>,
+    /// Whether a guard is held.
+    pub in_use: bool,
+    /// How many callers are in line.
+    pub waiting: usize,
+    /// When it was made.
+    #[serde(serialize_with = "unix_seconds")]
+    pub created_at: SystemTime,
+    /// When it was last given back, as far as it is known: a crash forgets the time since the
+    /// session became active.
+    #[serde(serialize_with = "unix_seconds")]
+    pub last_used: SystemTime,
+    /// Whether there may be changes that no verified backup holds.
+    pub unsaved: bool,
+    /// The latest verified backup.
+    pub backup: Option<String>,
+    /// How often in a row housekeeping has failed for it.
+    pub failures: u32,
+    /// Why, the last time.
+    pub last_failure: Option<String>,
+    /// When it is tried again.
+    #[serde(serialize_with = "maybe_unix_seconds")]
+    pub retry_at: Option<SystemTime>,
+    /// Its files, while they are on local disk.
+    pub volume: Option<PathBuf>,
+}
+
+// ---- Tasks ------------------------------------------------------------------------------
+
+/// Calls the lifecycle when something is due.
+async fn keep_time(pool: Weak<Pool>) {
+    while let Some(pool) = pool.upgrade() {
+        let wait = {
+            let mut state = pool.state.lock();
+            let (now, due) = (pool.clock.now(), state.core.next_due());
+            state.armed = due;
+            due.map_or(LONGEST_SLEEP, |due| Duration::from_millis(due.0.saturating_sub(now.0)))
+        };
+        if wait.is_zero() {
+            pool.apply(|state, now, out| state.core.tick(now, out));
+            continue;
+        }
+        tokio::select! {
+            () = tokio::time::sleep(wait.min(LONGEST_SLEEP)) => {}
+            () = pool.earlier.notified() => {}
+        }
+    }
+}
+
+/// Carries out orders: rows first, then operations.
+async fn drive(pool: Weak<Pool>, mut inbox: mpsc::UnboundedReceiver<Order>) {
+    let mut operations = JoinSet::new();
+    // Rows that could not be written; nothing waits for them.
+    let mut behind: Vec<Write> = Vec::new();
+    loop {
+        let mut orders = Vec::new();
+        tokio::select! {
+            received = inbox.recv_many(&mut orders, 1024) => if received == 0 { return },
+            Some(_) = operations.join_next() => continue,
+            () = tokio::time::sleep(WRITE_AGAIN), if !behind.is_empty() => {}
+        }
+        let Some(pool) = pool.upgrade() else { return };
+        let mut writes = behind.clone();
+        writes.extend(orders.iter().filter_map(|order| match order {
+            Order::Run { row, .. } => row.clone(),
+            Order::Write(write) => Some(write.clone()),
+        }));
+        let written = if writes.is_empty() { Ok(()) } else { pool.write(writes).await };
+        let failure = match written {
+            Ok(()) => {
+                behind.clear();
+                None
+            }
+            Err(error) => {
+                tracing::warn!(%error, "cannot write to the registry");
+                Some(Arc::new(error))
+            }
+        };
+        for order in orders {
+            match (order, &failure) {
+                (Order::Run { id, seq, row: Some(_), .. }, Some(error)) => {
+                    pool.finished(id, seq, Err(Error::Shared(error.clone())));
+                }
+                (Order::Run { id, seq, op, .. }, _) => {
+                    operations.spawn(operation::run(pool.clone(), id, seq, op));
+                }
+                (Order::Write(write), Some(_)) => {
+                    behind.retain(|earlier| earlier.id() != write.id());
+                    behind.push(write);
+                }
+                (Order::Write(_), None) => {}
+            }
+        }
+    }
+}
+
+impl Pool {
+    async fn write(self: &Arc<Self>, writes: Vec<Write>) -> Result<()> {
+        let (registry, time) = (self.registry.clone(), self.clock.save());
+        blocking(move || Ok(registry.lock().commit(&writes, &time)?)).await
+    }
+}
+
+/// Runs `work` where it may block.
+pub(crate) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(error) => Err(Error::Task(error.to_string())),
+    }
+}

@@ -1,0 +1,406 @@
+//! What a pool remembers: one SQLite file, and the lock that makes this process its only
+//! owner.
+//!
+//! The file is there for people too: `sqlite3 <volume_root>/.denizen/registry.db 'select * from
+//! sessions'` works at any time, also while a daemon runs. The registry must never decide
+//! anything: it writes the rows it is given and gives them back.
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use rusqlite::{Connection, OpenFlags, OptionalExtension, Transaction, params};
+use uuid::Uuid;
+
+use crate::lifecycle::{Phase, PoolTime, Row};
+use crate::name::SessionName;
+use crate::time::SavedTime;
+
+/// `PRAGMA application_id`: tells `file(1)` and us that the file is a denizen registry.
+const APPLICATION_ID: i32 = 0x646e_7a6e;
+
+/// How the schema came to be, one step a version; `PRAGMA user_version` counts the steps done.
+/// Steps are never changed once released: a change is a new step.
+const MIGRATIONS: &[&str] = &[
+    "CREATE TABLE sessions (
+        id TEXT PRIMARY KEY NOT NULL,   -- a UUID
+        phase TEXT NOT NULL,            -- creating, active, stopped, restoring, pruning, archived, missing, removing
+        created_at INTEGER NOT NULL,    -- milliseconds of pool time, as the two below
+        last_used INTEGER NOT NULL,
+        stopped_at INTEGER NOT NULL,
+        unsaved INTEGER NOT NULL,       -- 1: there may be changes that no verified backup holds
+        backup TEXT                     -- the latest verified backup
+    ) STRICT, WITHOUT ROWID;
+    CREATE TABLE clock (                -- pool time, and what it was measured by
+        one INTEGER PRIMARY KEY NOT NULL CHECK (one = 1),
+        pool_ms INTEGER NOT NULL,
+        wall_ms INTEGER NOT NULL,
+        uptime_ms INTEGER NOT NULL,
+        boot TEXT NOT NULL
+    ) STRICT;",
+    "CREATE TABLE names (
+        name TEXT PRIMARY KEY NOT NULL,
+        session TEXT NOT NULL UNIQUE
+    ) STRICT, WITHOUT ROWID;",
+];
+
+/// What is wrong with a registry.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RegistryError {
+    /// Another process owns the volume root.
+    #[error(
+        "{} is in use by another denizen (its lock is held): stop that one first, or use another \
+         volume root", root.display()
+    )]
+    Locked {
+        /// The volume root.
+        root: PathBuf,
+    },
+    /// A newer denizen has written the registry.
+    #[error(
+        "{} has schema version {found}, this denizen knows versions up to {known}: use the newer \
+         denizen that wrote it", path.display()
+    )]
+    Newer {
+        /// The file.
+        path: PathBuf,
+        /// Its version.
+        found: usize,
+        /// The newest version known here.
+        known: usize,
+    },
+    /// The file is not a registry, or is damaged.
+    #[error(
+        "{} is not a readable registry ({problem}): move it aside and start again; volumes on \
+         disk are then taken in again, and archived sessions are still in the backup destination",
+        path.display()
+    )]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// A file beside the registry could not be made or locked.
+    #[error("cannot use {}: {source}", path.display())]
+    Io {
+        /// The file or folder.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// SQLite refused to read or write.
+    #[error("cannot read or write {}: {source}", path.display())]
+    Sqlite {
+        /// The file.
+        path: PathBuf,
+        /// What SQLite said; a full disk shows up here.
+        source: rusqlite::Error,
+    },
+}
+
+type Result<T> = std::result::Result<T, RegistryError>;
+
+/// One change to be made durable.
+#[derive(Clone, Debug)]
+pub(crate) enum Write {
+    Save(Row),
+    Forget(Uuid),
+}
+
+impl Write {
+    pub(crate) fn id(&self) -> Uuid {
+        match self {
+            Self::Save(row) => row.id,
+            Self::Forget(id) => *id,
+        }
+    }
+}
+
+/// What the registry held when it was opened.
+#[derive(Debug)]
+pub(crate) struct Remembered {
+    pub(crate) rows: Vec<Row>,
+    pub(crate) names: Vec<(SessionName, Uuid)>,
+    pub(crate) time: Option<SavedTime>,
+}
+
+/// An open registry. The lock is held until it is dropped.
+#[derive(Debug)]
+pub(crate) struct Registry {
+    path: PathBuf,
+    connection: Connection,
+    _lock: File,
+}
+
+impl Registry {
+    /// Takes the lock in `folder` (`<volume_root>/.denizen`), which must exist, and opens the
+    /// registry there, making it at first use and bringing an older schema up to date.
+    pub(crate) fn open(root: &Path, folder: &Path) -> Result<(Self, Remembered)> {
+        let lock = lock(root, folder)?;
+        let path = folder.join("registry.db");
+        make_if_new(&path)?;
+        let damaged = |problem: String| RegistryError::Damaged { path: path.clone(), problem };
+        let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+        let connection = Connection::open_with_flags(&path, flags).map_err(sqlite(&path))?;
+        connection
+            .query_row("PRAGMA quick_check(1)", [], |row| row.get::<_, String>(0))
+            .map_err(|error| diagnose(&path, error))
+            .and_then(|answer| if answer == "ok" { Ok(()) } else { Err(damaged(answer)) })?;
+        let application: i32 = connection
+            .query_row("PRAGMA application_id", [], |row| row.get(0))
+            .map_err(sqlite(&path))?;
+        if application != APPLICATION_ID {
+            return Err(damaged("it was not written by denizen".to_owned()));
+        }
+        let mut registry = Self { path: path.clone(), connection, _lock: lock };
+        registry.migrate()?;
+        let remembered = registry.load()?;
+        Ok((registry, remembered))
+    }
+
+    fn migrate(&mut self) -> Result<()> {
+        let path = self.path.clone();
+        let found: usize = self
+            .connection
+            .query_row("PRAGMA user_version", [], |row| row.get(0))
+            .map_err(sqlite(&path))?;
+        if found > MIGRATIONS.len() {
+            return Err(RegistryError::Newer { path, found, known: MIGRATIONS.len() });
+        }
+        let transaction = self.connection.transaction().map_err(sqlite(&path))?;
+        for (step, sql) in MIGRATIONS.iter().enumerate().skip(found) {
+            transaction.execute_batch(sql).map_err(sqlite(&path))?;
+            transaction.pragma_update(None, "user_version", step + 1).map_err(sqlite(&path))?;
+        }
+        transaction.commit().map_err(sqlite(&path))
+    }
+
+    fn load(&self) -> Result<Remembered> {
+        let read = || -> rusqlite::Result<Remembered> {
+            let mut rows = self.connection.prepare(
+                "SELECT id, phase, created_at, last_used, stopped_at, unsaved, backup FROM sessions",
+            )?;
+            let rows = rows.query_map([], read_row)?.collect::<rusqlite::Result<_>>()?;
+            let mut names = self.connection.prepare("SELECT name, session FROM names")?;
+            let names = names.query_map([], read_name)?.collect::<rusqlite::Result<_>>()?;
+            let time = self
+                .connection
+                .query_row("SELECT pool_ms, wall_ms, uptime_ms, boot FROM clock", [], |row| {
+                    Ok(SavedTime {
+                        pool_ms: row.get(0)?,
+                        wall_ms: row.get(1)?,
+                        uptime_ms: row.get(2)?,
+                        boot: row.get(3)?,
+                    })
+                })
+                .optional()?;
+            Ok(Remembered { rows, names, time })
+        };
+        read().map_err(|error| diagnose(&self.path, error))
+    }
+
+    /// Makes all of `writes` durable, or none.
+    pub(crate) fn commit(&mut self, writes: &[Write], time: &SavedTime) -> Result<()> {
+        self.transact(|transaction| {
+            for write in writes {
+                match write {
+                    Write::Save(row) => save(transaction, row)?,
+                    Write::Forget(id) => {
+                        let id = id.to_string();
+                        transaction
+                            .prepare_cached("DELETE FROM sessions WHERE id = ?1")?
+                            .execute([&id])?;
+                        transaction
+                            .prepare_cached("DELETE FROM names WHERE session = ?1")?
+                            .execute([&id])?;
+                    }
+                }
+            }
+            transaction
+                .prepare_cached(
+                    "INSERT INTO clock VALUES (1, ?1, ?2, ?3, ?4) ON CONFLICT DO UPDATE SET
+                     pool_ms = ?1, wall_ms = ?2, uptime_ms = ?3, boot = ?4",
+                )?
+                .execute(params![time.pool_ms, time.wall_ms, time.uptime_ms, time.boot])?;
+            Ok(())
+        })
+    }
+
+    /// Makes a name durable.
+    pub(crate) fn name(&mut self, name: &SessionName, id: Uuid) -> Result<()> {
+        self.transact(|transaction| {
+            transaction
+                .execute("INSERT INTO names VALUES (?1, ?2)", params![name.as_str(), id.to_string()])
+                .map(drop)
+        })
+    }
+
+    fn transact(
+        &mut self,
+        work: impl FnOnce(&Transaction<'_>) -> rusqlite::Result<()>,
+    ) -> Result<()> {
+        let attempt = || -> rusqlite::Result<()> {
+            let transaction = self.connection.transaction()?;
+            work(&transaction)?;
+            transaction.commit()
+        };
+        attempt().map_err(sqlite(&self.path))
+    }
+}
+
+fn lock(root: &Path, folder: &Path) -> Result<File> {
+    let path = folder.join("lock");
+    let failed = |source| RegistryError::Io { path: path.clone(), source };
+    let file = OpenOptions::new()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .mode(0o600)
+        .open(&path)
+        .map_err(failed)?;
+    match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(file),
+        Err(rustix::io::Errno::WOULDBLOCK) => {
+            Err(RegistryError::Locked { root: root.to_owned() })
+        }
+        Err(errno) => Err(failed(errno.into())),
+    }
+}
+
+/// Makes an empty registry under another name and renames it, so that a file with the right
+/// name and nothing in it is known to have been cut off.
+fn make_if_new(path: &Path) -> Result<()> {
+    let io = |source| RegistryError::Io { path: path.to_owned(), source };
+    match fs::metadata(path) {
+        Ok(metadata) if metadata.len() > 0 => return Ok(()),
+        Ok(_) => {
+            return Err(RegistryError::Damaged {
+                path: path.to_owned(),
+                problem: "it is empty: it has been cut off".to_owned(),
+            });
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(io(error)),
+    }
+    let new = path.with_extension("new");
+    for left_over in [new.clone(), new.with_extension("new-wal"), new.with_extension("new-shm")] {
+        match fs::remove_file(&left_over) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(io(error)),
+            _ => {}
+        }
+    }
+    let connection = Connection::open(&new).map_err(sqlite(path))?;
+    let prepare = || -> rusqlite::Result<()> {
+        connection.pragma_update(None, "application_id", APPLICATION_ID)?;
+        // Readers do not wait for the writer, nor the writer for them.
+        connection.pragma_update_and_check(None, "journal_mode", "wal", |_| Ok(()))
+    };
+    prepare().map_err(sqlite(path))?;
+    connection.close().map_err(|(_, error)| sqlite(path)(error))?;
+    rustix::fs::chmod(&new, rustix::fs::Mode::from_raw_mode(0o600))
+        .map_err(|errno| io(errno.into()))?;
+    File::open(&new).and_then(|file| file.sync_all()).map_err(io)?;
+    fs::rename(&new, path).map_err(io)?;
+    path.parent().map_or(Ok(()), |folder| File::open(folder)?.sync_all()).map_err(io)
+}
+
+fn sqlite(path: &Path) -> impl Fn(rusqlite::Error) -> RegistryError {
+    move |source| RegistryError::Sqlite { path: path.to_owned(), source }
+}
+
+/// Tells a damaged file from one that cannot be read or written just now.
+fn diagnose(path: &Path, error: rusqlite::Error) -> RegistryError {
+    use rusqlite::ErrorCode::{DatabaseCorrupt, NotADatabase};
+    let damaged = match &error {
+        rusqlite::Error::SqliteFailure(failure, _) => {
+            matches!(failure.code, DatabaseCorrupt | NotADatabase)
+        }
+        rusqlite::Error::FromSqlConversionFailure(..)
+        | rusqlite::Error::InvalidColumnType(..)
+        | rusqlite::Error::IntegralValueOutOfRange(..) => true,
+        _ => false,
+    };
+    if damaged {
+        RegistryError::Damaged { path: path.to_owned(), problem: error.to_string() }
+    } else {
+        sqlite(path)(error)
+    }
+}
+
+fn save(transaction: &Transaction<'_>, row: &Row) -> rusqlite::Result<()> {
+    transaction
+        .prepare_cached(
+            "INSERT OR REPLACE INTO sessions
+             (id, phase, created_at, last_used, stopped_at, unsaved, backup)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
+        )?
+        .execute(params![
+            row.id.to_string(),
+            phase_name(row.phase),
+            row.created_at.0,
+            row.last_used.0,
+            row.stopped_at.0,
+            row.unsaved,
+            row.backup,
+        ])
+        .map(drop)
+}
+
+fn read_row(row: &rusqlite::Row<'_>) -> rusqlite::Result<Row> {
+    Ok(Row {
+        id: parsed(row, 0, |text| Uuid::try_parse(text).ok())?,
+        phase: parsed(row, 1, phase_named)?,
+        created_at: PoolTime(row.get(2)?),
+        last_used: PoolTime(row.get(3)?),
+        stopped_at: PoolTime(row.get(4)?),
+        unsaved: row.get(5)?,
+        backup: row.get(6)?,
+    })
+}
+
+fn read_name(row: &rusqlite::Row<'_>) -> rusqlite::Result<(SessionName, Uuid)> {
+    Ok((
+        parsed(row, 0, |text| text.parse().ok())?,
+        parsed(row, 1, |text| Uuid::try_parse(text).ok())?,
+    ))
+}
+
+fn parsed<T>(
+    row: &rusqlite::Row<'_>,
+    column: usize,
+    parse: impl FnOnce(&str) -> Option<T>,
+) -> rusqlite::Result<T> {
+    let text: String = row.get(column)?;
+    parse(&text).ok_or_else(|| {
+        let problem = format!("{text:?} makes no sense here");
+        rusqlite::Error::FromSqlConversionFailure(
+            column,
+            rusqlite::types::Type::Text,
+            problem.into(),
+        )
+    })
+}
+
+const PHASES: [(Phase, &str); 8] = [
+    (Phase::Creating, "creating"),
+    (Phase::Active, "active"),
+    (Phase::Stopped, "stopped"),
+    (Phase::Restoring, "restoring"),
+    (Phase::Pruning, "pruning"),
+    (Phase::Archived, "archived"),
+    (Phase::Missing, "missing"),
+    (Phase::Removing, "removing"),
+];
+
+/// The word for a phase, in the registry and wherever people read it.
+pub(crate) fn phase_name(phase: Phase) -> &'static str {
+    // Absent sessions are never saved; they have a word all the same, for listings.
+    PHASES.iter().find(|(known, _)| *known == phase).map_or("absent", |(_, name)| name)
+}
+
+fn phase_named(name: &str) -> Option<Phase> {
+    PHASES.iter().find(|(_, known)| *known == name).map(|(phase, _)| *phase)
+}

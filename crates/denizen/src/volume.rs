@@ -1,0 +1,232 @@
+//! The folders of a pool: `<volume_root>/<uuid>/volume` for each session, and denizen's own
+//! things in `<volume_root>/.denizen`.
+//!
+//! Each change of a session's folder has one instant at which it has happened: making ends
+//! with the removal of the `incomplete` mark, putting back and deleting are one rename each.
+//! Before that instant a crash leaves what was there, after it what shall be; so a start finds
+//! out by looking ([`Volumes::found`]). Nothing here follows a symlink out of a session.
+
+use std::fs::{self, DirBuilder, File};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use uuid::Uuid;
+
+use crate::error::{Error, Result};
+use crate::lifecycle::Found;
+
+/// Marks a volume whose making has not ended.
+const INCOMPLETE: &str = "incomplete";
+
+/// The folders of one pool.
+#[derive(Clone, Debug)]
+pub(crate) struct Volumes {
+    root: PathBuf,
+    own: PathBuf,
+}
+
+impl Volumes {
+    /// Makes the root and denizen's own folder in it, if they are not there.
+    pub(crate) fn open(root: &Path) -> Result<Self> {
+        // Instances change folder: what they are told must not depend on where we stand.
+        let root = std::path::absolute(root).map_err(|source| Error::root(root, source))?;
+        let own = root.join(".denizen");
+        let made = fs::create_dir_all(&root).and_then(|()| make_private(&own));
+        made.map_err(|source| Error::root(&root, source))?;
+        check_owner(&root, &own)?;
+        for folder in ["staging", "trash"] {
+            make_private(&own.join(folder)).map_err(|source| Error::root(&root, source))?;
+        }
+        Ok(Self { root, own })
+    }
+
+    pub(crate) fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// `<volume_root>/.denizen`.
+    pub(crate) fn own(&self) -> &Path {
+        &self.own
+    }
+
+    /// The folder that belongs to a session.
+    pub(crate) fn home(&self, id: Uuid) -> PathBuf {
+        self.root.join(id.to_string())
+    }
+
+    /// What is there of a session's volume.
+    pub(crate) fn found(&self, id: Uuid) -> Found {
+        let home = self.home(id);
+        let is_folder = |path: &Path| fs::symlink_metadata(path).is_ok_and(|m| m.is_dir());
+        if home.join(INCOMPLETE).exists() {
+            Found::Half
+        } else if is_folder(&home.join("volume")) {
+            Found::Whole
+        } else {
+            Found::Nothing
+        }
+    }
+
+    /// All sessions that have a folder here, in order.
+    pub(crate) fn scan(&self) -> Result<Vec<Uuid>> {
+        let failed = |source| Error::root(&self.root, source);
+        let mut ids = Vec::new();
+        for entry in fs::read_dir(&self.root).map_err(failed)? {
+            let name = entry.map_err(failed)?.file_name();
+            // Only the spelling that we write ourselves: `home` must lead back to it.
+            if let Some(id) = name.to_str().and_then(|name| Uuid::try_parse(name).ok())
+                && name.to_str() == Some(&id.to_string())
+            {
+                ids.push(id);
+            }
+        }
+        ids.sort_unstable();
+        Ok(ids)
+    }
+
+    /// Begins to make a volume: an empty folder, marked incomplete.
+    pub(crate) fn begin(&self, id: Uuid) -> Result<PathBuf> {
+        let home = self.home(id);
+        let volume = home.join("volume");
+        let make = || {
+            // Left over from an earlier try; the registry says that nothing of it is wanted.
+            self.discard(id)?;
+            make_private(&home)?;
+            File::create(home.join(INCOMPLETE))?.sync_all()?;
+            sync(&home)?;
+            sync(&self.root)?;
+            fs::create_dir(&volume)
+        };
+        make().map_err(|source| Error::volume("make", &volume, source))?;
+        Ok(volume)
+    }
+
+    /// Ends the making of a volume: from here on it is whole.
+    pub(crate) fn complete(&self, id: Uuid) -> Result<()> {
+        let home = self.home(id);
+        let end = || {
+            sync(&home)?;
+            fs::remove_file(home.join(INCOMPLETE))?;
+            sync(&home)
+        };
+        end().map_err(|source| Error::volume("make", &home, source))
+    }
+
+    /// Takes a session's folder away in one step, then deletes it. Not there is fine.
+    pub(crate) fn discard(&self, id: Uuid) -> io::Result<()> {
+        let grave = self.own.join("trash").join(format!("{id}.{}", Uuid::new_v4()));
+        match fs::rename(self.home(id), &grave) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(error) => return Err(error),
+        }
+        sync(&self.root)?;
+        // The session is gone whatever becomes of the grave; the next start empties it.
+        if let Err(error) = remove_tree(&grave) {
+            tracing::warn!(path = %grave.display(), %error, "cannot empty the trash");
+        }
+        Ok(())
+    }
+
+    /// An empty folder to put a session's files together in.
+    pub(crate) fn stage(&self, id: Uuid) -> Result<PathBuf> {
+        let staging = self.own.join("staging").join(format!("{id}.{}", Uuid::new_v4()));
+        make_private(&staging).map_err(|source| Error::volume("restore", &staging, source))?;
+        Ok(staging)
+    }
+
+    /// Puts a staged folder in the place of a session's folder, if there is one, in one step.
+    pub(crate) fn install(&self, id: Uuid, staging: &Path) -> Result<()> {
+        use rustix::fs::{CWD, RenameFlags, renameat_with};
+        let home = self.home(id);
+        let put = || {
+            sync(staging)?;
+            match renameat_with(CWD, staging, CWD, &home, RenameFlags::NOREPLACE) {
+                Ok(()) => sync(&self.root),
+                Err(rustix::io::Errno::EXIST) => {
+                    renameat_with(CWD, staging, CWD, &home, RenameFlags::EXCHANGE)?;
+                    sync(&self.root)?;
+                    remove_tree(staging)
+                }
+                Err(errno) => Err(errno.into()),
+            }
+        };
+        put().map_err(|source| Error::volume("restore", &home, source))
+    }
+
+    /// Gives up a staged folder.
+    pub(crate) fn unstage(&self, staging: &Path) {
+        if let Err(error) = remove_tree(staging) {
+            tracing::warn!(path = %staging.display(), %error, "cannot clear the staging folder");
+        }
+    }
+
+    /// What a killed process left in the trash and in staging.
+    pub(crate) fn left_over(&self) -> LeftOver {
+        let folders = ["trash", "staging"].map(|folder| self.own.join(folder));
+        let entries = folders.iter().filter_map(|folder| fs::read_dir(folder).ok()).flatten();
+        LeftOver(entries.flatten().map(|entry| entry.path()).collect())
+    }
+}
+
+/// Trees that nobody wants any more.
+pub(crate) struct LeftOver(Vec<PathBuf>);
+
+impl LeftOver {
+    pub(crate) fn remove(self) {
+        for path in self.0 {
+            if let Err(error) = remove_tree(&path) {
+                tracing::warn!(path = %path.display(), %error, "cannot sweep");
+            }
+        }
+    }
+}
+
+fn make_private(path: &Path) -> io::Result<()> {
+    DirBuilder::new().recursive(true).mode(0o700).create(path)
+}
+
+/// A root that somebody else owns could be changed under us by them.
+fn check_owner(root: &Path, own: &Path) -> Result<()> {
+    let me = rustix::process::geteuid().as_raw();
+    for path in [root, own] {
+        let owner = fs::metadata(path).map_err(|source| Error::root(root, source))?.uid();
+        if owner != me && owner != 0 {
+            return Err(Error::RootOwner { path: path.to_owned(), owner, me });
+        }
+    }
+    Ok(())
+}
+
+/// Makes what was done in a folder durable.
+fn sync(folder: &Path) -> io::Result<()> {
+    File::open(folder)?.sync_all()
+}
+
+/// Deletes a tree, also where its folders have been made unreadable by those who lived in it.
+fn remove_tree(path: &Path) -> io::Result<()> {
+    match fs::remove_dir_all(path) {
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            open_up(path)?;
+            fs::remove_dir_all(path)
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        done => done,
+    }
+}
+
+fn open_up(folder: &Path) -> io::Result<()> {
+    // Our own trash: nobody works in it any more, so paths cannot be changed under us.
+    let mut folders = vec![folder.to_owned()];
+    while let Some(folder) = folders.pop() {
+        rustix::fs::chmod(&folder, rustix::fs::Mode::RWXU)?;
+        for entry in fs::read_dir(&folder)? {
+            let entry = entry?;
+            if entry.file_type()?.is_dir() {
+                folders.push(entry.path());
+            }
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,23 @@
+//! Compiles the protocol without `protoc`: protox reads the files, connectrpc writes the code.
+
+use std::error::Error;
+use std::path::PathBuf;
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let files = ["process/process.proto"];
+    let out = PathBuf::from(std::env::var("OUT_DIR")?);
+    println!("cargo::rerun-if-changed=proto");
+    let descriptors = protox::Compiler::new(["proto"])?
+        .include_imports(true)
+        .include_source_info(true)
+        .open_files(files)?
+        .encode_file_descriptor_set();
+    let set = out.join("envd.binpb");
+    std::fs::write(&set, descriptors)?;
+    connectrpc_build::Config::new()
+        .descriptor_set(&set)
+        .files(&files)
+        .include_file("envd.rs")
+        .compile()?;
+    Ok(())
+}
