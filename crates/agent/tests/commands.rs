@@ -129,7 +129,8 @@ async fn commands_start_clean() {
     let lines: Vec<&str> = text.split_whitespace().collect();
     // The fourth is the folder that ls itself reads.
     assert_eq!(lines[..4], ["0", "1", "2", "3"]);
-    assert_eq!(lines[4..8], ["SigBlk:", "0000000000000000", "SigIgn:", "0000000000000000"]);
+    let none = "0000000000000000";
+    assert_eq!(lines[4..8], ["SigBlk:", none, "SigIgn:", none]);
     assert_eq!(lines[8], "/tmp");
     // It leads a group and a session of its own.
     assert_eq!(lines[9..], [&pid.to_string(); 3]);
@@ -396,7 +397,6 @@ async fn a_detached_child_lives_on() {
     drop(child);
     let busy = agent.busy().await.unwrap();
     assert_eq!(busy.iter().map(|process| process.pid).collect::<Vec<_>>(), [pid]);
-    assert_eq!(busy[0].name, "sleep");
     drop(agent);
     until_gone(pid).await;
 }

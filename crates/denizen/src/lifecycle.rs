@@ -1092,6 +1092,10 @@ impl Lifecycle {
             }
         }
         if let Some(session) = self.sessions.get_mut(&id) {
+            // Its end decides anew what is due.
+            if let Some(at) = session.due.take() {
+                self.due.remove(&(at, id));
+            }
             session.running =
                 Some(Running { op: op.clone(), seq, wished_by, fallback, interrupted: false });
             self.running += 1;

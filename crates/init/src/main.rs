@@ -223,7 +223,7 @@ fn set_up() -> Result<OwnedFd, Error> {
         if c::prctl(c::PR_SET_CHILD_SUBREAPER, 1usize, 0usize, 0usize, 0usize) != 0 {
             return Err(Error::last_os_error());
         }
-        // An owner may ignore SIGCHLD, which would be inherited and reap behind our back.
+        // An owner may ignore SIGCHLD, which is inherited and means reaping behind our back.
         c::signal(c::SIGCHLD, c::SIG_DFL);
         for number in c::IGNORED {
             c::signal(number, c::SIG_IGN);
@@ -361,14 +361,15 @@ impl Init {
     fn new(nonce: u32, signals: OwnedFd) -> Self {
         let mut attributes = c::SpawnAttr([0; 64]);
         let mut locks = c::RLimit::default();
-        let ignored = signal_set(&c::IGNORED);
+        // What we ignore, what the owner ignored, and what the C library hides (32, 33).
+        let all = c::SigSet([u64::MAX; 16]);
         let empty = signal_set(&[]);
         // SAFETY: all pointers are to values on this stack that outlive the calls; the
         // attributes are plain data in glibc and musl, so they can be moved afterwards.
         unsafe {
             c::posix_spawnattr_init(&raw mut attributes);
             c::posix_spawnattr_setflags(&raw mut attributes, c::SPAWN_FLAGS);
-            c::posix_spawnattr_setsigdefault(&raw mut attributes, &raw const ignored);
+            c::posix_spawnattr_setsigdefault(&raw mut attributes, &raw const all);
             c::posix_spawnattr_setsigmask(&raw mut attributes, &raw const empty);
             c::prlimit(0, c::RLIMIT_LOCKS, std::ptr::null(), &raw mut locks);
         }
@@ -725,14 +726,22 @@ impl Init {
             for process in self.scan() {
                 let key = (process.pid, process.started);
                 let wanted = kill.id == 0 || process.command == kill.id;
-                if !wanted || process.dead || kill.refused.contains(&key) {
+                if !wanted || kill.refused.contains(&key) {
+                    continue;
+                }
+                let new = kill.hit.insert(key);
+                if process.dead {
+                    // It may have ended between our look at the list and at it, and left
+                    // us a child that was not on the list.
+                    fresh |= new;
+                    left |= new;
                     continue;
                 }
                 left = true;
-                if !kill.hit.insert(key) {
+                fresh |= new;
+                if !new {
                     continue;
                 }
-                fresh = true;
                 if send_signal(&process, c::SIGKILL) == c::EPERM {
                     kill.refused.insert(key);
                 }
