@@ -477,11 +477,11 @@ impl Init {
             5 => {
                 self.ending = true;
                 self.awaited = true;
-                for process in self.scan().iter().filter(|process| !process.dead) {
+                self.scan(|process| {
                     send_signal(process, c::SIGTERM);
                     // A stopped process would sleep through its own end.
                     send_signal(process, c::SIGCONT);
-                }
+                });
                 self.reap();
             }
             6 => self.drains.append(&mut descriptors),
@@ -650,11 +650,11 @@ impl Init {
 
     fn signal(&mut self, id: u32, signal: c_int, scope: u8) {
         if scope == 2 {
-            for process in
-                self.scan().iter().filter(|process| process.command == id && !process.dead)
-            {
-                send_signal(process, signal);
-            }
+            self.scan(|process| {
+                if process.command == id {
+                    send_signal(process, signal);
+                }
+            });
             return;
         }
         // Only while the leader has not been reaped is its number certainly its own.
@@ -667,8 +667,17 @@ impl Init {
     }
 
     fn list(&mut self, id: u32) {
-        let processes = self.scan();
-        let alive: Vec<&Process> = processes.iter().filter(|process| !process.dead).collect();
+        let mut alive = Vec::new();
+        self.scan(|process| {
+            if !process.dead {
+                let mut record = Vec::with_capacity(28);
+                record.extend(process.pid.to_le_bytes());
+                record.extend(process.parent.to_le_bytes());
+                record.extend(process.command.to_le_bytes());
+                record.extend(process.name);
+                alive.push(record);
+            }
+        });
         let mut parts = alive.chunks(1000).peekable();
         // An empty list is one empty part.
         let mut first = true;
@@ -676,12 +685,7 @@ impl Init {
             first = false;
             let part = parts.next().unwrap_or_default();
             let mut event = header(6, u8::from(parts.peek().is_some()), id);
-            for process in part {
-                event.extend(process.pid.to_le_bytes());
-                event.extend(process.parent.to_le_bytes());
-                event.extend(process.command.to_le_bytes());
-                event.extend(process.name);
-            }
+            event.extend(part.iter().flatten());
             self.outbox.push_back(event);
         }
     }
@@ -723,26 +727,22 @@ impl Init {
         for round in 0..ROUNDS {
             let mut fresh = false;
             let mut left = false;
-            for process in self.scan() {
+            // Killed while the scan goes on: the sooner, the fewer children there are.
+            self.scan(|process| {
                 let key = (process.pid, process.started);
                 let wanted = kill.id == 0 || process.command == kill.id;
                 if !wanted || kill.refused.contains(&key) {
-                    continue;
+                    return;
                 }
                 let new = kill.hit.insert(key);
-                if process.dead {
-                    // It may have ended between our look at the list and at it, and left
-                    // us a child that was not on the list.
-                    fresh |= new;
-                    left |= new;
-                    continue;
-                }
-                left = true;
                 fresh |= new;
-                if !new {
-                    continue;
+                // A dead one counts when it is new: it may have ended between our look at
+                // the list and at it, and left us a child that was not on the list.
+                left |= new || !process.dead;
+                if !new || process.dead {
+                    return;
                 }
-                if send_signal(&process, c::SIGKILL) == c::EPERM {
+                if send_signal(process, c::SIGKILL) == c::EPERM {
                     kill.refused.insert(key);
                 }
                 // A signal to a group reaches its members and their children being born
@@ -753,30 +753,30 @@ impl Init {
                     // process of the tree just now.
                     unsafe { c::kill(-process.group, c::SIGKILL) };
                 }
-            }
+            });
             self.reap();
-            if left {
-                kill.clean = 0;
-                if !fresh {
-                    // All have got their signal; dying takes them a moment.
-                    kill.pause = (kill.pause * 2).clamp(1, 50);
-                    return false;
-                }
-            } else {
+            if !left {
                 kill.clean += 1;
                 if kill.clean >= 2 {
                     return true;
                 }
+                continue;
+            }
+            kill.clean = 0;
+            if !fresh {
+                // All have got their signal; dying takes them a moment.
+                kill.pause = (kill.pause * 2).clamp(1, 50);
+                return false;
             }
         }
         kill.pause = 0;
         false
     }
 
-    /// Everything alive or dead under this init, with the command each comes from.
-    fn scan(&self) -> Vec<Process> {
+    /// Shows everything alive or dead under this init, with the command each comes from,
+    /// parents before their children.
+    fn scan(&self, mut visit: impl FnMut(&Process)) {
         let me = i32::try_from(std::process::id()).unwrap_or(0);
-        let mut found: Vec<Process> = Vec::new();
         let mut seen = BTreeSet::from([me]);
         let table = if children(me).is_none() { Some(everybody()) } else { None };
         let of = |pid: i32| match &table {
@@ -791,10 +791,10 @@ impl Init {
             }
             let Some(mut process) = stat(pid) else { continue };
             process.command = self.claim(&process, parents);
-            open.extend(of(pid).into_iter().map(|child| (child, process.command)));
-            found.push(process);
+            let command = process.command;
+            visit(&process);
+            open.extend(of(pid).into_iter().map(|child| (child, command)));
         }
-        found
     }
 
     /// The command that a process comes from, by the best evidence there is.

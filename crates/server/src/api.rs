@@ -1,0 +1,330 @@
+//! `/v1`: sessions as resources, in JSON.
+
+use std::path::{Component, Path as FsPath, PathBuf};
+use std::sync::Arc;
+
+use axum::body::Body;
+use axum::extract::{Path, Query, State};
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use denizen::{Error, MicroVmManager};
+use futures::{StreamExt, stream};
+use serde::{Deserialize, Serialize};
+use tokio::io::AsyncWriteExt;
+use tokio::sync::Notify;
+use uuid::Uuid;
+
+use crate::lease::Leases;
+
+#[derive(Clone)]
+struct Api {
+    pool: Arc<MicroVmManager>,
+    leases: Arc<Leases>,
+    stop: Arc<Notify>,
+}
+
+pub(crate) fn router(
+    pool: Arc<MicroVmManager>,
+    leases: Arc<Leases>,
+    stop: Arc<Notify>,
+) -> Router {
+    Router::new()
+        .route("/v1/health", get(health))
+        .route("/v1/shutdown", post(shutdown))
+        .route("/v1/events", get(events))
+        .route("/v1/sessions", get(list))
+        .route("/v1/sessions/{session}", get(inspect).delete(remove))
+        .route("/v1/sessions/{session}/start", post(start))
+        .route("/v1/sessions/{session}/stop", post(halt))
+        .route("/v1/sessions/{session}/backup", post(backup))
+        .route("/v1/sessions/{session}/backups", get(backups))
+        .route("/v1/sessions/{session}/restore", post(restore))
+        .route("/v1/sessions/{session}/fork", post(fork))
+        .route("/v1/sessions/{session}/files", get(download).put(upload))
+        .route("/v1/sessions/{session}/logs/{job}", get(log))
+        .with_state(Api { pool, leases, stop })
+}
+
+/// An error as the API tells it: `{"code": …, "message": …}`.
+#[derive(Debug)]
+pub struct Refused {
+    status: StatusCode,
+    code: &'static str,
+    message: String,
+}
+
+#[derive(Serialize)]
+struct RefusedBody<'a> {
+    code: &'a str,
+    message: &'a str,
+}
+
+impl IntoResponse for Refused {
+    fn into_response(self) -> Response {
+        let body = RefusedBody { code: self.code, message: &self.message };
+        (self.status, Json(body)).into_response()
+    }
+}
+
+impl From<Error> for Refused {
+    fn from(error: Error) -> Self {
+        let (status, code) = match error.kind() {
+            Error::Unknown { .. } => (StatusCode::NOT_FOUND, "unknown_session"),
+            Error::NoBackup { .. } => (StatusCode::NOT_FOUND, "no_backup"),
+            Error::Name { .. } => (StatusCode::BAD_REQUEST, "bad_name"),
+            Error::InUse { .. } => (StatusCode::CONFLICT, "in_use"),
+            Error::NoDestination => (StatusCode::CONFLICT, "no_destination"),
+            Error::VolumeMissing { .. } => (StatusCode::CONFLICT, "volume_missing"),
+            Error::AtCapacity { .. } | Error::AcquireTimeout { .. } => {
+                (StatusCode::SERVICE_UNAVAILABLE, "at_capacity")
+            }
+            Error::ShuttingDown => (StatusCode::SERVICE_UNAVAILABLE, "shutting_down"),
+            _ => (StatusCode::INTERNAL_SERVER_ERROR, "failed"),
+        };
+        Self { status, code, message: error.to_string() }
+    }
+}
+
+fn io_refused(path: &FsPath, error: &std::io::Error) -> Refused {
+    let (status, code) = match error.kind() {
+        std::io::ErrorKind::NotFound => (StatusCode::NOT_FOUND, "no_such_file"),
+        std::io::ErrorKind::PermissionDenied => (StatusCode::FORBIDDEN, "not_permitted"),
+        std::io::ErrorKind::StorageFull => (StatusCode::INSUFFICIENT_STORAGE, "disk_full"),
+        _ => (StatusCode::BAD_REQUEST, "failed"),
+    };
+    Refused { status, code, message: format!("{}: {error}", path.display()) }
+}
+
+type Answer<T> = Result<T, Refused>;
+
+async fn health() -> Json<serde_json::Value> {
+    Json(serde_json::json!({
+        "version": env!("CARGO_PKG_VERSION"),
+        "pid": std::process::id(),
+    }))
+}
+
+async fn shutdown(State(api): State<Api>) -> StatusCode {
+    api.stop.notify_one();
+    StatusCode::ACCEPTED
+}
+
+async fn list(State(api): State<Api>) -> Answer<Response> {
+    Ok(Json(api.pool.sessions()?).into_response())
+}
+
+async fn inspect(State(api): State<Api>, Path(session): Path<String>) -> Answer<Response> {
+    let id = api.leases.find(&session)?;
+    Ok(Json(api.pool.inspect(id)?).into_response())
+}
+
+async fn start(State(api): State<Api>, Path(session): Path<String>) -> Answer<Response> {
+    let id = api.leases.find_or_name(&session).await?;
+    drop(api.leases.take(id).await?);
+    Ok(Json(api.pool.inspect(id)?).into_response())
+}
+
+#[derive(Deserialize)]
+struct StopQuery {
+    #[serde(default)]
+    force: bool,
+}
+
+async fn halt(
+    State(api): State<Api>,
+    Path(session): Path<String>,
+    Query(query): Query<StopQuery>,
+) -> Answer<StatusCode> {
+    let id = api.leases.find(&session)?;
+    stop(&api, id, query.force).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// With force, what runs in the foreground is ended first; its requests then give the guard
+/// back on their own.
+async fn stop(api: &Api, id: Uuid, force: bool) -> Result<(), Error> {
+    loop {
+        match api.pool.stop(id, force).await {
+            Err(Error::InUse { .. }) if force => api.leases.kill(id).await,
+            done => return done,
+        }
+        tokio::task::yield_now().await;
+    }
+}
+
+async fn remove(
+    State(api): State<Api>,
+    Path(session): Path<String>,
+    Query(query): Query<StopQuery>,
+) -> Answer<StatusCode> {
+    let id = api.leases.find(&session)?;
+    if query.force {
+        api.pool.inspect(id)?;
+        match stop(&api, id, true).await {
+            Ok(()) | Err(Error::VolumeMissing { .. }) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    api.pool.remove(id).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+async fn backup(State(api): State<Api>, Path(session): Path<String>) -> Answer<Response> {
+    let id = api.leases.find(&session)?;
+    api.pool.backup(id).await?;
+    Ok(Json(api.pool.inspect(id)?).into_response())
+}
+
+#[derive(Serialize)]
+struct BackupInfo {
+    name: String,
+    taken_at: String,
+    bytes: u64,
+    path: PathBuf,
+}
+
+async fn backups(State(api): State<Api>, Path(session): Path<String>) -> Answer<Response> {
+    let id = api.leases.find(&session)?;
+    let all = api.pool.backups(id).await?.into_iter().map(|backup| BackupInfo {
+        name: backup.id.to_string(),
+        taken_at: backup.taken_at.to_string(),
+        bytes: backup.bytes,
+        path: backup.path,
+    });
+    Ok(Json(all.collect::<Vec<_>>()).into_response())
+}
+
+#[derive(Deserialize)]
+struct RestoreQuery {
+    backup: Option<String>,
+}
+
+async fn restore(
+    State(api): State<Api>,
+    Path(session): Path<String>,
+    Query(query): Query<RestoreQuery>,
+) -> Answer<Response> {
+    let id = api.leases.find(&session)?;
+    api.pool.restore(id, query.backup.as_deref()).await?;
+    Ok(Json(api.pool.inspect(id)?).into_response())
+}
+
+async fn fork(State(api): State<Api>, Path(session): Path<String>) -> Answer<Response> {
+    let id = api.leases.find(&session)?;
+    let made = api.pool.fork(id).await?;
+    Ok((StatusCode::CREATED, Json(api.pool.inspect(made)?)).into_response())
+}
+
+/// One JSON object a line, from now on.
+async fn events(State(api): State<Api>) -> Answer<Response> {
+    let events = api.pool.events()?;
+    let lines = stream::unfold(events, |mut events| async {
+        let event = events.next().await?;
+        // Its parts are all strings and numbers: this cannot fail.
+        let mut line = serde_json::to_vec(&event).unwrap_or_default();
+        line.push(b'\n');
+        Some((Ok::<_, std::convert::Infallible>(line), events))
+    });
+    Ok(([("content-type", "application/x-ndjson")], Body::from_stream(lines)).into_response())
+}
+
+#[derive(Deserialize)]
+struct FileQuery {
+    path: PathBuf,
+    mode: Option<u32>,
+}
+
+/// A path in the session's volume: relative, and without a way up.
+fn inside(workdir: &FsPath, path: &FsPath) -> Answer<PathBuf> {
+    let plain = path.components().all(|part| matches!(part, Component::Normal(_) | Component::CurDir));
+    if plain && path.file_name().is_some() {
+        return Ok(workdir.join(path));
+    }
+    let message = format!("{} is not a file's path within the session", path.display());
+    Err(Refused { status: StatusCode::BAD_REQUEST, code: "bad_path", message })
+}
+
+async fn download(
+    State(api): State<Api>,
+    Path(session): Path<String>,
+    Query(query): Query<FileQuery>,
+) -> Answer<Response> {
+    let id = api.leases.find(&session)?;
+    let lease = api.leases.take(id).await?;
+    let path = inside(lease.guard.workdir(), &query.path)?;
+    let refused = |error| io_refused(&query.path, &error);
+    let file = tokio::fs::File::open(&path).await.map_err(refused)?;
+    let metadata = file.metadata().await.map_err(refused)?;
+    if !metadata.is_file() {
+        let message = format!("{} is not a regular file", query.path.display());
+        return Err(Refused { status: StatusCode::BAD_REQUEST, code: "not_a_file", message });
+    }
+    let mode = std::os::unix::fs::PermissionsExt::mode(&metadata.permissions()) & 0o7777;
+    // The session stays in use until the last byte is out.
+    let bytes = tokio_util::io::ReaderStream::new(file).map(move |piece| {
+        let _ = &lease;
+        piece
+    });
+    Ok(([("denizen-mode", mode.to_string())], Body::from_stream(bytes)).into_response())
+}
+
+async fn upload(
+    State(api): State<Api>,
+    Path(session): Path<String>,
+    Query(query): Query<FileQuery>,
+    body: Body,
+) -> Answer<StatusCode> {
+    let id = api.leases.find_or_name(&session).await?;
+    let lease = api.leases.take(id).await?;
+    let path = inside(lease.guard.workdir(), &query.path)?;
+    let refused = |error| io_refused(&query.path, &error);
+    if let Some(parent) = path.parent() {
+        tokio::fs::create_dir_all(parent).await.map_err(refused)?;
+    }
+    // Beside it and renamed: an upload that breaks off leaves the old file whole.
+    let partial = path.with_file_name(format!(".denizen-{}.partial", Uuid::new_v4()));
+    let result = receive(body, &partial, query.mode).await;
+    let result = match result {
+        Ok(()) => tokio::fs::rename(&partial, &path).await,
+        Err(error) => Err(error),
+    };
+    if let Err(error) = result {
+        let _ = tokio::fs::remove_file(&partial).await;
+        return Err(refused(error));
+    }
+    Ok(StatusCode::NO_CONTENT)
+}
+
+async fn receive(body: Body, path: &FsPath, mode: Option<u32>) -> std::io::Result<()> {
+    let mut file = tokio::fs::File::create_new(path).await?;
+    if let Some(mode) = mode {
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(mode & 0o7777);
+        file.set_permissions(mode).await?;
+    }
+    let mut pieces = body.into_data_stream();
+    while let Some(piece) = pieces.next().await {
+        file.write_all(&piece.map_err(std::io::Error::other)?).await?;
+    }
+    file.sync_all().await
+}
+
+/// What a detached command has printed, as far as its bounded log goes back.
+async fn log(
+    State(api): State<Api>,
+    Path((session, job)): Path<(String, String)>,
+) -> Answer<Response> {
+    let id = api.leases.find(&session)?;
+    let logs = api.pool.session_folder(id)?.join("logs");
+    let files = denizen_agent::envd::Jobs::log(&logs, &job);
+    if files.is_empty() {
+        let message = format!("session {session} has no log of a detached command {job}");
+        return Err(Refused { status: StatusCode::NOT_FOUND, code: "no_log", message });
+    }
+    let pieces = stream::iter(files).then(tokio::fs::File::open).flat_map(|file| match file {
+        Ok(file) => tokio_util::io::ReaderStream::new(file).left_stream(),
+        Err(error) => stream::iter([Err(error)]).right_stream(),
+    });
+    Ok(Body::from_stream(pieces).into_response())
+}

@@ -1,0 +1,151 @@
+//! The daemon's hold on sessions.
+//!
+//! A guard is exclusive, but a session's user may run several commands at once. So the daemon
+//! takes one guard for a session and shares it among all requests that use the session; when
+//! the last of them is done, the guard is given back.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Weak};
+
+use connectrpc::{ConnectError, RequestContext};
+use denizen::{Error, MicroVmManager, SessionName, VmExecutionGuard};
+use denizen_agent::envd::{Instance, Instances, Jobs};
+use parking_lot::Mutex;
+use tokio::time::Instant;
+use uuid::Uuid;
+
+use crate::SESSION;
+
+/// A guard that is shared.
+pub(crate) struct Lease {
+    pub(crate) guard: VmExecutionGuard,
+    pub(crate) jobs: Arc<Jobs>,
+}
+
+#[derive(Default)]
+struct Slot {
+    /// Held while the guard is being acquired, so that it is acquired once.
+    lease: tokio::sync::Mutex<Weak<Lease>>,
+    jobs: Mutex<Option<Arc<Jobs>>>,
+}
+
+/// All leases of the daemon.
+pub(crate) struct Leases {
+    pool: Arc<MicroVmManager>,
+    slots: Mutex<HashMap<Uuid, Arc<Slot>>>,
+    last_use: Mutex<Instant>,
+}
+
+impl Leases {
+    pub(crate) fn new(pool: Arc<MicroVmManager>) -> Self {
+        let last_use = Mutex::new(Instant::now());
+        Self { pool, slots: Mutex::default(), last_use }
+    }
+
+    /// The session of that name or UUID, if it is known.
+    pub(crate) fn find(&self, session: &str) -> Result<Uuid, Error> {
+        if let Ok(id) = Uuid::try_parse(session) {
+            return Ok(id);
+        }
+        let unknown = || Error::Unknown { session: session.to_owned() };
+        self.pool.find(&session.parse()?)?.ok_or_else(unknown)
+    }
+
+    /// The session of that name or UUID; a new name is given an id.
+    pub(crate) async fn find_or_name(&self, session: &str) -> Result<Uuid, Error> {
+        match Uuid::try_parse(session) {
+            Ok(id) => Ok(id),
+            Err(_) => self.pool.find_or_name(&session.parse::<SessionName>()?).await,
+        }
+    }
+
+    /// Shares the session's guard, acquiring it if nobody has it. Cancel-safe.
+    pub(crate) async fn take(&self, id: Uuid) -> Result<Arc<Lease>, Error> {
+        *self.last_use.lock() = Instant::now();
+        let slot = self.slots.lock().entry(id).or_default().clone();
+        let mut shared = slot.lease.lock().await;
+        if let Some(lease) = shared.upgrade() {
+            return Ok(lease);
+        }
+        let guard = self.pool.acquire(id).await?;
+        let logs = self.pool.session_folder(id)?.join("logs");
+        let jobs = slot.jobs.lock().get_or_insert_with(|| Arc::new(Jobs::new(logs))).clone();
+        let lease = Arc::new(Lease { guard, jobs });
+        *shared = Arc::downgrade(&lease);
+        drop(shared);
+        self.forget_unused();
+        Ok(lease)
+    }
+
+    /// Kills what was started in a session through the daemon, and waits until its guard is
+    /// given back.
+    pub(crate) async fn kill(&self, id: Uuid) {
+        let slot = self.slots.lock().get(&id).cloned();
+        if let Some(slot) = slot {
+            let jobs = slot.jobs.lock().clone();
+            if let Some(jobs) = jobs {
+                jobs.kill_all().await;
+            }
+        }
+    }
+
+    pub(crate) async fn kill_all(&self) {
+        let all: Vec<_> = self.slots.lock().keys().copied().collect();
+        for id in all {
+            self.kill(id).await;
+        }
+    }
+
+    /// Whether any command is being run or any guard is held.
+    pub(crate) fn any(&self) -> bool {
+        self.slots.lock().values().any(|slot| slot.is_used())
+    }
+
+    pub(crate) fn used_since(&self, then: Instant) -> bool {
+        *self.last_use.lock() > then
+    }
+
+    fn forget_unused(&self) {
+        self.slots.lock().retain(|_, slot| Arc::strong_count(slot) > 1 || slot.is_used());
+    }
+}
+
+impl Slot {
+    fn is_used(&self) -> bool {
+        let leased = self.lease.try_lock().map_or(true, |lease| lease.strong_count() > 0);
+        leased || self.jobs.lock().as_ref().is_some_and(|jobs| !jobs.is_empty())
+    }
+}
+
+/// Finds the instance for an envd request by its header.
+pub(crate) struct Resolver(pub(crate) Arc<Leases>);
+
+impl Instances for Resolver {
+    async fn instance(&self, context: &RequestContext) -> Result<Instance, ConnectError> {
+        let header = context.header(SESSION).or_else(|| context.header("e2b-sandbox-id"));
+        let session = header.and_then(|value| value.to_str().ok()).ok_or_else(|| {
+            ConnectError::invalid_argument(format!("which session? set the header {SESSION}"))
+        })?;
+        let Self(leases) = self;
+        let id = leases.find_or_name(session).await.map_err(|error| refused(&error))?;
+        let lease = leases.take(id).await.map_err(|error| refused(&error))?;
+        Ok(Instance {
+            agent: lease.guard.agent().map_err(|error| refused(&error))?,
+            workdir: lease.guard.workdir().to_owned(),
+            env: lease.guard.base_environment(),
+            jobs: lease.jobs.clone(),
+            lease,
+        })
+    }
+}
+
+/// A pool's refusal in the words of Connect. `failed_precondition` tells a client that it was
+/// the session, not the command, that failed.
+fn refused(error: &Error) -> ConnectError {
+    let text = error.to_string();
+    match error.kind() {
+        Error::AtCapacity { .. } | Error::AcquireTimeout { .. } => ConnectError::aborted(text),
+        Error::ShuttingDown => ConnectError::unavailable(text),
+        _ => ConnectError::failed_precondition(text),
+    }
+}

@@ -1,0 +1,71 @@
+//! The daemon's Unix socket: for its own user (and root) only, by file mode and by what the
+//! kernel says of each peer (`SO_PEERCRED`, unix(7)).
+
+use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+use tokio::net::{UnixListener, UnixStream};
+
+use crate::ServeError;
+
+pub(crate) struct OwnListener {
+    listener: UnixListener,
+    path: PathBuf,
+}
+
+impl OwnListener {
+    pub(crate) fn bind(path: &Path) -> Result<Self, ServeError> {
+        let failed = |source| ServeError::Socket { path: path.to_owned(), source };
+        if let Some(folder) = path.parent() {
+            std::fs::create_dir_all(folder).map_err(failed)?;
+        }
+        match std::os::unix::net::UnixStream::connect(path) {
+            Ok(_) => return Err(ServeError::Taken { path: path.to_owned() }),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            // Left behind by a daemon that was killed.
+            Err(_) => std::fs::remove_file(path).map_err(failed)?,
+        }
+        // The mode is right from the start: nobody can connect before it is.
+        let before = rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o177));
+        let bound = UnixListener::bind(path);
+        rustix::process::umask(before);
+        let listener = bound.map_err(failed)?;
+        let mode = std::fs::Permissions::from_mode(0o600);
+        std::fs::set_permissions(path, mode).map_err(failed)?;
+        Ok(Self { listener, path: path.to_owned() })
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl axum::serve::Listener for OwnListener {
+    type Io = UnixStream;
+    type Addr = ();
+
+    async fn accept(&mut self) -> (UnixStream, ()) {
+        loop {
+            let stream = match self.listener.accept().await {
+                Ok((stream, _)) => stream,
+                Err(error) => {
+                    // Out of descriptors, most likely: give others time to return some.
+                    tracing::warn!(%error, "cannot accept a connection");
+                    tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+                    continue;
+                }
+            };
+            let me = rustix::process::geteuid().as_raw();
+            match stream.peer_cred() {
+                Ok(peer) if peer.uid() == me || peer.uid() == 0 => return (stream, ()),
+                Ok(peer) => tracing::warn!(uid = peer.uid(), "connection of another user refused"),
+                Err(error) => tracing::warn!(%error, "connection without credentials refused"),
+            }
+        }
+    }
+
+    fn local_addr(&self) -> io::Result<()> {
+        Ok(())
+    }
+}
