@@ -1,4 +1,4 @@
-//! Compiles `src/main.rs` into the executable that the library embeds.
+//! Compiles `src/main.rs` and its modules into the executable that the library embeds.
 //!
 //! Plain rustc is enough, because the program has no dependencies. Cargo cannot embed a
 //! binary target of one package into its own library, hence this script.
@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::process::Command;
 
 fn main() {
-    println!("cargo::rerun-if-changed=src/main.rs");
+    println!("cargo::rerun-if-changed=src");
     println!("cargo::rerun-if-env-changed=RUSTC_LINKER");
     if let Err(message) = compile() {
         println!("cargo::error=denizen-init was not built: {message}");

@@ -42,7 +42,7 @@ pub struct Process {
     pub parent: u32,
     /// The command ([`Child::id`](crate::Child::id)) that it comes from, if anything tells.
     pub command: Option<u32>,
-    /// Its short name (`comm`, proc_pid_comm(5)), at most 15 bytes.
+    /// Its short name (`proc_pid_comm(5)`), at most 15 bytes.
     pub name: String,
 }
 

@@ -1,2 +1,332 @@
-//! Skeleton.
-fn main() {}
+//! The denizen program. `denizen serve` is the daemon; every other verb is a client of it and
+//! starts one in the background if none answers.
+
+mod client;
+mod command;
+mod config;
+mod doctor;
+mod show;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser, Subcommand};
+
+use crate::client::Client;
+use crate::config::Options;
+
+/// denizen's own failures, as env(1) and docker have them.
+const FAILED: u8 = 125;
+
+#[derive(Parser)]
+#[command(
+    name = "denizen",
+    version,
+    about = "A persistent, isolated computer for every agent session",
+    after_help = "Examples:
+  denizen exec demo -- sh -c 'echo hello >> notes; cat notes'
+  denizen shell demo
+  denizen ls
+
+Exit codes: that of the command for exec and shell (128 and the signal's number if a signal
+ended it); 125 if denizen itself failed, 126 if the command cannot be executed, 127 if it was
+not found."
+)]
+struct Cli {
+    #[command(flatten)]
+    options: Options,
+
+    /// Print JSON rather than text
+    #[arg(long, global = true)]
+    json: bool,
+
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Run a command in a session, which is made if need be
+    Exec(command::Exec),
+    /// Open an interactive terminal in a session
+    Shell {
+        /// Name or UUID
+        session: String,
+    },
+    /// List sessions
+    Ls,
+    /// Show all that is known of a session
+    Inspect {
+        /// Name or UUID
+        session: String,
+    },
+    /// Follow what happens, to one session or to all
+    Events {
+        /// Name or UUID
+        session: Option<String>,
+    },
+    /// Print what a detached command has printed
+    Logs {
+        /// Name or UUID
+        session: String,
+        /// What `exec --detach` printed, or its tag
+        job: String,
+    },
+    /// Stop a session: its processes end, its files stay
+    Stop {
+        /// Name or UUID
+        session: String,
+        /// End commands in the foreground and background processes too
+        #[arg(long)]
+        force: bool,
+    },
+    /// Start a session, which is made if need be
+    Start {
+        /// Name or UUID
+        session: String,
+    },
+    /// Back a session up now
+    Backup {
+        /// Name or UUID
+        session: String,
+    },
+    /// List what a session can be restored from
+    Backups {
+        /// Name or UUID
+        session: String,
+    },
+    /// Put a session back as a backup has it
+    Restore {
+        /// Name or UUID
+        session: String,
+        /// The backup; the latest if none is named
+        #[arg(long)]
+        backup: Option<String>,
+    },
+    /// Make a new session that begins with a copy of another's files
+    Fork {
+        /// Name or UUID
+        session: String,
+    },
+    /// Remove sessions and their local files; backups stay
+    Rm {
+        /// Names or UUIDs
+        #[arg(required = true)]
+        sessions: Vec<String>,
+        /// End what runs in them first
+        #[arg(long)]
+        force: bool,
+    },
+    /// Copy a file into or out of a session: one side is SESSION:PATH
+    Cp {
+        /// Where from
+        from: String,
+        /// Where to
+        to: String,
+    },
+    /// Run the daemon in the foreground
+    Serve {
+        /// Leave after this many seconds in which nothing ran
+        #[arg(long, value_name = "SECONDS")]
+        idle_exit: Option<u64>,
+        /// Say on standard output when the daemon can be reached, then be silent
+        #[arg(long, hide = true)]
+        background: bool,
+    },
+    /// Stop the daemon
+    Shutdown,
+    /// Check what this machine offers
+    Doctor,
+    /// Print the configuration in force
+    Config,
+    /// Print a completion script for a shell
+    Completions {
+        /// Which shell
+        shell: clap_complete::Shell,
+    },
+}
+
+/// A failure with the exit code it leads to.
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
+pub struct Failure {
+    code: u8,
+    message: String,
+}
+
+impl Failure {
+    fn new(message: impl Into<String>) -> Self {
+        Self { code: FAILED, message: message.into() }
+    }
+
+    fn with_code(code: u8, message: impl Into<String>) -> Self {
+        Self { code, message: message.into() }
+    }
+}
+
+/// A result of the program.
+pub type Result<T> = std::result::Result<T, Failure>;
+
+fn main() -> ExitCode {
+    let cli = Cli::try_parse().unwrap_or_else(|error| {
+        // clap's own code for wrong usage is 2, which a command may exit with too.
+        let code = if error.use_stderr() { i32::from(FAILED) } else { 0 };
+        // Nothing can be done if the terminal is gone.
+        let _ = error.print();
+        std::process::exit(code);
+    });
+    match run(cli) {
+        Ok(code) => {
+            // Standard input may still be being read by a thread that cannot be ended.
+            std::process::exit(code);
+        }
+        Err(failure) => {
+            eprintln!("denizen: {failure}");
+            ExitCode::from(failure.code)
+        }
+    }
+}
+
+fn run(cli: Cli) -> Result<i32> {
+    let settings = config::load(&cli.options)?;
+    match &cli.verb {
+        Verb::Completions { shell } => {
+            clap_complete::generate(*shell, &mut Cli::command(), "denizen", &mut std::io::stdout());
+            return Ok(0);
+        }
+        Verb::Config => {
+            show::config(&settings, cli.json)?;
+            return Ok(0);
+        }
+        _ => {}
+    }
+    let serving = matches!(cli.verb, Verb::Serve { .. });
+    let runtime = if serving {
+        tokio::runtime::Builder::new_multi_thread().enable_all().build()
+    } else {
+        tokio::runtime::Builder::new_current_thread().enable_all().build()
+    };
+    let runtime = runtime.map_err(|error| Failure::new(format!("cannot start: {error}")))?;
+    let code = runtime.block_on(act(cli, settings));
+    // A thread may hang in a read of the terminal for ever.
+    runtime.shutdown_background();
+    code
+}
+
+async fn act(cli: Cli, settings: config::Settings) -> Result<i32> {
+    let json = cli.json;
+    if let Verb::Serve { idle_exit, background } = cli.verb {
+        return serve(settings, idle_exit, background).await.map(|()| 0);
+    }
+    if let Verb::Doctor = cli.verb {
+        return doctor::run(&settings, json).await;
+    }
+    if let Verb::Shutdown = cli.verb {
+        return Client::shutdown(&settings).await.map(|()| 0);
+    }
+    let client = Client::connect(&settings).await?;
+    match cli.verb {
+        Verb::Exec(exec) => return command::exec(&client, exec, json).await,
+        Verb::Shell { session } => return command::shell(&client, &settings, session).await,
+        Verb::Ls => show::sessions(&client.json("GET", "/v1/sessions").await?, json)?,
+        Verb::Inspect { session } => {
+            let path = format!("/v1/sessions/{}", client::escape(&session));
+            show::session(&client.json("GET", &path).await?, json)?;
+        }
+        Verb::Events { session } => {
+            let mut lines = client.lines("/v1/events").await?;
+            while let Some(line) = lines.next().await? {
+                show::event(&line, session.as_deref(), json)?;
+            }
+        }
+        Verb::Logs { session, job } => {
+            let (session, job) = (client::escape(&session), client::escape(&job));
+            let path = format!("/v1/sessions/{session}/logs/{job}");
+            client.download(&path, &mut tokio::io::stdout()).await?;
+        }
+        Verb::Stop { session, force } => {
+            let session = client::escape(&session);
+            client.json("POST", &format!("/v1/sessions/{session}/stop?force={force}")).await?;
+        }
+        Verb::Start { session } => {
+            let path = format!("/v1/sessions/{}/start", client::escape(&session));
+            show::session(&client.json("POST", &path).await?, json)?;
+        }
+        Verb::Backup { session } => {
+            let path = format!("/v1/sessions/{}/backup", client::escape(&session));
+            show::session(&client.json("POST", &path).await?, json)?;
+        }
+        Verb::Backups { session } => {
+            let path = format!("/v1/sessions/{}/backups", client::escape(&session));
+            show::backups(&client.json("GET", &path).await?, json)?;
+        }
+        Verb::Restore { session, backup } => {
+            let mut path = format!("/v1/sessions/{}/restore", client::escape(&session));
+            if let Some(backup) = backup {
+                path.push_str(&format!("?backup={}", client::escape(&backup)));
+            }
+            show::session(&client.json("POST", &path).await?, json)?;
+        }
+        Verb::Fork { session } => {
+            let path = format!("/v1/sessions/{}/fork", client::escape(&session));
+            show::session(&client.json("POST", &path).await?, json)?;
+        }
+        Verb::Rm { sessions, force } => {
+            for session in sessions {
+                let session = client::escape(&session);
+                client.json("DELETE", &format!("/v1/sessions/{session}?force={force}")).await?;
+            }
+        }
+        Verb::Cp { from, to } => client.copy(&from, &to).await?,
+        Verb::Serve { .. }
+        | Verb::Shutdown
+        | Verb::Doctor
+        | Verb::Config
+        | Verb::Completions { .. } => {}
+    }
+    Ok(0)
+}
+
+async fn serve(
+    settings: config::Settings,
+    idle_exit: Option<u64>,
+    background: bool,
+) -> Result<()> {
+    use tokio::signal::unix::{SignalKind, signal};
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
+        .with_env_filter(
+            tracing_subscriber::EnvFilter::try_from_env("DENIZEN_LOG")
+                .unwrap_or_else(|_| "info".into()),
+        )
+        .init();
+    let failed = |error: &dyn std::fmt::Display| Failure::new(error.to_string());
+    settings.pool.validate().map_err(|error| failed(&error))?;
+    let pool = denizen::MicroVmManager::builder((&settings.pool).into())
+        .acquire_timeout(settings.acquire_timeout)
+        .build()
+        .map_err(|error| failed(&error))?;
+    let idle_exit = idle_exit.map(std::time::Duration::from_secs);
+    let daemon = denizen_server::Daemon::bind(pool, &settings.socket, idle_exit)
+        .map_err(|error| failed(&error))?;
+    let mut terminate = signal(SignalKind::terminate()).map_err(|error| failed(&error))?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(|error| failed(&error))?;
+    if background {
+        println!("ready");
+    } else {
+        eprintln!("denizen listens on {}", settings.socket.display());
+    }
+    let stop = async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    };
+    daemon.serve(stop).await.map_err(|error| failed(&error))
+}
+
+/// The daemon's log, when it was started in the background.
+fn log_file(settings: &config::Settings) -> PathBuf {
+    settings.state.join("daemon.log")
+}

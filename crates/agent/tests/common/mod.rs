@@ -42,7 +42,7 @@ pub async fn run(agent: &Agent, script: &str) -> String {
     String::from_utf8(out).unwrap().trim().to_owned()
 }
 
-/// The state letter of a process in proc_pid_stat(5), if there is one.
+/// The state letter of a process in `proc_pid_stat(5)`, if there is one.
 pub fn state(pid: u32) -> Option<char> {
     let stat = std::fs::read(format!("/proc/{pid}/stat")).ok()?;
     let close = stat.iter().rposition(|byte| *byte == b')')?;

@@ -1,0 +1,295 @@
+//! The way to the daemon: finds it, starts it if need be, asks it.
+
+use std::fs::OpenOptions;
+use std::io::{BufRead, BufReader};
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use bytes::Bytes;
+use connectrpc::client::{ClientConfig, Http2Connection, SharedHttp2Connection};
+use denizen_envd::process::ProcessClient;
+use futures::TryStreamExt;
+use http_body_util::{BodyExt, Full, StreamBody, combinators::BoxBody};
+use hyper::body::{Frame, Incoming};
+use hyper::{Request, Response};
+use hyper_util::rt::TokioIo;
+use tokio::io::{AsyncWrite, AsyncWriteExt};
+use tokio::net::UnixStream;
+
+use crate::config::Settings;
+use crate::{Failure, Result};
+
+/// Seconds after which a daemon that was started in the background leaves, if nothing runs.
+const IDLE_EXIT: &str = "600";
+
+/// The envd side of the daemon.
+pub type Processes = ProcessClient<SharedHttp2Connection>;
+
+/// A way to a daemon that answers.
+pub struct Client {
+    socket: PathBuf,
+}
+
+impl Client {
+    /// Finds the daemon, starting one in the background if none answers.
+    pub async fn connect(settings: &Settings) -> Result<Self> {
+        let client = Self { socket: settings.socket.clone() };
+        if UnixStream::connect(&client.socket).await.is_ok() {
+            return Ok(client);
+        }
+        start_daemon(settings)?;
+        match UnixStream::connect(&client.socket).await {
+            Ok(_) => Ok(client),
+            Err(error) => Err(Failure::new(format!(
+                "no daemon answers on {}: {error}; see {}",
+                client.socket.display(),
+                crate::log_file(settings).display()
+            ))),
+        }
+    }
+
+    /// Stops the daemon, if there is one.
+    pub async fn shutdown(settings: &Settings) -> Result<()> {
+        let client = Self { socket: settings.socket.clone() };
+        if UnixStream::connect(&client.socket).await.is_err() {
+            return Ok(());
+        }
+        client.json("POST", "/v1/shutdown").await.map(drop)
+    }
+
+    /// A client of the session's processes.
+    pub fn processes(&self) -> Result<Processes> {
+        let authority = hyper::Uri::from_static("http://denizen");
+        let connection = Http2Connection::lazy_unix(&self.socket, authority.clone()).shared(16);
+        Ok(ProcessClient::new(connection, ClientConfig::new(authority)))
+    }
+
+    async fn request(
+        &self,
+        method: &str,
+        path: &str,
+        body: BoxBody<Bytes, std::io::Error>,
+    ) -> Result<Response<Incoming>> {
+        let failed = |error: &dyn std::fmt::Display| {
+            Failure::new(format!("the daemon on {} is gone: {error}", self.socket.display()))
+        };
+        let stream = UnixStream::connect(&self.socket).await.map_err(|error| failed(&error))?;
+        let handshake = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await;
+        let (mut sender, connection) = handshake.map_err(|error| failed(&error))?;
+        tokio::spawn(connection);
+        let request = Request::builder()
+            .method(method)
+            .uri(path)
+            .header("host", "denizen")
+            .body(body)
+            .map_err(|error| failed(&error))?;
+        let response = sender.send_request(request).await.map_err(|error| failed(&error))?;
+        if response.status().is_success() {
+            return Ok(response);
+        }
+        let status = response.status();
+        let body = response.into_body().collect().await.map_err(|error| failed(&error))?;
+        let body = body.to_bytes();
+        let message = serde_json::from_slice::<serde_json::Value>(&body)
+            .ok()
+            .and_then(|body| Some(body.get("message")?.as_str()?.to_owned()))
+            .unwrap_or_else(|| format!("{status}: {}", String::from_utf8_lossy(&body)));
+        Err(Failure::new(message))
+    }
+
+    /// Asks for JSON; nothing is null.
+    pub async fn json(&self, method: &str, path: &str) -> Result<serde_json::Value> {
+        let response = self.request(method, path, empty()).await?;
+        let body = response.into_body().collect().await;
+        let body = body.map_err(|error| Failure::new(error.to_string()))?.to_bytes();
+        if body.is_empty() {
+            return Ok(serde_json::Value::Null);
+        }
+        serde_json::from_slice(&body).map_err(|error| Failure::new(error.to_string()))
+    }
+
+    /// Asks for a stream of lines.
+    pub async fn lines(&self, path: &str) -> Result<Lines> {
+        let body = self.request("GET", path, empty()).await?.into_body();
+        Ok(Lines { body, buffer: Vec::new() })
+    }
+
+    /// Copies what the daemon answers to `into`; gives the file mode it was sent with.
+    pub async fn download(
+        &self,
+        path: &str,
+        into: &mut (impl AsyncWrite + Unpin),
+    ) -> Result<Option<u32>> {
+        let response = self.request("GET", path, empty()).await?;
+        let mode = response.headers().get("denizen-mode");
+        let mode = mode.and_then(|mode| mode.to_str().ok()?.parse().ok());
+        let mut body = response.into_body();
+        let failed = |error: &dyn std::fmt::Display| Failure::new(error.to_string());
+        while let Some(frame) = body.frame().await {
+            let frame = frame.map_err(|error| failed(&error))?;
+            if let Some(bytes) = frame.data_ref() {
+                into.write_all(bytes).await.map_err(|error| failed(&error))?;
+            }
+        }
+        into.flush().await.map_err(|error| failed(&error))?;
+        Ok(mode)
+    }
+
+    /// Copies a file in or out.
+    pub async fn copy(&self, from: &str, to: &str) -> Result<()> {
+        match (from.split_once(':'), to.split_once(':')) {
+            (None, Some((session, path))) => self.copy_in(Path::new(from), session, path).await,
+            (Some((session, path)), None) => self.copy_out(session, path, Path::new(to)).await,
+            _ => Err(Failure::new("one side has to be a file here, the other SESSION:PATH")),
+        }
+    }
+
+    async fn copy_in(&self, from: &Path, session: &str, to: &str) -> Result<()> {
+        let failed = |error: std::io::Error| Failure::new(format!("{}: {error}", from.display()));
+        let file = tokio::fs::File::open(from).await.map_err(failed)?;
+        let metadata = file.metadata().await.map_err(failed)?;
+        if !metadata.is_file() {
+            return Err(Failure::new(format!("{} is not a regular file", from.display())));
+        }
+        let mut to = to.trim_start_matches("./").to_owned();
+        if to.is_empty() || to == "." || to.ends_with('/') {
+            let name = from.file_name().unwrap_or_default().to_string_lossy();
+            to = format!("{}{name}", to.trim_start_matches('.'));
+        }
+        let mode = std::os::unix::fs::PermissionsExt::mode(&metadata.permissions()) & 0o7777;
+        let pieces = tokio_util::io::ReaderStream::new(file).map_ok(Frame::data);
+        let path = format!(
+            "/v1/sessions/{}/files?path={}&mode={mode}",
+            escape(session),
+            escape(&to)
+        );
+        self.request("PUT", &path, BodyExt::boxed(StreamBody::new(pieces))).await.map(drop)
+    }
+
+    async fn copy_out(&self, session: &str, from: &str, to: &Path) -> Result<()> {
+        let name = Path::new(from).file_name().unwrap_or_default();
+        let to = if to.is_dir() { to.join(name) } else { to.to_owned() };
+        let failed = |error: std::io::Error| Failure::new(format!("{}: {error}", to.display()));
+        let path = format!("/v1/sessions/{}/files?path={}", escape(session), escape(from));
+        // Beside it and renamed: a copy that breaks off leaves the old file whole.
+        let mut hidden = std::ffi::OsString::from(format!(".denizen-{}-", std::process::id()));
+        hidden.push(to.file_name().unwrap_or_default());
+        let partial = to.with_file_name(hidden);
+        let mut file = tokio::fs::File::create(&partial).await.map_err(failed)?;
+        let copied = match self.download(&path, &mut file).await {
+            Ok(mode) => set_mode(&file, mode).await.map_err(failed),
+            Err(error) => Err(error),
+        };
+        let done = match copied {
+            Ok(()) => tokio::fs::rename(&partial, &to).await.map_err(failed),
+            Err(error) => Err(error),
+        };
+        if done.is_err() {
+            let _ = tokio::fs::remove_file(&partial).await;
+        }
+        done
+    }
+}
+
+async fn set_mode(file: &tokio::fs::File, mode: Option<u32>) -> std::io::Result<()> {
+    match mode {
+        Some(mode) => {
+            let mode = std::os::unix::fs::PermissionsExt::from_mode(mode & 0o7777);
+            file.set_permissions(mode).await
+        }
+        None => Ok(()),
+    }
+}
+
+fn empty() -> BoxBody<Bytes, std::io::Error> {
+    Full::new(Bytes::new()).map_err(|never| match never {}).boxed()
+}
+
+/// A stream of lines.
+pub struct Lines {
+    body: Incoming,
+    buffer: Vec<u8>,
+}
+
+impl Lines {
+    /// The next line, without its end.
+    pub async fn next(&mut self) -> Result<Option<String>> {
+        loop {
+            if let Some(end) = self.buffer.iter().position(|byte| *byte == b'\n') {
+                let line: Vec<u8> = self.buffer.drain(..=end).collect();
+                return Ok(Some(String::from_utf8_lossy(&line[..end]).into_owned()));
+            }
+            match self.body.frame().await {
+                None => return Ok(None),
+                Some(Err(error)) => return Err(Failure::new(error.to_string())),
+                Some(Ok(frame)) => {
+                    if let Some(bytes) = frame.data_ref() {
+                        self.buffer.extend_from_slice(bytes);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// A part of a URI: all but unreserved characters (RFC 3986) are escaped.
+pub fn escape(text: &str) -> String {
+    text.bytes()
+        .map(|byte| match byte {
+            b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => {
+                char::from(byte).to_string()
+            }
+            byte => format!("%{byte:02X}"),
+        })
+        .collect()
+}
+
+/// Starts a daemon that outlives this program, and waits until it can be reached.
+fn start_daemon(settings: &Settings) -> Result<()> {
+    let failed = |what: &str, error: &dyn std::fmt::Display| {
+        Failure::new(format!("cannot start the daemon: {what}: {error}"))
+    };
+    std::fs::create_dir_all(&settings.state)
+        .map_err(|error| failed(&settings.state.display().to_string(), &error))?;
+    let log_path = crate::log_file(settings);
+    let log = OpenOptions::new().create(true).append(true).mode(0o600).open(&log_path);
+    let log = log.map_err(|error| failed(&log_path.display().to_string(), &error))?;
+    let program = std::env::current_exe().map_err(|error| failed("this program", &error))?;
+    let pool = &settings.pool;
+    let mut daemon = Command::new(program);
+    daemon.args(["serve", "--background", "--idle-exit", IDLE_EXIT]);
+    daemon.arg("--state").arg(&settings.state).arg("--socket").arg(&settings.socket);
+    if let Some(file) = &settings.file {
+        daemon.arg("--config").arg(file);
+    }
+    daemon.arg("--volume-root").arg(&pool.volume_root).arg("--shell").arg(&pool.shell);
+    daemon.arg("--max-vms").arg(pool.max_vms.to_string());
+    daemon.arg("--idle-shutdown-seconds").arg(pool.idle_shutdown_seconds.to_string());
+    daemon.arg("--prune-after-seconds").arg(pool.prune_after_seconds.to_string());
+    // A group of its own, so that a Ctrl-C here does not reach it.
+    daemon.process_group(0).current_dir("/");
+    daemon.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log);
+    let mut child = daemon.spawn().map_err(|error| failed("this program", &error))?;
+    let mut answer = String::new();
+    if let Some(stdout) = child.stdout.take() {
+        // Ends with the daemon, if it cannot start.
+        let _ = BufReader::new(stdout).read_line(&mut answer);
+    }
+    if answer.trim() == "ready" {
+        return Ok(());
+    }
+    let _ = child.wait();
+    // Another client may have been faster: then its daemon answers.
+    if std::os::unix::net::UnixStream::connect(&settings.socket).is_ok() {
+        return Ok(());
+    }
+    let text = std::fs::read_to_string(&log_path).unwrap_or_default();
+    let last = text.lines().rev().find(|line| line.starts_with("denizen: ")).unwrap_or("");
+    Err(Failure::new(format!(
+        "the daemon did not start: {}; its log is {}",
+        last.trim_start_matches("denizen: "),
+        log_path.display()
+    )))
+}

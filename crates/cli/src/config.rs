@@ -1,0 +1,175 @@
+//! Where the program's settings come from: flags before `DENIZEN_*` variables before the
+//! configuration file before defaults.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use clap::Args;
+use denizen::VmPoolConfig;
+use serde::{Deserialize, Serialize};
+
+use crate::{Failure, Result};
+
+/// Settings that can be given on the command line or in the environment.
+#[derive(Args, Clone, Debug, Default)]
+#[command(next_help_heading = "Settings")]
+pub struct Options {
+    /// The configuration file [default: denizen/config.toml in the user's configuration folder]
+    #[arg(long, global = true, env = "DENIZEN_CONFIG", value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Where the daemon keeps everything [default: denizen in the user's state folder, or
+    /// /var/lib/denizen for root]
+    #[arg(long, global = true, env = "DENIZEN_STATE", value_name = "FOLDER")]
+    state: Option<PathBuf>,
+    /// The daemon's socket [default: denizen.sock in the state folder]
+    #[arg(long, global = true, env = "DENIZEN_SOCKET", value_name = "FILE")]
+    socket: Option<PathBuf>,
+    /// Seconds to wait for a session in use or a place in a full pool
+    #[arg(long, global = true, env = "DENIZEN_ACQUIRE_TIMEOUT_SECONDS", value_name = "SECONDS")]
+    acquire_timeout_seconds: Option<u64>,
+    /// The folder that holds all sessions
+    #[arg(long, global = true, env = "DENIZEN_VOLUME_ROOT", value_name = "FOLDER", hide_short_help = true)]
+    volume_root: Option<PathBuf>,
+    /// The shell of `denizen shell`
+    #[arg(long, global = true, env = "DENIZEN_SHELL", value_name = "FILE", hide_short_help = true)]
+    shell: Option<PathBuf>,
+    /// Most sessions with files on local disk
+    #[arg(long, global = true, env = "DENIZEN_MAX_VMS", value_name = "N", hide_short_help = true)]
+    max_vms: Option<usize>,
+    /// Seconds without use until a session is stopped
+    #[arg(long, global = true, env = "DENIZEN_IDLE_SHUTDOWN_SECONDS", value_name = "SECONDS", hide_short_help = true)]
+    idle_shutdown_seconds: Option<u64>,
+    /// Seconds of being stopped until a session's local files are deleted
+    #[arg(long, global = true, env = "DENIZEN_PRUNE_AFTER_SECONDS", value_name = "SECONDS", hide_short_help = true)]
+    prune_after_seconds: Option<u64>,
+    /// Seconds of being stopped until a session is backed up
+    #[arg(long, global = true, env = "DENIZEN_BACKUP_AFTER_SECONDS", value_name = "SECONDS", hide_short_help = true)]
+    backup_after_seconds: Option<u64>,
+    /// The folder that backups go to
+    #[arg(long, global = true, env = "DENIZEN_BACKUP_DESTINATION", value_name = "FOLDER", hide_short_help = true)]
+    backup_destination: Option<PathBuf>,
+    /// The Nix flake whose shell is built when a session is made
+    #[arg(long, global = true, env = "DENIZEN_NIX_PROFILE", value_name = "FLAKE", hide_short_help = true)]
+    nix_profile: Option<String>,
+}
+
+/// The configuration file: the pool's fields and the daemon's own.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct FileConfig {
+    socket: Option<PathBuf>,
+    acquire_timeout_seconds: Option<u64>,
+    pool: toml::Table,
+}
+
+/// What the program runs with.
+#[derive(Clone, Debug, Serialize)]
+pub struct Settings {
+    /// Where the daemon keeps everything.
+    pub state: PathBuf,
+    /// The daemon's socket.
+    pub socket: PathBuf,
+    /// How long callers wait in line.
+    #[serde(rename = "acquire_timeout_seconds", serialize_with = "seconds")]
+    pub acquire_timeout: Duration,
+    /// The pool.
+    pub pool: VmPoolConfig,
+    /// Not shown: how a background daemon is told the same.
+    #[serde(skip)]
+    pub file: Option<PathBuf>,
+}
+
+fn seconds<S: serde::Serializer>(
+    duration: &Duration,
+    serializer: S,
+) -> std::result::Result<S::Ok, S::Error> {
+    serializer.serialize_u64(duration.as_secs())
+}
+
+/// Puts the settings together.
+pub fn load(options: &Options) -> Result<Settings> {
+    let file = options.config.clone().or_else(default_file);
+    let given: FileConfig = match &file {
+        Some(path) => read(path, options.config.is_some())?,
+        None => FileConfig::default(),
+    };
+    let state = options.state.clone().map_or_else(default_state, Ok)?;
+    let state = std::path::absolute(&state)
+        .map_err(|error| Failure::new(format!("{}: {error}", state.display())))?;
+
+    // The program's own defaults, where they differ from the library's.
+    let bash = Path::new("/bin/bash");
+    let mut pool = VmPoolConfig {
+        enabled: true,
+        volume_root: state.join("pool"),
+        shell: if bash.exists() { bash.to_owned() } else { PathBuf::from("/bin/sh") },
+        backup_after_seconds: Some(300),
+        backup_destination: Some(state.join("backups")),
+        ..VmPoolConfig::default()
+    };
+    let mut table = toml::Table::try_from(&pool).map_err(|error| {
+        Failure::new(format!("the default configuration cannot be written down: {error}"))
+    })?;
+    table.extend(given.pool);
+    pool = table.try_into().map_err(|error| {
+        let name = file.as_deref().unwrap_or(Path::new("configuration")).display().to_string();
+        Failure::new(format!("{name}: [pool]: {error}"))
+    })?;
+    macro_rules! take {
+        ($($field:ident),*) => {
+            $(if let Some(value) = &options.$field { pool.$field = value.clone().into(); })*
+        };
+    }
+    take!(volume_root, shell, max_vms, idle_shutdown_seconds, prune_after_seconds);
+    take!(backup_after_seconds, backup_destination, nix_profile);
+    let socket = options.socket.clone().or(given.socket);
+    let wait = options.acquire_timeout_seconds.or(given.acquire_timeout_seconds).unwrap_or(30);
+    Ok(Settings {
+        socket: socket.unwrap_or_else(|| state.join("denizen.sock")),
+        acquire_timeout: Duration::from_secs(wait),
+        state,
+        pool,
+        file: options.config.clone(),
+    })
+}
+
+fn read(path: &Path, must_exist: bool) -> Result<FileConfig> {
+    match std::fs::read_to_string(path) {
+        Ok(text) => toml::from_str(&text)
+            .map_err(|error| Failure::new(format!("{}: {error}", path.display()))),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound && !must_exist => {
+            Ok(FileConfig::default())
+        }
+        Err(error) => Err(Failure::new(format!("cannot read {}: {error}", path.display()))),
+    }
+}
+
+fn is_root() -> bool {
+    rustix::process::geteuid().is_root()
+}
+
+/// An absolute path from the environment, as the XDG Base Directory Specification has it.
+fn from_env(name: &str) -> Option<PathBuf> {
+    std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute())
+}
+
+fn default_file() -> Option<PathBuf> {
+    if is_root() {
+        return Some(PathBuf::from("/etc/denizen/config.toml"));
+    }
+    let folder = from_env("XDG_CONFIG_HOME").or_else(|| Some(from_env("HOME")?.join(".config")));
+    Some(folder?.join("denizen/config.toml"))
+}
+
+fn default_state() -> Result<PathBuf> {
+    if let Some(folder) = from_env("XDG_STATE_HOME") {
+        return Ok(folder.join("denizen"));
+    }
+    if is_root() {
+        return Ok(PathBuf::from("/var/lib/denizen"));
+    }
+    let home = from_env("HOME").ok_or_else(|| {
+        Failure::new("no place for denizen's files: set HOME, XDG_STATE_HOME or DENIZEN_STATE")
+    })?;
+    Ok(home.join(".local/state/denizen"))
+}

@@ -1,0 +1,157 @@
+//! What people see: tables and lines on a terminal, JSON where it was asked for.
+
+use std::io::Write;
+
+use serde_json::Value;
+
+use crate::config::Settings;
+use crate::{Failure, Result};
+
+/// Prints, or says that nobody reads.
+fn print(text: &str) -> Result<()> {
+    let mut stdout = std::io::stdout().lock();
+    stdout
+        .write_all(text.as_bytes())
+        .and_then(|()| stdout.flush())
+        .map_err(|error| Failure::new(format!("cannot print: {error}")))
+}
+
+fn json(value: &Value) -> Result<()> {
+    print(&format!("{value:#}\n"))
+}
+
+/// The configuration in force, as a file would have it.
+pub fn config(settings: &Settings, as_json: bool) -> Result<()> {
+    if as_json {
+        let value = serde_json::to_value(settings);
+        return json(&value.map_err(|error| Failure::new(error.to_string()))?);
+    }
+    let text = toml::to_string(settings).map_err(|error| Failure::new(error.to_string()))?;
+    print(&text)
+}
+
+/// All sessions.
+pub fn sessions(value: &Value, as_json: bool) -> Result<()> {
+    if as_json {
+        return json(value);
+    }
+    let rows = value.as_array().into_iter().flatten().map(|session| {
+        let state = match session["operation"].as_str() {
+            Some(operation) => format!("{} ({operation})", text(&session["state"])),
+            None if session["in_use"] == true => format!("{} (in use)", text(&session["state"])),
+            None => text(&session["state"]),
+        };
+        let saved = match (session["unsaved"] == true, session["backup"].is_string()) {
+            (false, true) => "yes",
+            (true, true) => "older",
+            _ => "no",
+        };
+        [
+            session["name"].as_str().map_or_else(|| "-".to_owned(), str::to_owned),
+            text(&session["id"]),
+            state,
+            text(&session["isolation"]),
+            age(&session["last_used"]),
+            saved.to_owned(),
+        ]
+    });
+    table(["NAME", "ID", "STATE", "ISOLATION", "USED", "SAVED"], rows)
+}
+
+/// One session.
+pub fn session(value: &Value, as_json: bool) -> Result<()> {
+    if as_json {
+        return json(value);
+    }
+    let mut lines = String::new();
+    for (name, value) in value.as_object().into_iter().flatten() {
+        if value.is_null() {
+            continue;
+        }
+        let shown = if name.ends_with("_at") || name == "last_used" {
+            time(value)
+        } else {
+            text(value)
+        };
+        lines.push_str(&format!("{:<14}{shown}\n", name.replace('_', " ")));
+    }
+    print(&lines)
+}
+
+/// The backups of a session.
+pub fn backups(value: &Value, as_json: bool) -> Result<()> {
+    if as_json {
+        return json(value);
+    }
+    let rows = value.as_array().into_iter().flatten().map(|backup| {
+        ["taken_at", "bytes", "name"].map(|field| text(&backup[field]))
+    });
+    table(["TAKEN", "BYTES", "NAME"], rows)
+}
+
+/// One event, if it is of the session asked for.
+pub fn event(line: &str, session: Option<&str>, as_json: bool) -> Result<()> {
+    let value: Value =
+        serde_json::from_str(line).map_err(|error| Failure::new(error.to_string()))?;
+    if session.is_some_and(|session| value["name"] != *session && value["session"] != *session) {
+        return Ok(());
+    }
+    if as_json {
+        return print(&format!("{line}\n"));
+    }
+    let who = value["name"].as_str().or(value["session"].as_str()).unwrap_or_default();
+    let what = text(&value["event"]).replace('_', " ");
+    let more = ["operation", "backup", "error", "missed"]
+        .iter()
+        .filter(|field| !value[**field].is_null())
+        .map(|field| format!(" {}", text(&value[*field])))
+        .collect::<String>();
+    print(&format!("{}  {who}  {what}{more}\n", time(&value["at"])))
+}
+
+fn table<const N: usize>(
+    heads: [&str; N],
+    rows: impl Iterator<Item = [String; N]>,
+) -> Result<()> {
+    let rows: Vec<_> = std::iter::once(heads.map(str::to_owned)).chain(rows).collect();
+    let mut widths = [0; N];
+    for row in &rows {
+        for (width, cell) in widths.iter_mut().zip(row) {
+            *width = cell.chars().count().max(*width);
+        }
+    }
+    let mut lines = String::new();
+    for row in &rows {
+        let mut line = String::new();
+        for (width, cell) in widths.iter().zip(row) {
+            line.push_str(&format!("{cell:<width$}  "));
+        }
+        lines.push_str(line.trim_end());
+        lines.push('\n');
+    }
+    print(&lines)
+}
+
+fn text(value: &Value) -> String {
+    value.as_str().map_or_else(|| value.to_string(), str::to_owned)
+}
+
+#[allow(clippy::cast_possible_truncation)] // Whole seconds are what is shown.
+fn timestamp(value: &Value) -> Option<jiff::Timestamp> {
+    jiff::Timestamp::from_second(value.as_f64()? as i64).ok()
+}
+
+fn time(value: &Value) -> String {
+    timestamp(value).map_or_else(|| text(value), |at| at.to_string())
+}
+
+fn age(value: &Value) -> String {
+    let Some(at) = timestamp(value) else { return text(value) };
+    let seconds = jiff::Timestamp::now().as_second().saturating_sub(at.as_second());
+    match seconds {
+        ..=59 => "just now".to_owned(),
+        60..=3599 => format!("{} min ago", seconds / 60),
+        3600..=86399 => format!("{} h ago", seconds / 3600),
+        _ => format!("{} days ago", seconds / 86400),
+    }
+}

@@ -1,0 +1,458 @@
+//! The system calls that the standard library has no function for, declared by hand, each
+//! behind a function that cannot be misused. All of the program's `unsafe` is here, and
+//! nothing here decides anything.
+
+use std::ffi::{CStr, CString, c_char, c_int, c_long, c_short, c_void};
+use std::fs::File;
+use std::io::{Error, Read};
+use std::mem::ManuallyDrop;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::ptr::null_mut;
+
+pub const EPERM: i32 = 1;
+pub const ENOENT: i32 = 2;
+pub const ESRCH: i32 = 3;
+pub const EINTR: i32 = 4;
+pub const ECHILD: i32 = 10;
+pub const EAGAIN: i32 = 11;
+pub const EACCES: i32 = 13;
+pub const ENOTDIR: i32 = 20;
+pub const EISDIR: i32 = 21;
+pub const EINVAL: i32 = 22;
+pub const EMFILE: i32 = 24;
+pub const ENOSYS: i32 = 38;
+pub const ESHUTDOWN: i32 = 108;
+
+pub const SIGKILL: c_int = 9;
+pub const SIGTERM: c_int = 15;
+const SIGCHLD: c_int = 17;
+pub const SIGCONT: c_int = 18;
+/// HUP, INT, QUIT, PIPE, TERM.
+const IGNORED: [c_int; 5] = [1, 2, 3, 13, 15];
+const SIG_DFL: usize = 0;
+const SIG_IGN: usize = 1;
+
+pub const POLLIN: c_short = 1;
+pub const POLLOUT: c_short = 4;
+const MSG_DONTWAIT: c_int = 0x40;
+const MSG_NOSIGNAL: c_int = 0x4000;
+const MSG_CMSG_CLOEXEC: c_int = 0x4000_0000;
+const PR_SET_NAME: c_int = 15;
+const PR_SET_CHILD_SUBREAPER: c_int = 36;
+const RLIMIT_LOCKS: c_int = 10;
+const CLOCK_BOOTTIME: c_int = 7;
+const SYS_PIDFD_SEND_SIGNAL: c_long = 424;
+const SYS_PIDFD_OPEN: c_long = 434;
+const SYS_CLOSE_RANGE: c_long = 436;
+/// SETSIGDEF, SETSIGMASK, SETSID.
+const SPAWN_FLAGS: c_short = 0x04 | 0x08 | 0x80;
+
+#[repr(C)]
+pub struct PollFd {
+    pub fd: c_int,
+    pub events: c_short,
+    pub revents: c_short,
+}
+#[repr(C)]
+struct IoVec {
+    base: *mut c_void,
+    len: usize,
+}
+#[repr(C)]
+struct MsgHdr {
+    name: *mut c_void,
+    namelen: u32,
+    iov: *mut IoVec,
+    iovlen: usize,
+    control: *mut c_void,
+    controllen: usize,
+    flags: c_int,
+}
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct RLimit {
+    soft: u64,
+    hard: u64,
+}
+#[repr(C)]
+#[derive(Default)]
+struct TimeSpec {
+    seconds: i64,
+    nanoseconds: i64,
+}
+/// `sigset_t`: 1024 bits in glibc and musl.
+#[repr(C)]
+struct SigSet([u64; 16]);
+/// `posix_spawnattr_t` (336 bytes in glibc and musl) with room to spare.
+#[repr(C, align(16))]
+struct SpawnAttr([u64; 64]);
+/// `posix_spawn_file_actions_t` (80 bytes in glibc and musl) with room to spare.
+#[repr(C, align(16))]
+struct FileActions([u64; 32]);
+
+unsafe extern "C" {
+    fn setsid() -> c_int;
+    fn prctl(option: c_int, ...) -> c_int;
+    fn signal(number: c_int, action: usize) -> usize;
+    fn sigprocmask(how: c_int, set: *const SigSet, old: *mut SigSet) -> c_int;
+    fn signalfd(fd: c_int, set: *const SigSet, flags: c_int) -> c_int;
+    fn fcntl(fd: c_int, command: c_int, ...) -> c_int;
+    fn poll(fds: *mut PollFd, count: u64, timeout: c_int) -> c_int;
+    fn recvmsg(fd: c_int, message: *mut MsgHdr, flags: c_int) -> isize;
+    fn send(fd: c_int, data: *const c_void, len: usize, flags: c_int) -> isize;
+    fn waitpid(pid: c_int, status: *mut c_int, options: c_int) -> c_int;
+    fn kill(pid: c_int, number: c_int) -> c_int;
+    fn syscall(number: c_long, ...) -> c_long;
+    fn chdir(path: *const c_char) -> c_int;
+    fn access(path: *const c_char, mode: c_int) -> c_int;
+    fn clock_gettime(clock: c_int, time: *mut TimeSpec) -> c_int;
+    fn sched_setscheduler(pid: c_int, policy: c_int, priority: *const c_int) -> c_int;
+    fn prlimit(pid: c_int, what: c_int, new: *const RLimit, old: *mut RLimit) -> c_int;
+    fn posix_spawn(
+        pid: *mut c_int,
+        path: *const c_char,
+        actions: *const FileActions,
+        attributes: *const SpawnAttr,
+        argv: *const *const c_char,
+        env: *const *const c_char,
+    ) -> c_int;
+    fn posix_spawnattr_init(attributes: *mut SpawnAttr) -> c_int;
+    fn posix_spawnattr_setflags(attributes: *mut SpawnAttr, flags: c_short) -> c_int;
+    fn posix_spawnattr_setsigdefault(a: *mut SpawnAttr, set: *const SigSet) -> c_int;
+    fn posix_spawnattr_setsigmask(a: *mut SpawnAttr, set: *const SigSet) -> c_int;
+    fn posix_spawn_file_actions_init(actions: *mut FileActions) -> c_int;
+    fn posix_spawn_file_actions_destroy(actions: *mut FileActions) -> c_int;
+    fn posix_spawn_file_actions_adddup2(a: *mut FileActions, from: c_int, to: c_int) -> c_int;
+    fn posix_spawn_file_actions_addchdir_np(
+        actions: *mut FileActions,
+        path: *const c_char,
+    ) -> c_int;
+    fn posix_spawn_file_actions_addopen(
+        actions: *mut FileActions,
+        fd: c_int,
+        path: *const c_char,
+        flags: c_int,
+        mode: u32,
+    ) -> c_int;
+}
+
+/// The descriptor of the control socket.
+pub const CONTROL: RawFd = 0;
+
+/// Our own process id.
+pub fn own_number() -> i32 {
+    i32::try_from(std::process::id()).unwrap_or(0)
+}
+
+/// Why the last call failed.
+fn errno() -> i32 {
+    Error::last_os_error().raw_os_error().unwrap_or(EINVAL)
+}
+
+/// The errno of a call that gives 0 for success.
+fn outcome(result: c_int) -> i32 {
+    if result == 0 { 0 } else { errno() }
+}
+
+/// Becomes what an init has to be; gives the descriptor that tells of ended children.
+pub fn become_init() -> Result<OwnedFd, Error> {
+    let mut children = SigSet([0; 16]);
+    children.0[0] = 1 << (SIGCHLD - 1);
+    // SAFETY: all of these take plain numbers, or pointers to values that live until the
+    // call returns; the name is a C string. There is one thread, and no descriptor above 2
+    // is owned by anything in this program yet, so closing them all takes none away.
+    let fd = unsafe {
+        setsid();
+        prctl(PR_SET_NAME, c"denizen-init".as_ptr(), 0, 0, 0);
+        if prctl(PR_SET_CHILD_SUBREAPER, 1usize, 0usize, 0usize, 0usize) != 0 {
+            return Err(Error::last_os_error());
+        }
+        // An owner may ignore SIGCHLD, which is inherited and means reaping behind our back.
+        signal(SIGCHLD, SIG_DFL);
+        for number in IGNORED {
+            signal(number, SIG_IGN);
+        }
+        sigprocmask(2, &raw const children, null_mut());
+        if syscall(SYS_CLOSE_RANGE, 3usize, u32::MAX as usize, 0usize) != 0 {
+            for fd in 3..65536 {
+                fcntl(fd, 2, 1);
+            }
+        }
+        fcntl(CONTROL, 2, 1);
+        chdir(c"/".as_ptr());
+        signalfd(-1, &raw const children, 0x80000 | 0x800)
+    };
+    if fd < 0 {
+        return Err(Error::last_os_error());
+    }
+    // SAFETY: signalfd made this descriptor just now, so nothing else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Waits until one of them is ready or so many milliseconds have passed (-1: for ever). A
+/// failure looks as if nothing were ready.
+pub fn wait_ready(fds: &mut [PollFd], timeout: c_int) {
+    // SAFETY: the slice has as many entries as said and lives over the call.
+    unsafe { poll(fds.as_mut_ptr(), fds.len() as u64, timeout) };
+}
+
+/// One packet from the control socket, with the descriptors that came along. Fails with
+/// `EAGAIN` if there is none; a packet of no bytes is the end.
+pub fn receive(buffer: &mut [u8]) -> Result<(usize, Vec<OwnedFd>), i32> {
+    let mut control = [0u64; 16];
+    let mut part = IoVec { base: buffer.as_mut_ptr().cast(), len: buffer.len() };
+    let mut message = MsgHdr {
+        name: null_mut(),
+        namelen: 0,
+        iov: &raw mut part,
+        iovlen: 1,
+        control: control.as_mut_ptr().cast(),
+        controllen: size_of_val(&control),
+        flags: 0,
+    };
+    let flags = MSG_DONTWAIT | MSG_CMSG_CLOEXEC;
+    // SAFETY: the header points to a buffer and a control area of the sizes it says, all
+    // alive until the call returns.
+    let count = unsafe { recvmsg(CONTROL, &raw mut message, flags) };
+    let count = usize::try_from(count).map_err(|_| errno())?;
+    Ok((count.min(buffer.len()), descriptors(&control, message.controllen)))
+}
+
+/// The descriptors in a control area (cmsg(3)): a length of 8 bytes that counts its own
+/// header of 16, level 1 and type 1 (`SOL_SOCKET`, `SCM_RIGHTS`), then 4 bytes for each.
+fn descriptors(control: &[u64; 16], length: usize) -> Vec<OwnedFd> {
+    let end = usize::try_from(control[0]).unwrap_or(0).min(length);
+    let count = end.saturating_sub(16) / 4;
+    if length < 16 || control[1] != 1 << 32 | 1 {
+        return Vec::new();
+    }
+    let halves = control[2..].iter().flat_map(|word| [*word & 0xffff_ffff, *word >> 32]);
+    let raw = halves.take(count).filter_map(|fd| RawFd::try_from(fd).ok());
+    // SAFETY: the kernel has just put these descriptors into our table for us to own.
+    raw.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }).collect()
+}
+
+/// Sends one packet on the control socket, or gives the errno.
+pub fn transmit(packet: &[u8]) -> Result<(), i32> {
+    let flags = MSG_DONTWAIT | MSG_NOSIGNAL;
+    // SAFETY: the buffer is as long as said and lives over the call.
+    let sent = unsafe { send(CONTROL, packet.as_ptr().cast(), packet.len(), flags) };
+    if sent < 0 { Err(errno()) } else { Ok(()) }
+}
+
+/// read(2) on a borrowed descriptor.
+pub fn read(fd: &OwnedFd, buffer: &mut [u8]) -> Result<usize, Error> {
+    // SAFETY: the descriptor is open and stays owned by `fd`: it is not closed here.
+    let file = unsafe { ManuallyDrop::new(File::from_raw_fd(fd.as_raw_fd())) };
+    (&*file).read(buffer)
+}
+
+/// Reaps one child that has ended, whichever: this program is an init. Gives its number
+/// and wait status, or the errno (`ECHILD` if there are no children at all).
+pub fn reap_any() -> Result<Option<(i32, c_int)>, i32> {
+    let mut status = 0;
+    // SAFETY: `status` lives over the call.
+    match unsafe { waitpid(-1, &raw mut status, 1) } {
+        0 => Ok(None),
+        pid if pid < 0 => Err(errno()),
+        pid => Ok(Some((pid, status))),
+    }
+}
+
+/// kill(2); gives the errno, 0 for success. To be used only on what cannot have been
+/// reaped, or the number may be another's by now.
+pub fn signal_number(target: c_int, number: c_int) -> i32 {
+    // SAFETY: plain numbers.
+    outcome(unsafe { kill(target, number) })
+}
+
+/// Signals a process that may be reaped by its parent at any time: holds on to it first,
+/// then makes sure that it is the one meant. Gives the errno, 0 for success.
+pub fn signal_held(pid: i32, number: c_int, is_meant: impl FnOnce() -> bool) -> i32 {
+    // SAFETY: plain numbers.
+    let fd = unsafe { syscall(SYS_PIDFD_OPEN, c_long::from(pid), 0 as c_long) };
+    let Ok(fd) = RawFd::try_from(fd).and_then(|fd| u32::try_from(fd).map(|_| fd)) else {
+        return match errno() {
+            // Kernels before 5.3.
+            ENOSYS if is_meant() => signal_number(pid, number),
+            error => error,
+        };
+    };
+    // SAFETY: pidfd_open made this descriptor just now.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    if !is_meant() {
+        return ESRCH;
+    }
+    let (raw, number) = (c_long::from(fd.as_raw_fd()), c_long::from(number));
+    let details = std::ptr::null::<c_void>();
+    // SAFETY: an open descriptor, a number, no details, no flags.
+    let result = unsafe { syscall(SYS_PIDFD_SEND_SIGNAL, raw, number, details, 0 as c_long) };
+    outcome(c_int::from(result != 0))
+}
+
+/// A process's soft `RLIMIT_LOCKS`, if it may be seen.
+pub fn soft_locks(pid: i32) -> Option<u64> {
+    let mut limit = RLimit::default();
+    // SAFETY: `limit` lives over the call; nothing is set.
+    let result = unsafe { prlimit(pid, RLIMIT_LOCKS, std::ptr::null(), &raw mut limit) };
+    (result == 0).then_some(limit.soft)
+}
+
+/// The errno that stands in the way of executing this file, 0 if none.
+pub fn may_execute(path: &CStr) -> i32 {
+    // SAFETY: a C string.
+    outcome(unsafe { access(path.as_ptr(), 1) })
+}
+
+/// The errno of entering a directory, 0 if it can be entered. Leaves us in `/`.
+pub fn may_enter(folder: &CStr) -> i32 {
+    // SAFETY: C strings.
+    let error = outcome(unsafe { chdir(folder.as_ptr()) });
+    // SAFETY: as above.
+    unsafe { chdir(c"/".as_ptr()) };
+    error
+}
+
+/// Runs before everything else, or like everything else; needs `CAP_SYS_NICE` (sched(7))
+/// and is only a help.
+pub fn hurry(on: bool) {
+    // SCHED_FIFO, SCHED_OTHER
+    let (policy, priority) = if on { (1, 1) } else { (0, 0) };
+    let priority: c_int = priority;
+    // SAFETY: `struct sched_param` is one int in the C library; it lives over the call.
+    unsafe { sched_setscheduler(0, policy, &raw const priority) };
+}
+
+/// Clock ticks (1/100 s) since boot.
+pub fn now() -> u64 {
+    let mut time = TimeSpec::default();
+    // SAFETY: `time` lives over the call.
+    unsafe { clock_gettime(CLOCK_BOOTTIME, &raw mut time) };
+    let hundredths = time.seconds * 100 + time.nanoseconds / 10_000_000;
+    hundredths.unsigned_abs()
+}
+
+/// What a command gets beside its strings.
+#[derive(PartialEq, Eq)]
+pub struct Setting {
+    /// Its descriptors 0, 1 and 2, by their numbers here.
+    pub fds: [RawFd; 3],
+    /// Whether the first is a terminal that becomes its controlling one.
+    pub terminal: bool,
+    /// The directory it starts in.
+    pub cwd: CString,
+}
+
+/// What `posix_spawn(3)` needs, as far as it stays the same from command to command.
+pub struct Spawner {
+    attributes: SpawnAttr,
+    actions: Option<Actions>,
+    /// The hard limit that a mark has to fit under.
+    hard: u64,
+}
+
+/// The steps that `posix_spawn(3)` takes in the new process.
+struct Actions {
+    setting: Setting,
+    raw: Box<FileActions>,
+}
+
+impl Spawner {
+    pub fn new() -> Self {
+        let mut attributes = SpawnAttr([0; 64]);
+        let mut limit = RLimit::default();
+        // What we ignore, what the owner ignored, and what the C library hides (32, 33).
+        let all = SigSet([u64::MAX; 16]);
+        let none = SigSet([0; 16]);
+        // SAFETY: all pointers are to values on this stack that outlive the calls; the
+        // attributes are plain data in glibc and musl, so they can be moved afterwards.
+        unsafe {
+            posix_spawnattr_init(&raw mut attributes);
+            posix_spawnattr_setflags(&raw mut attributes, SPAWN_FLAGS);
+            posix_spawnattr_setsigdefault(&raw mut attributes, &raw const all);
+            posix_spawnattr_setsigmask(&raw mut attributes, &raw const none);
+            prlimit(0, RLIMIT_LOCKS, std::ptr::null(), &raw mut limit);
+        }
+        Self { attributes, actions: None, hard: limit.hard }
+    }
+
+    /// Starts a program with a soft `RLIMIT_LOCKS` of `mark`; gives its number, or the
+    /// errno of whichever step failed.
+    pub fn start(
+        &mut self,
+        program: &CStr,
+        argv: &[&CStr],
+        env: &[&CStr],
+        mark: u64,
+        setting: Setting,
+    ) -> Result<i32, i32> {
+        let pointers = |strings: &[&CStr]| -> Vec<*const c_char> {
+            let strings = strings.iter().map(|string| string.as_ptr());
+            strings.chain([std::ptr::null()]).collect()
+        };
+        let (argv, env) = (pointers(argv), pointers(env));
+        let limit = RLimit { soft: mark, hard: self.hard };
+        // Commands that follow each other mostly agree in it: the kernel gives the
+        // descriptors the same numbers, and the session has one directory.
+        let actions = match self.actions.take() {
+            Some(actions) if actions.setting == setting => actions,
+            _ => Actions::new(setting)?,
+        };
+        let mut pid = 0;
+        // SAFETY: every pointer is to a value or C string of this function, its caller or
+        // `self` that outlives the calls; both pointer lists end with a null.
+        let error = unsafe {
+            // Best effort: a hard limit that is too low leaves the other marks.
+            prlimit(0, RLIMIT_LOCKS, &raw const limit, null_mut());
+            posix_spawn(
+                &raw mut pid,
+                program.as_ptr(),
+                &raw const *actions.raw,
+                &raw const self.attributes,
+                argv.as_ptr(),
+                env.as_ptr(),
+            )
+        };
+        self.actions = Some(actions);
+        if error == 0 { Ok(pid) } else { Err(error) }
+    }
+}
+
+impl Actions {
+    fn new(setting: Setting) -> Result<Self, i32> {
+        let mut raw = Box::new(FileActions([0; 32]));
+        let actions = &raw mut *raw;
+        let [stdin, stdout, stderr] = setting.fds;
+        let path = CString::new(format!("/proc/self/fd/{stdin}")).map_err(|_| EINVAL)?;
+        // SAFETY: `actions` stays where it is until it is destroyed, and the strings are
+        // copied. The descriptors are open when it is used, and none is 0, 1 or 2: those
+        // are always taken here.
+        let results = unsafe {
+            posix_spawn_file_actions_init(actions);
+            [
+                // Opening a terminal is how the leader of a session gets it as its
+                // controlling one; its session exists by then.
+                if setting.terminal {
+                    posix_spawn_file_actions_addopen(actions, 0, path.as_ptr(), 2, 0)
+                } else {
+                    posix_spawn_file_actions_adddup2(actions, stdin, 0)
+                },
+                posix_spawn_file_actions_adddup2(actions, stdout, 1),
+                posix_spawn_file_actions_adddup2(actions, stderr, 2),
+                posix_spawn_file_actions_addchdir_np(actions, setting.cwd.as_ptr()),
+            ]
+        };
+        let made = Self { setting, raw };
+        match results.into_iter().find(|error| *error != 0) {
+            None => Ok(made),
+            Some(error) => Err(error),
+        }
+    }
+}
+
+impl Drop for Actions {
+    fn drop(&mut self) {
+        // SAFETY: it was initialised when it was made, and is not used again.
+        unsafe { posix_spawn_file_actions_destroy(&raw mut *self.raw) };
+    }
+}
