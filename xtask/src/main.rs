@@ -1,2 +1,77 @@
-//! Skeleton.
-fn main() {}
+//! What a contributor runs: `cargo xtask test` installs what the tests need and runs all of
+//! them; `cargo xtask bench` measures denizen beside its peers and writes
+//! `docs/benchmarks.md`.
+
+mod bench;
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+
+fn main() -> ExitCode {
+    let mut args = std::env::args().skip(1);
+    let result = match args.next().as_deref() {
+        Some("test") => test(),
+        Some("bench") => bench::run(args.next().map(PathBuf::from).as_deref()),
+        _ => Err("usage: cargo xtask test | cargo xtask bench [PATH OF THE SEED FILE]".to_owned()),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(problem) => {
+            eprintln!("xtask: {problem}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The repository.
+pub(crate) fn root() -> PathBuf {
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    here.parent().unwrap_or(here).to_owned()
+}
+
+/// Runs a command in the repository, its output to ours.
+pub(crate) fn run(program: &str, args: &[&str]) -> Result<(), String> {
+    eprintln!("+ {program} {}", args.join(" "));
+    let status = Command::new(program).args(args).current_dir(root()).status();
+    match status {
+        Ok(status) if status.success() => Ok(()),
+        Ok(status) => Err(format!("{program} {}: {status}", args.join(" "))),
+        Err(error) => Err(format!("{program}: {error}")),
+    }
+}
+
+fn has(program: &str, arg: &str) -> bool {
+    let output = Command::new(program).arg(arg).output();
+    output.is_ok_and(|output| output.status.success())
+}
+
+/// Programs that the tests run, with the Debian package that has each.
+const NEEDED: [(&str, &str); 4] =
+    [("sqlite3", "sqlite3"), ("tar", "tar"), ("zstd", "zstd"), ("setsid", "util-linux")];
+
+fn install() -> Result<(), String> {
+    let missing: Vec<&str> = NEEDED
+        .iter()
+        .filter(|(program, _)| !has(program, "--version") && !has(program, "-version"))
+        .map(|(_, package)| *package)
+        .collect();
+    if !missing.is_empty() {
+        run("apt-get", &["update", "-qq"])?;
+        let install = ["install", "-y", "-qq", "--no-install-recommends"];
+        run("apt-get", &[&install[..], &missing].concat())?;
+    }
+    if !has("cargo-nextest", "--version") {
+        run("cargo", &["install", "cargo-nextest", "--locked"])?;
+    }
+    Ok(())
+}
+
+fn test() -> Result<(), String> {
+    install()?;
+    run("cargo", &["fmt", "--all", "--check"])?;
+    let lint = ["clippy", "--workspace", "--all-targets", "--all-features"];
+    run("cargo", &[&lint[..], &["--", "-D", "warnings"]].concat())?;
+    run("cargo", &["test", "--workspace", "--doc", "--all-features"])?;
+    // Last, so that its summary is the last thing that is printed.
+    run("cargo", &["nextest", "run", "--workspace", "--all-features"])
+}

@@ -346,10 +346,8 @@ struct Follow {
 impl Follow {
     async fn next(&mut self) -> Option<Result<wire::ProcessEvent, ConnectError>> {
         if std::mem::take(&mut self.first) {
-            let start = wire::process_event::StartEvent {
-                pid: self.job.child.pid(),
-                ..Default::default()
-            };
+            let start =
+                wire::process_event::StartEvent { pid: self.job.child.pid(), ..Default::default() };
             return Some(Ok(event(start)));
         }
         if self.ended {
@@ -402,9 +400,10 @@ impl Follow {
     }
 
     fn stream(self) -> impl Stream<Item = Result<wire::ProcessEvent, ConnectError>> + Send {
-        stream::unfold(self, |mut follow| async move {
-            follow.next().await.map(|item| (item, follow))
-        })
+        stream::unfold(
+            self,
+            |mut follow| async move { follow.next().await.map(|item| (item, follow)) },
+        )
     }
 }
 
@@ -500,9 +499,8 @@ impl<I: Instances> wire::Process for ProcessService<I> {
         &self,
         context: RequestContext,
         request: ServiceRequest<'_, wire::StartRequest>,
-    ) -> ServiceResult<
-        ServiceStream<impl connectrpc::Encodable<wire::StartResponse> + Send + use<I>>,
-    > {
+    ) -> ServiceResult<ServiceStream<impl connectrpc::Encodable<wire::StartResponse> + Send + use<I>>>
+    {
         let deadline = context.deadline().map(tokio::time::Instant::from_std);
         let mode = if context.header(denizen_envd::FOREGROUND).is_some() {
             Mode::Foreground

@@ -160,11 +160,8 @@ impl Client {
         }
         let mode = std::os::unix::fs::PermissionsExt::mode(&metadata.permissions()) & 0o7777;
         let pieces = tokio_util::io::ReaderStream::new(file).map_ok(Frame::data);
-        let path = format!(
-            "/v1/sessions/{}/files?path={}&mode={mode}",
-            escape(session),
-            escape(&to)
-        );
+        let path =
+            format!("/v1/sessions/{}/files?path={}&mode={mode}", escape(session), escape(&to));
         self.request("PUT", &path, BodyExt::boxed(StreamBody::new(pieces))).await.map(drop)
     }
 

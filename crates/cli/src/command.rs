@@ -49,9 +49,9 @@ pub struct Exec {
 pub async fn exec(client: &Client, exec: Exec, json: bool) -> Result<i32> {
     let mut envs = HashMap::new();
     for variable in &exec.env {
-        let (name, value) = variable.split_once('=').ok_or_else(|| {
-            Failure::new(format!("--env {variable}: write it as NAME=VALUE"))
-        })?;
+        let (name, value) = variable
+            .split_once('=')
+            .ok_or_else(|| Failure::new(format!("--env {variable}: write it as NAME=VALUE")))?;
         envs.insert(name.to_owned(), value.to_owned());
     }
     let mut words = exec.command.into_iter();
@@ -251,8 +251,7 @@ fn pty() -> wire::PTY {
         _ => rustix::termios::tcgetwinsize(std::io::stderr()).ok(),
     });
     let (cols, rows) = size.map_or((80, 24), |size| (size.ws_col.max(1), size.ws_row.max(1)));
-    let size =
-        wire::pty::Size { cols: cols.into(), rows: rows.into(), ..Default::default() };
+    let size = wire::pty::Size { cols: cols.into(), rows: rows.into(), ..Default::default() };
     wire::PTY { size: size.into(), ..Default::default() }
 }
 

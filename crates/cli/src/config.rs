@@ -28,7 +28,13 @@ pub struct Options {
     #[arg(long, global = true, env = "DENIZEN_ACQUIRE_TIMEOUT_SECONDS", value_name = "SECONDS")]
     acquire_timeout_seconds: Option<u64>,
     /// The folder that holds all sessions
-    #[arg(long, global = true, env = "DENIZEN_VOLUME_ROOT", value_name = "FOLDER", hide_short_help = true)]
+    #[arg(
+        long,
+        global = true,
+        env = "DENIZEN_VOLUME_ROOT",
+        value_name = "FOLDER",
+        hide_short_help = true
+    )]
     volume_root: Option<PathBuf>,
     /// The shell of `denizen shell`
     #[arg(long, global = true, env = "DENIZEN_SHELL", value_name = "FILE", hide_short_help = true)]
@@ -37,19 +43,49 @@ pub struct Options {
     #[arg(long, global = true, env = "DENIZEN_MAX_VMS", value_name = "N", hide_short_help = true)]
     max_vms: Option<usize>,
     /// Seconds without use until a session is stopped
-    #[arg(long, global = true, env = "DENIZEN_IDLE_SHUTDOWN_SECONDS", value_name = "SECONDS", hide_short_help = true)]
+    #[arg(
+        long,
+        global = true,
+        env = "DENIZEN_IDLE_SHUTDOWN_SECONDS",
+        value_name = "SECONDS",
+        hide_short_help = true
+    )]
     idle_shutdown_seconds: Option<u64>,
     /// Seconds of being stopped until a session's local files are deleted
-    #[arg(long, global = true, env = "DENIZEN_PRUNE_AFTER_SECONDS", value_name = "SECONDS", hide_short_help = true)]
+    #[arg(
+        long,
+        global = true,
+        env = "DENIZEN_PRUNE_AFTER_SECONDS",
+        value_name = "SECONDS",
+        hide_short_help = true
+    )]
     prune_after_seconds: Option<u64>,
     /// Seconds of being stopped until a session is backed up
-    #[arg(long, global = true, env = "DENIZEN_BACKUP_AFTER_SECONDS", value_name = "SECONDS", hide_short_help = true)]
+    #[arg(
+        long,
+        global = true,
+        env = "DENIZEN_BACKUP_AFTER_SECONDS",
+        value_name = "SECONDS",
+        hide_short_help = true
+    )]
     backup_after_seconds: Option<u64>,
     /// The folder that backups go to
-    #[arg(long, global = true, env = "DENIZEN_BACKUP_DESTINATION", value_name = "FOLDER", hide_short_help = true)]
+    #[arg(
+        long,
+        global = true,
+        env = "DENIZEN_BACKUP_DESTINATION",
+        value_name = "FOLDER",
+        hide_short_help = true
+    )]
     backup_destination: Option<PathBuf>,
     /// The Nix flake whose shell is built when a session is made
-    #[arg(long, global = true, env = "DENIZEN_NIX_PROFILE", value_name = "FLAKE", hide_short_help = true)]
+    #[arg(
+        long,
+        global = true,
+        env = "DENIZEN_NIX_PROFILE",
+        value_name = "FLAKE",
+        hide_short_help = true
+    )]
     nix_profile: Option<String>,
 }
 

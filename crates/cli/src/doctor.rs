@@ -5,8 +5,8 @@ use std::path::Path;
 
 use serde_json::json;
 
-use crate::config::Settings;
 use crate::Result;
+use crate::config::Settings;
 
 struct Finding {
     name: &'static str,
@@ -54,34 +54,46 @@ fn configuration(settings: &Settings) -> Finding {
 
 fn shell(settings: &Settings) -> Finding {
     let shell = &settings.pool.shell;
-    finding("shell", match rustix::fs::access(shell, rustix::fs::Access::EXEC_OK) {
-        Ok(()) => Ok(shell.display().to_string()),
-        Err(error) => Err(format!("{}: {error}; set `shell`", shell.display())),
-    })
+    finding(
+        "shell",
+        match rustix::fs::access(shell, rustix::fs::Access::EXEC_OK) {
+            Ok(()) => Ok(shell.display().to_string()),
+            Err(error) => Err(format!("{}: {error}; set `shell`", shell.display())),
+        },
+    )
 }
 
 fn file_system(root: &Path) -> Finding {
-    finding("disk", match rustix::fs::statvfs(root) {
-        Ok(stat) => {
-            let free = stat.f_bavail.saturating_mul(stat.f_frsize) / (1 << 20);
-            if free < 64 {
-                Err(format!("only {free} MiB free below {}: make room", root.display()))
-            } else {
-                Ok(format!("{free} MiB free below {}", root.display()))
+    finding(
+        "disk",
+        match rustix::fs::statvfs(root) {
+            Ok(stat) => {
+                let free = stat.f_bavail.saturating_mul(stat.f_frsize) / (1 << 20);
+                if free < 64 {
+                    Err(format!("only {free} MiB free below {}: make room", root.display()))
+                } else {
+                    Ok(format!("{free} MiB free below {}", root.display()))
+                }
             }
-        }
-        Err(error) => Err(format!("{}: {error}", root.display())),
-    })
+            Err(error) => Err(format!("{}: {error}", root.display())),
+        },
+    )
 }
 
 fn socket(socket: &Path) -> Finding {
     // sun_path of unix(7) has 108 bytes, the last of them zero.
     let length = socket.as_os_str().len();
-    finding("socket", if length < 108 {
-        Ok(socket.display().to_string())
-    } else {
-        Err(format!("{} is {length} bytes long, the kernel takes 107: set --socket", socket.display()))
-    })
+    finding(
+        "socket",
+        if length < 108 {
+            Ok(socket.display().to_string())
+        } else {
+            Err(format!(
+                "{} is {length} bytes long, the kernel takes 107: set --socket",
+                socket.display()
+            ))
+        },
+    )
 }
 
 async fn daemon(settings: &Settings) -> Finding {
@@ -115,10 +127,12 @@ async fn command() -> Finding {
         let _ = std::fs::remove_dir_all(&folder);
         result
     };
-    finding("command", match attempt.await {
-        Ok(stdout) if stdout == b"works\n" => Ok("isolation host: works".to_owned()),
-        Ok(stdout) => Err(format!("unexpected output {stdout:?}")),
-        Err(error) => Err(error.to_string()),
-    })
+    finding(
+        "command",
+        match attempt.await {
+            Ok(stdout) if stdout == b"works\n" => Ok("isolation host: works".to_owned()),
+            Ok(stdout) => Err(format!("unexpected output {stdout:?}")),
+            Err(error) => Err(error.to_string()),
+        },
+    )
 }
-

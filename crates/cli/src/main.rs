@@ -287,11 +287,7 @@ async fn act(cli: Cli, settings: config::Settings) -> Result<i32> {
     Ok(0)
 }
 
-async fn serve(
-    settings: config::Settings,
-    idle_exit: Option<u64>,
-    background: bool,
-) -> Result<()> {
+async fn serve(settings: config::Settings, idle_exit: Option<u64>, background: bool) -> Result<()> {
     use tokio::signal::unix::{SignalKind, signal};
     tracing_subscriber::fmt()
         .with_writer(std::io::stderr)

@@ -68,11 +68,8 @@ pub fn session(value: &Value, as_json: bool) -> Result<()> {
         if value.is_null() {
             continue;
         }
-        let shown = if name.ends_with("_at") || name == "last_used" {
-            time(value)
-        } else {
-            text(value)
-        };
+        let shown =
+            if name.ends_with("_at") || name == "last_used" { time(value) } else { text(value) };
         lines.push_str(&format!("{:<14}{shown}\n", name.replace('_', " ")));
     }
     print(&lines)
@@ -83,9 +80,11 @@ pub fn backups(value: &Value, as_json: bool) -> Result<()> {
     if as_json {
         return json(value);
     }
-    let rows = value.as_array().into_iter().flatten().map(|backup| {
-        ["taken_at", "bytes", "name"].map(|field| text(&backup[field]))
-    });
+    let rows = value
+        .as_array()
+        .into_iter()
+        .flatten()
+        .map(|backup| ["taken_at", "bytes", "name"].map(|field| text(&backup[field])));
     table(["TAKEN", "BYTES", "NAME"], rows)
 }
 
@@ -109,10 +108,7 @@ pub fn event(line: &str, session: Option<&str>, as_json: bool) -> Result<()> {
     print(&format!("{}  {who}  {what}{more}\n", time(&value["at"])))
 }
 
-fn table<const N: usize>(
-    heads: [&str; N],
-    rows: impl Iterator<Item = [String; N]>,
-) -> Result<()> {
+fn table<const N: usize>(heads: [&str; N], rows: impl Iterator<Item = [String; N]>) -> Result<()> {
     let rows: Vec<_> = std::iter::once(heads.map(str::to_owned)).chain(rows).collect();
     let mut widths = [0; N];
     for row in &rows {

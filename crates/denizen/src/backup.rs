@@ -35,8 +35,7 @@ impl Backups {
             Error::volume("make the backup destination", &self.destination, source)
         })?;
         let now = jiff::Timestamp::try_from(now).unwrap_or_else(|_| jiff::Timestamp::now());
-        let written =
-            denizen_archive::write(volume, &self.destination, session, now, interrupted)?;
+        let written = denizen_archive::write(volume, &self.destination, session, now, interrupted)?;
         for skipped in &written.skipped {
             tracing::warn!(session = %session, ?skipped, "not in the backup");
         }

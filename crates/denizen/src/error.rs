@@ -218,9 +218,5 @@ fn cause(failure: Option<&String>) -> impl fmt::Display {
 }
 
 fn output_tail(output: &str) -> impl fmt::Display {
-    if output.is_empty() {
-        String::new()
-    } else {
-        format!("; its output ends with:\n{output}")
-    }
+    if output.is_empty() { String::new() } else { format!("; its output ends with:\n{output}") }
 }

@@ -11,6 +11,9 @@
 //! the session and takes the next step there is: serve the line, go on with an eviction, or do
 //! what time has made due. Nothing else starts an operation.
 
+#[cfg(test)]
+mod simulation;
+
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::time::Duration;
 
@@ -425,7 +428,6 @@ impl Lifecycle {
         false
     }
 
-
     /// How many sessions take up a place.
     pub fn resident(&self) -> usize {
         self.resident
@@ -498,7 +500,9 @@ impl Lifecycle {
             }
             self.take_in(row);
         }
-        let ids: Vec<Uuid> = self.sessions.keys().copied().collect();
+        let mut ids: Vec<Uuid> = self.sessions.keys().copied().collect();
+        // The same rows give the same effects, in the same order.
+        ids.sort_unstable();
         for id in ids {
             self.advance(id, out);
         }
@@ -1026,9 +1030,7 @@ impl Lifecycle {
         let row = &session.row;
         let pressed = session.evicting;
         let (at, op) = match row.phase {
-            Phase::Active => {
-                (row.last_used.after(policy.idle_shutdown), Op::Stop { force: false })
-            }
+            Phase::Active => (row.last_used.after(policy.idle_shutdown), Op::Stop { force: false }),
             Phase::Stopped if policy.has_destination && row.unsaved => {
                 let wait = policy.backup_after.unwrap_or(policy.prune_after);
                 (row.stopped_at.after(wait.min(policy.prune_after)), Op::Backup)

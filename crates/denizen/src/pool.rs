@@ -328,13 +328,7 @@ impl Pool {
         }
     }
 
-    fn tell(
-        &self,
-        state: &mut State,
-        id: Uuid,
-        change: Change,
-        failure: Option<&Arc<Error>>,
-    ) {
+    fn tell(&self, state: &mut State, id: Uuid, change: Change, failure: Option<&Arc<Error>>) {
         match &change {
             Change::Failed { retry_at: Some(_), .. } => {
                 let text = failure.map_or_else(|| "unknown".to_owned(), ToString::to_string);

@@ -233,7 +233,10 @@ impl Registry {
     pub(crate) fn name(&mut self, name: &SessionName, id: Uuid) -> Result<()> {
         self.transact(|transaction| {
             transaction
-                .execute("INSERT INTO names VALUES (?1, ?2)", params![name.as_str(), id.to_string()])
+                .execute(
+                    "INSERT INTO names VALUES (?1, ?2)",
+                    params![name.as_str(), id.to_string()],
+                )
                 .map(drop)
         })
     }
@@ -263,9 +266,7 @@ fn lock(root: &Path, folder: &Path) -> Result<File> {
         .map_err(failed)?;
     match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => Ok(file),
-        Err(rustix::io::Errno::WOULDBLOCK) => {
-            Err(RegistryError::Locked { root: root.to_owned() })
-        }
+        Err(rustix::io::Errno::WOULDBLOCK) => Err(RegistryError::Locked { root: root.to_owned() }),
         Err(errno) => Err(failed(errno.into())),
     }
 }

@@ -249,7 +249,10 @@ async fn a_waiter_never_runs_in_a_removed_folder() {
         world.pass(&pool, IDLE).await;
         // Pruning and acquiring race.
         world.clock.pass(PRUNE);
-        let maintenance = { let pool = pool.clone(); tokio::spawn(async move { pool.run_maintenance_now().await }) };
+        let maintenance = {
+            let pool = pool.clone();
+            tokio::spawn(async move { pool.run_maintenance_now().await })
+        };
         let guard = pool.acquire(id).await.unwrap();
         maintenance.await.unwrap().unwrap();
         assert!(guard.workdir().is_dir());

@@ -25,11 +25,7 @@ struct Api {
     stop: Arc<Notify>,
 }
 
-pub(crate) fn router(
-    pool: Arc<MicroVmManager>,
-    leases: Arc<Leases>,
-    stop: Arc<Notify>,
-) -> Router {
+pub(crate) fn router(pool: Arc<MicroVmManager>, leases: Arc<Leases>, stop: Arc<Notify>) -> Router {
     Router::new()
         .route("/v1/health", get(health))
         .route("/v1/shutdown", post(shutdown))
@@ -238,7 +234,8 @@ struct FileQuery {
 
 /// A path in the session's volume: relative, and without a way up.
 fn inside(workdir: &FsPath, path: &FsPath) -> Answer<PathBuf> {
-    let plain = path.components().all(|part| matches!(part, Component::Normal(_) | Component::CurDir));
+    let plain =
+        path.components().all(|part| matches!(part, Component::Normal(_) | Component::CurDir));
     if plain && path.file_name().is_some() {
         return Ok(workdir.join(path));
     }

@@ -1,0 +1,687 @@
+//! Whole lives of a pool, at random but repeatable: a seed is a history.
+//!
+//! The world here is the truth that the core cannot see: disks, backups, processes, durable
+//! rows, who holds what. After every step the invariants of the lifecycle are checked against
+//! it. `DENIZEN_SIM_SEED=n` replays one history and prints it; `DENIZEN_SIM_HISTORIES=n` runs
+//! more of them.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::*;
+
+const STEPS: usize = 150;
+const SESSIONS: u64 = 6;
+
+/// `SplitMix64`: small, and the same on every machine.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    fn below(&mut self, bound: u64) -> u64 {
+        self.next() % bound
+    }
+
+    fn chance(&mut self, percent: u64) -> bool {
+        self.below(100) < percent
+    }
+}
+
+#[derive(Clone, Debug)]
+struct Disk {
+    half: bool,
+    version: u64,
+    bootstraps: u32,
+}
+
+#[derive(Clone, Debug)]
+struct Flying {
+    id: Uuid,
+    seq: Seq,
+    op: Op,
+    /// Its row could not be written: it may only fail, and must not touch the disk.
+    refused: bool,
+    hangs: bool,
+    interrupted: bool,
+}
+
+struct World {
+    random: Random,
+    core: Lifecycle,
+    policy: Policy,
+    fault: Option<Fault>,
+    now: PoolTime,
+    rows: BTreeMap<Uuid, Row>,
+    disks: BTreeMap<Uuid, Disk>,
+    backups: BTreeMap<(Uuid, String), u64>,
+    busy: BTreeSet<Uuid>,
+    flying: Vec<Flying>,
+    holders: BTreeMap<Uuid, WaiterId>,
+    lines: BTreeMap<Uuid, Vec<(WaiterId, Want)>>,
+    /// What the next holder of a session must see; none if that is anybody's guess.
+    expected: BTreeMap<Uuid, Option<u64>>,
+    last_release: BTreeMap<Uuid, PoolTime>,
+    stopped: BTreeMap<Uuid, PoolTime>,
+    /// Sessions whose removal somebody asked for.
+    removals: BTreeSet<Uuid>,
+    next_version: u64,
+    next_waiter: WaiterId,
+    next_backup: u64,
+    /// Above this many sessions none may be added: `max_vms`, or what a restart found.
+    limit: usize,
+    trace: Vec<String>,
+}
+
+type Check = Result<(), String>;
+
+macro_rules! ensure {
+    ($condition:expr, $($message:tt)*) => {
+        if !$condition {
+            return Err(format!($($message)*));
+        }
+    };
+}
+
+fn session(n: u64) -> Uuid {
+    Uuid::from_u128(u128::from(n) + 1)
+}
+
+impl World {
+    fn new(seed: u64, fault: Option<Fault>) -> Self {
+        let mut random = Random(seed);
+        let policy = Policy {
+            max_vms: 1 + usize::try_from(random.below(4)).unwrap_or(0),
+            idle_shutdown: Duration::from_secs(60),
+            prune_after: Duration::from_secs(300),
+            backup_after: random.chance(70).then(|| Duration::from_secs(100)),
+            has_destination: random.chance(75),
+        };
+        let mut world = Self {
+            core: Lifecycle::new(policy.clone()),
+            limit: policy.max_vms,
+            random,
+            policy,
+            fault,
+            now: PoolTime(1_000_000),
+            rows: BTreeMap::new(),
+            disks: BTreeMap::new(),
+            backups: BTreeMap::new(),
+            busy: BTreeSet::new(),
+            flying: Vec::new(),
+            holders: BTreeMap::new(),
+            lines: BTreeMap::new(),
+            expected: BTreeMap::new(),
+            last_release: BTreeMap::new(),
+            stopped: BTreeMap::new(),
+            removals: BTreeSet::new(),
+            next_version: 1,
+            next_waiter: 1,
+            next_backup: 1,
+            trace: Vec::new(),
+        };
+        world.core.fault = fault;
+        world
+    }
+
+    fn saved(&self, id: Uuid, version: u64) -> bool {
+        self.backups.iter().any(|((owner, _), saved)| *owner == id && *saved == version)
+    }
+
+    fn note(&mut self, what: String) {
+        self.trace.push(what);
+    }
+
+    fn wants_slot(&self) -> bool {
+        self.core.evicting > 0 || !self.core.slot_line.is_empty()
+    }
+
+    // ---- Carrying out effects -----------------------------------------------------------
+
+    fn carry_out(&mut self, effects: Vec<Effect>, pressed: bool) -> Check {
+        for effect in effects {
+            self.note(format!("      {effect:?}"));
+            match effect {
+                Effect::Run { id, seq, op, row } => self.begin(id, seq, op, row, pressed)?,
+                Effect::Interrupt { id, seq } => {
+                    for flying in &mut self.flying {
+                        flying.interrupted |= flying.id == id && flying.seq == seq;
+                    }
+                }
+                // What nothing waits for may be lost.
+                Effect::Save(row) => {
+                    if self.random.chance(90) {
+                        self.rows.insert(row.id, row);
+                    }
+                }
+                Effect::Forget(id) => {
+                    if self.random.chance(90) {
+                        self.rows.remove(&id);
+                    }
+                }
+                Effect::Grant { id, waiter } => self.granted(id, waiter)?,
+                Effect::Fulfil { id, waiter } => self.answered(id, waiter)?,
+                Effect::Refuse { id, waiter, why } => {
+                    self.answered(id, waiter)?;
+                    if why == Refusal::AtCapacity {
+                        ensure!(
+                            self.core.resident() >= self.policy.max_vms,
+                            "turned away from a pool that is not full"
+                        );
+                    }
+                }
+                Effect::Notify { .. } => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn begin(&mut self, id: Uuid, seq: Seq, op: Op, row: Option<Row>, pressed: bool) -> Check {
+        ensure!(
+            !self.flying.iter().any(|flying| flying.id == id),
+            "two operations at once for {id}"
+        );
+        ensure!(!self.holders.contains_key(&id), "{op:?} of {id} while it is held");
+        let asked = self.lines.get(&id).is_some_and(|line| !line.is_empty());
+        if !pressed && !asked {
+            let due = match &op {
+                Op::Stop { .. } => {
+                    self.last_release.get(&id).map(|at| at.after(self.policy.idle_shutdown))
+                }
+                Op::Backup => {
+                    let wait = self.policy.backup_after.unwrap_or(self.policy.prune_after);
+                    let wait = wait.min(self.policy.prune_after);
+                    self.stopped.get(&id).map(|at| at.after(wait))
+                }
+                Op::Prune if self.core.view(id).is_some_and(|view| view.row.backup.is_some()) => {
+                    self.stopped.get(&id).map(|at| at.after(self.policy.prune_after))
+                }
+                _ => None,
+            };
+            let early = due.is_some_and(|due| due > self.now);
+            ensure!(!early, "{op:?} of {id} at {:?}, due at {due:?}", self.now);
+        }
+        if op == Op::Remove {
+            let half = self.disks.get(&id).is_none_or(|disk| disk.half);
+            ensure!(self.removals.contains(&id) || half, "{id} removed though nobody asked");
+        }
+        if op == (Op::Stop { force: true }) && self.busy.contains(&id) {
+            let forced = self.lines.get(&id).into_iter().flatten();
+            let forced = forced.map(|(_, want)| want).any(|want| {
+                matches!(want, Want::Stopped { force: true } | Want::Removed)
+            });
+            ensure!(forced, "processes of {id} ended though nobody forced it");
+        }
+        let refused = row.is_some() && self.random.chance(4);
+        if let (Some(row), false) = (row, refused) {
+            self.rows.insert(id, row);
+        }
+        let hangs = self.random.chance(3);
+        self.flying.push(Flying { id, seq, op, refused, hangs, interrupted: false });
+        Ok(())
+    }
+
+    fn granted(&mut self, id: Uuid, waiter: WaiterId) -> Check {
+        ensure!(!self.holders.contains_key(&id), "two holders of {id}");
+        ensure!(!self.flying.iter().any(|flying| flying.id == id), "{id} granted mid-operation");
+        let line = self.lines.get(&id).cloned().unwrap_or_default();
+        let first = line.iter().find(|(_, want)| matches!(want, Want::Guard { .. }));
+        ensure!(first.map(|(first, _)| *first) == Some(waiter), "{id}: not served in order");
+        self.answered(id, waiter)?;
+        let Some(disk) = self.disks.get(&id) else {
+            // Taken away by hand; nobody can know.
+            ensure!(self.expected.get(&id) == Some(&None), "{id} granted without a volume");
+            self.holders.insert(id, waiter);
+            return Ok(());
+        };
+        ensure!(!disk.half, "{id} granted half-made");
+        ensure!(disk.bootstraps == 1, "{id} bootstrapped {} times", disk.bootstraps);
+        if let Some(Some(expected)) = self.expected.get(&id) {
+            ensure!(disk.version == *expected, "{id} has {}, not {expected}", disk.version);
+        }
+        self.holders.insert(id, waiter);
+        Ok(())
+    }
+
+    fn answered(&mut self, id: Uuid, waiter: WaiterId) -> Check {
+        let line = self.lines.entry(id).or_default();
+        let before = line.len();
+        line.retain(|(waiting, _)| *waiting != waiter);
+        ensure!(line.len() < before, "{waiter} answered though not in line of {id}");
+        Ok(())
+    }
+
+    /// Deletes or replaces what is on disk, if that loses nothing.
+    fn give_up(&mut self, id: Uuid, why: &Op) -> Check {
+        if let Some(disk) = self.disks.remove(&id) {
+            let known = matches!(self.expected.get(&id), Some(Some(_)));
+            ensure!(
+                !self.policy.has_destination || !known || self.saved(id, disk.version),
+                "{why:?} of {id} deletes version {} that no backup has",
+                disk.version
+            );
+        }
+        Ok(())
+    }
+
+    /// What an operation does to the world, if it does it.
+    fn effect_of(&mut self, id: Uuid, op: &Op) -> Result<Outcome, String> {
+        match op {
+            Op::Create => {
+                let version = self.fresh();
+                self.disks.insert(id, Disk { half: false, version, bootstraps: 1 });
+                self.expected.insert(id, Some(version));
+            }
+            Op::Start => {
+                if !self.disks.contains_key(&id) {
+                    return Ok(Outcome::Missing);
+                }
+            }
+            Op::Stop { force } => {
+                if !force && self.busy.contains(&id) {
+                    return Ok(Outcome::Busy);
+                }
+                self.busy.remove(&id);
+                self.stopped.insert(id, self.now);
+            }
+            Op::Backup => {
+                let Some(disk) = self.disks.get(&id) else { return Ok(Outcome::Missing) };
+                let name = format!("backup-{}", self.next_backup);
+                self.next_backup += 1;
+                self.backups.insert((id, name.clone()), disk.version);
+                return Ok(Outcome::BackedUp(name));
+            }
+            Op::Prune => {
+                self.give_up(id, op)?;
+                if !self.policy.has_destination {
+                    self.expected.remove(&id);
+                }
+            }
+            Op::Restore(name) => {
+                let Some(version) = self.backups.get(&(id, name.clone())).copied() else {
+                    return Ok(Outcome::Failed);
+                };
+                self.give_up(id, op)?;
+                self.disks.insert(id, Disk { half: false, version, bootstraps: 1 });
+                self.expected.insert(id, Some(version));
+                self.stopped.insert(id, self.now);
+            }
+            Op::Remove => {
+                self.disks.remove(&id);
+                self.busy.remove(&id);
+                self.expected.remove(&id);
+                self.removals.remove(&id);
+            }
+        }
+        Ok(Outcome::Done)
+    }
+
+    fn fresh(&mut self) -> u64 {
+        self.next_version += 1;
+        self.next_version
+    }
+
+    // ---- Steps --------------------------------------------------------------------------
+
+    fn call(&mut self, call: impl FnOnce(&mut Lifecycle, PoolTime, &mut Vec<Effect>)) -> Check {
+        let mut effects = Vec::new();
+        let pressed = self.wants_slot();
+        call(&mut self.core, self.now, &mut effects);
+        let pressed = pressed || self.wants_slot();
+        self.carry_out(effects, pressed)?;
+        self.consistent()
+    }
+
+    fn step(&mut self) -> Check {
+        let id = session(self.random.below(SESSIONS));
+        match self.random.below(100) {
+            0..=24 => {
+                let patient = self.random.chance(60);
+                self.ask(id, Want::Guard { patient })
+            }
+            25..=29 => {
+                let want = match self.random.below(5) {
+                    0 => Want::Stopped { force: false },
+                    1 => Want::Stopped { force: true },
+                    2 => Want::BackedUp,
+                    3 => Want::Restored(None),
+                    _ => Want::Removed,
+                };
+                self.ask(id, want)
+            }
+            30..=36 => self.cancel(id),
+            37..=52 => self.release(id),
+            53..=77 => self.finish(false),
+            78..=92 => self.pass_time(),
+            93..=94 => {
+                // By hand, while nobody looks.
+                if !self.holders.contains_key(&id) && self.disks.remove(&id).is_some() {
+                    self.note(format!("vanish {id}"));
+                    self.expected.insert(id, None);
+                }
+                Ok(())
+            }
+            95..=96 => {
+                self.busy.remove(&id);
+                Ok(())
+            }
+            _ => self.crash(),
+        }
+    }
+
+    fn ask(&mut self, id: Uuid, want: Want) -> Check {
+        let waiter = self.next_waiter;
+        self.next_waiter += 1;
+        self.note(format!("ask {id} {waiter} {want:?}"));
+        if want == (Want::Guard { patient: false }) && self.core.acquire_warm(id) {
+            self.lines.entry(id).or_default().insert(0, (waiter, want));
+            return self.granted(id, waiter);
+        }
+        if want == Want::Removed && !self.holders.contains_key(&id) {
+            self.removals.insert(id);
+        }
+        self.lines.entry(id).or_default().push((waiter, want.clone()));
+        self.call(|core, now, out| core.acquire(now, id, waiter, want, out))
+    }
+
+    fn cancel(&mut self, id: Uuid) -> Check {
+        let line = self.lines.entry(id).or_default();
+        if line.is_empty() {
+            return Ok(());
+        }
+        let at = usize::try_from(self.random.below(line.len() as u64)).unwrap_or(0);
+        let (waiter, _) = line.remove(at);
+        self.note(format!("cancel {id} {waiter}"));
+        self.call(|core, now, out| core.cancel(now, id, waiter, out))
+    }
+
+    fn release(&mut self, id: Uuid) -> Check {
+        if self.holders.remove(&id).is_none() {
+            return Ok(());
+        }
+        self.note(format!("release {id}"));
+        let version = self.fresh();
+        if let Some(disk) = self.disks.get_mut(&id) {
+            disk.version = version;
+            self.expected.insert(id, Some(version));
+        }
+        if self.random.chance(20) {
+            self.busy.insert(id);
+        }
+        self.last_release.insert(id, self.now);
+        self.call(|core, now, out| core.release(now, id, out))
+    }
+
+    /// Ends one operation that is in flight.
+    fn finish(&mut self, well: bool) -> Check {
+        let ready: Vec<usize> =
+            (0..self.flying.len()).filter(|at| well || !self.flying[*at].hangs).collect();
+        if ready.is_empty() {
+            return Ok(());
+        }
+        let at = usize::try_from(self.random.below(ready.len() as u64)).unwrap_or(0);
+        let Flying { id, seq, op, refused, interrupted, .. } = self.flying.remove(ready[at]);
+        let fails = refused || (!well && self.random.chance(if interrupted { 60 } else { 12 }));
+        let outcome = if fails { Outcome::Failed } else { self.effect_of(id, &op)? };
+        if outcome == Outcome::Busy {
+            // What runs counts as use until now.
+            self.last_release.insert(id, self.now);
+        }
+        self.note(format!("finish {id} {op:?}: {outcome:?}"));
+        self.call(|core, now, out| core.finished(now, id, seq, outcome, out))
+    }
+
+    fn pass_time(&mut self) -> Check {
+        let wait = match self.random.below(10) {
+            0..=2 => self.random.below(1000),
+            3..=7 => self.random.below(120_000),
+            8 => self.random.below(3_600_000),
+            _ => 365 * 24 * 3_600_000,
+        };
+        self.now = PoolTime(self.now.0 + wait);
+        let eager = self.random.chance(20);
+        self.note(format!("{wait} ms pass, eager: {eager}"));
+        // A clock that goes back is not believed.
+        let told = if self.random.chance(10) { PoolTime(self.now.0 / 2) } else { self.now };
+        self.call(|core, _, out| {
+            if eager {
+                core.tick_eagerly(told, out);
+            } else {
+                core.tick(told, out);
+            }
+        })?;
+        if told == self.now && self.fault.is_none() {
+            let due = self.core.next_due();
+            ensure!(due.is_none_or(|due| due > self.now), "left undone: due at {due:?}");
+        }
+        Ok(())
+    }
+
+    /// Ends the process at any instant, also within an operation, and starts it again.
+    fn crash(&mut self) -> Check {
+        self.note("crash".to_owned());
+        for flying in std::mem::take(&mut self.flying) {
+            let Flying { id, op, refused, .. } = flying;
+            if refused {
+                continue;
+            }
+            match self.random.below(3) {
+                0 => {}
+                1 if op == Op::Create => {
+                    let version = self.fresh();
+                    self.disks.insert(id, Disk { half: true, version, bootstraps: 0 });
+                }
+                1 => {}
+                _ => {
+                    self.effect_of(id, &op)?;
+                }
+            }
+        }
+        for id in std::mem::take(&mut self.holders).into_keys() {
+            let version = self.fresh();
+            if let Some(disk) = self.disks.get_mut(&id) {
+                disk.version = version;
+                self.expected.insert(id, Some(version));
+            }
+        }
+        self.busy.clear();
+        self.lines.clear();
+        if self.random.chance(20) {
+            self.policy.max_vms = 1 + usize::try_from(self.random.below(4)).unwrap_or(0);
+        }
+        if self.random.chance(5) {
+            // A registry that was put aside: all volumes are orphans.
+            let archived: Vec<Uuid> = self.rows.keys().copied().collect();
+            for id in archived {
+                if !self.disks.contains_key(&id) {
+                    self.expected.insert(id, None);
+                }
+            }
+            self.rows.clear();
+        }
+        self.now = PoolTime(self.now.0 + self.random.below(200_000));
+        let found = |disk: Option<&Disk>| match disk {
+            None => Found::Nothing,
+            Some(disk) if disk.half => Found::Half,
+            Some(_) => Found::Whole,
+        };
+        let rows: Vec<_> =
+            self.rows.values().map(|row| (row.clone(), found(self.disks.get(&row.id)))).collect();
+        let orphans: Vec<_> = self
+            .disks
+            .iter()
+            .filter(|(id, _)| !self.rows.contains_key(id))
+            .map(|(id, disk)| (*id, found(Some(disk))))
+            .collect();
+        for (id, _) in self.disks.iter().filter(|(_, disk)| !disk.half) {
+            // Counted from the row if it says that the session was stopped before.
+            let row = self.rows.get(id).filter(|row| row.phase == Phase::Stopped);
+            let since = row.map_or(self.now, |row| row.stopped_at);
+            if row.is_some() || self.rows.get(id).is_none_or(|row| row.phase != Phase::Pruning) {
+                self.stopped.insert(*id, since);
+            }
+        }
+        self.core = Lifecycle::new(self.policy.clone());
+        self.core.fault = self.fault;
+        self.limit = usize::MAX;
+        self.call(|core, now, out| core.recover(now, rows, &orphans, out))?;
+        for (id, disk) in &self.disks {
+            let known = self.core.view(*id).is_some();
+            ensure!(known || disk.half, "{id} is on disk but not known after a restart");
+        }
+        Ok(())
+    }
+
+    /// Lets everything come to rest, and sees that nobody was forgotten.
+    fn settle(&mut self) -> Check {
+        self.note("settle".to_owned());
+        for round in 0..200 {
+            for flying in &mut self.flying {
+                flying.hangs = false;
+            }
+            while !self.flying.is_empty() {
+                self.finish(true)?;
+            }
+            self.busy.clear();
+            let held: Vec<Uuid> = self.holders.keys().copied().collect();
+            for id in held {
+                self.release(id)?;
+            }
+            self.busy.clear();
+            if self.lines.values().all(Vec::is_empty) && self.flying.is_empty() && round > 20 {
+                break;
+            }
+            self.now = PoolTime(self.now.0 + 400_000);
+            self.note("400 s pass".to_owned());
+            self.call(|core, now, out| core.tick(now, out))?;
+        }
+        let waiting: Vec<_> = self.lines.iter().filter(|(_, line)| !line.is_empty()).collect();
+        ensure!(waiting.is_empty(), "nobody answers {waiting:?}");
+        for (id, disk) in &self.disks {
+            ensure!(!disk.half, "{id} stays half-made");
+            ensure!(!self.policy.has_destination, "{id} is never archived");
+        }
+        if self.policy.has_destination {
+            for (id, expected) in &self.expected {
+                let Some(version) = expected else { continue };
+                ensure!(self.saved(*id, *version), "{id}: version {version} is lost");
+            }
+        }
+        Ok(())
+    }
+
+    // ---- What must hold after every step ------------------------------------------------
+
+    fn consistent(&mut self) -> Check {
+        let core = &self.core;
+        let resident =
+            core.sessions.values().filter(|session| session.row.phase.is_resident()).count();
+        ensure!(core.resident == resident, "{} counted, {resident} resident", core.resident);
+        if self.limit == usize::MAX {
+            self.limit = resident;
+        }
+        self.limit = self.limit.min(resident).max(self.policy.max_vms);
+        ensure!(resident <= self.limit, "{resident} resident, {} allowed", self.limit);
+        let evicting = core.sessions.values().filter(|session| session.evicting).count();
+        ensure!(core.evicting == evicting, "{} counted, {evicting} evicting", core.evicting);
+        ensure!(core.running == self.flying.len(), "{} running, not {}", core.running, self.flying.len());
+        for (id, session) in &core.sessions {
+            ensure!(session.held == self.holders.contains_key(id), "{id}: who holds it?");
+            if let Some(due) = session.due {
+                ensure!(core.due.contains(&(due, *id)), "{id} not in the queue");
+            }
+            ensure!(
+                session.wants_slot == core.slot_line.contains(id),
+                "{id}: does it want a place?"
+            );
+            let idle = session.running.is_none() && !session.held && session.waiters.is_empty();
+            let settled = matches!(session.row.phase, Phase::Archived | Phase::Missing);
+            ensure!(!idle || settled || session.due.is_some(), "{id} has been forgotten");
+            ensure!(
+                session.waiters.len() == self.lines.get(id).map_or(0, Vec::len),
+                "{id}: who is in line?"
+            );
+        }
+        ensure!(
+            core.due.len() == core.sessions.values().filter(|session| session.due.is_some()).count(),
+            "the queue holds what no session knows of"
+        );
+        Ok(())
+    }
+}
+
+/// Lives one history; gives what was done, and what was wrong with it.
+fn live(seed: u64, fault: Option<Fault>) -> (Vec<String>, Check) {
+    let mut world = World::new(seed, fault);
+    let mut result = Ok(());
+    for _ in 0..STEPS {
+        result = world.step();
+        if result.is_err() {
+            break;
+        }
+    }
+    let result = result.and_then(|()| world.settle());
+    (world.trace, result)
+}
+
+fn number(name: &str) -> Option<u64> {
+    std::env::var(name).ok()?.parse().ok()
+}
+
+#[test]
+fn histories_keep_the_invariants() {
+    if let Some(seed) = number("DENIZEN_SIM_SEED") {
+        let (trace, result) = live(seed, None);
+        println!("{}", trace.join("\n"));
+        assert_eq!(result, Ok(()), "seed {seed}");
+        return;
+    }
+    for seed in 0..number("DENIZEN_SIM_HISTORIES").unwrap_or(20_000) {
+        let (_, result) = live(seed, None);
+        assert_eq!(
+            result,
+            Ok(()),
+            "seed {seed}; replay it with DENIZEN_SIM_SEED={seed} cargo test -p denizen --lib \
+             histories -- --nocapture"
+        );
+    }
+}
+
+#[test]
+fn a_seed_is_a_history() {
+    for seed in 0..50 {
+        assert_eq!(live(seed, None), live(seed, None));
+    }
+}
+
+#[test]
+fn every_planted_fault_is_caught() {
+    const ALL: [Fault; 16] = [
+        Fault::CapacityOffByOne,
+        Fault::SavedForEver,
+        Fault::PruneWhileHeld,
+        Fault::FailedBackupCounts,
+        Fault::EvictUnsaved,
+        Fault::TwoHolders,
+        Fault::LineReversed,
+        Fault::CancelForgotten,
+        Fault::CrashCountsAsSaved,
+        Fault::HalfMadeKept,
+        Fault::PruneNotDurable,
+        Fault::IdleFromFirstUse,
+        Fault::TwoOperations,
+        Fault::BusyIgnored,
+        Fault::SlotWakesNobody,
+        Fault::ArchivedStartsEmpty,
+    ];
+    for fault in ALL {
+        let caught = (0..3000).find_map(|seed| Some((seed, live(seed, Some(fault)).1.err()?)));
+        let (seed, why) = caught.unwrap_or_else(|| panic!("{fault:?} is not noticed"));
+        println!("{fault:?}: seed {seed}: {why}");
+    }
+}
