@@ -540,7 +540,9 @@ impl Lifecycle {
                 row.unsaved = true;
                 row.stopped_at = self.now;
             }
-            Phase::Creating if row.phase == Phase::Stopped => row.stopped_at = self.now,
+            Phase::Creating | Phase::Restoring if row.phase == Phase::Stopped => {
+                row.stopped_at = self.now;
+            }
             _ => {}
         }
         if row.phase == Phase::Missing && was != Phase::Missing {
@@ -837,7 +839,6 @@ impl Lifecycle {
             return;
         }
         let now = self.now;
-        let phase_before = self.sessions.get(&id).map(|session| session.row.phase);
         self.enter(id, running.fallback);
         let Some(session) = self.sessions.get_mut(&id) else { return };
         // Giving up for a caller is no failure of the operation.
@@ -857,7 +858,8 @@ impl Lifecycle {
                 },
             });
         }
-        if phase_before != Some(running.fallback) {
+        if !matches!(running.op, Op::Stop { .. } | Op::Backup) {
+            // Its row says what was begun.
             out.push(Effect::Save(session.row.clone()));
         }
         if matches!(running.op, Op::Start | Op::Restore(_)) {
@@ -1076,6 +1078,8 @@ impl Lifecycle {
             Op::Start => Some(Phase::Active),
             Op::Prune => Some(Phase::Pruning),
             Op::Restore(_) => Some(Phase::Restoring),
+            // What has no local files takes no place while it is forgotten.
+            Op::Remove if !fallback.is_resident() => Some(fallback),
             Op::Remove => Some(Phase::Removing),
             Op::Stop { .. } | Op::Backup => None,
         };
@@ -1087,6 +1091,7 @@ impl Lifecycle {
             match &op {
                 Op::Start => durable.unsaved = true,
                 Op::Restore(name) => durable.backup = Some(name.clone()),
+                Op::Remove => durable.phase = Phase::Removing,
                 _ => {}
             }
             if op != Op::Prune || !self.has(Fault::PruneNotDurable) {
