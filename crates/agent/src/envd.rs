@@ -430,9 +430,9 @@ fn keepalive(context: &RequestContext) -> Duration {
     seconds.map_or(KEEPALIVE, Duration::from_secs)
 }
 
-async fn feed(job: &Job, input: Option<wire::ProcessInput>) -> Result<(), ConnectError> {
+async fn feed(job: &Job, input: Option<&wire::ProcessInput>) -> Result<(), ConnectError> {
     use oneof::process_input::Input;
-    let bytes = match input.and_then(|input| input.input) {
+    let bytes = match input.and_then(|input| input.input.as_ref()) {
         Some(Input::Stdin(bytes)) if !job.terminal => bytes,
         Some(Input::Pty(bytes)) if job.terminal => bytes,
         Some(_) => return Err(ConnectError::invalid_argument("stdin is for pipes, pty for ptys")),
@@ -442,7 +442,7 @@ async fn feed(job: &Job, input: Option<wire::ProcessInput>) -> Result<(), Connec
     let Some(stdin) = stdin.as_mut() else {
         return Err(ConnectError::failed_precondition("the command's standard input is closed"));
     };
-    let written = stdin.write_all(&bytes).await;
+    let written = stdin.write_all(bytes).await;
     written.map_err(|error| ConnectError::failed_precondition(format!("not read: {error}")))
 }
 
@@ -556,7 +556,7 @@ impl<I: Instances> wire::Process for ProcessService<I> {
                     job = Some(self.job(&context, start.process.as_option()).await?);
                 }
                 Some(Piece::Data(piece)) => match &job {
-                    Some(job) => feed(job, piece.input.into_option()).await?,
+                    Some(job) => feed(job, piece.input.as_option()).await?,
                     None => return Err(ConnectError::invalid_argument("begin with start")),
                 },
                 Some(Piece::Keepalive(_)) | None => {}
@@ -573,7 +573,7 @@ impl<I: Instances> wire::Process for ProcessService<I> {
     {
         let request = request.to_owned_message();
         let job = self.job(&context, request.process.as_option()).await?;
-        feed(&job, request.input.into_option()).await?;
+        feed(&job, request.input.as_option()).await?;
         Response::ok(wire::SendInputResponse::default())
     }
 

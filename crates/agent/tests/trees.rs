@@ -154,8 +154,8 @@ async fn what_forks_for_its_life_loses() {
         ("fork(); fork(); while (1) { exit if fork(); POSIX::setsid(); }", 2),
         // Some that stay among those that run.
         ("while (1) { if (fork()) { sleep 1000 if rand() < 0.1; exit } POSIX::setsid(); }", 50),
-        // It is killed while it grows, to 4,096 at most.
-        ("for (1..12) { fork(); POSIX::setsid(); } while (1) {}", 100),
+        // It is killed while it grows, to 512 at most, each a burden.
+        ("for (1..9) { fork(); POSIX::setsid(); } while (1) {}", 50),
         // It grows to about a thousand.
         ("for (1..10) { fork(); POSIX::setsid(); } sleep 1000", 900),
     ] {

@@ -250,3 +250,46 @@ fn sparse_map(segments: &[Segment], size: u64) -> Vec<u8> {
     map.resize(map.len() + padding(map.len() as u64), 0);
     map
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+    use crate::reader::Reader;
+
+    #[test]
+    fn what_no_header_field_holds_comes_back() {
+        let member = Member {
+            path: [b"./".to_vec(), b"p".repeat(300)].concat(),
+            kind: Kind::File,
+            mode: 0o4751,
+            uid: 4_000_000_000,
+            gid: 2_097_152,
+            mtime: Time { seconds: -2, nanoseconds: 750_000_000 },
+            link: Vec::new(),
+            xattrs: vec![(b"user.a=b%".to_vec(), b"\0=\n".to_vec())],
+            size: 9 << 30,
+            segments: None,
+        };
+        let mut bytes = Vec::new();
+        assert!(encode(&member, &mut bytes));
+        // The announced data need not be there to read the header.
+        let mut reader = Reader::new(bytes.as_slice(), std::path::Path::new("test"));
+        let read = reader.next_member().unwrap().unwrap();
+        assert_eq!(format!("{read:?}"), format!("{member:?}"));
+        let header = tar::Header::from_byte_slice(&bytes[bytes.len() - BLOCK..]);
+        assert_eq!(header.entry_size().unwrap(), 9 << 30);
+    }
+
+    #[test]
+    fn a_record_counts_its_own_digits() {
+        for length in 90..110 {
+            let mut out = Vec::new();
+            record(&mut out, b"k", &b"v".repeat(length));
+            let text = String::from_utf8(out).unwrap();
+            let (digits, _) = text.split_once(' ').unwrap();
+            assert_eq!(digits.parse::<usize>().unwrap(), text.len());
+        }
+    }
+}

@@ -60,10 +60,10 @@ impl Client {
     }
 
     /// A client of the session's processes.
-    pub fn processes(&self) -> Result<Processes> {
+    pub fn processes(&self) -> Processes {
         let authority = hyper::Uri::from_static("http://denizen");
         let connection = Http2Connection::lazy_unix(&self.socket, authority.clone()).shared(16);
-        Ok(ProcessClient::new(connection, ClientConfig::new(authority)))
+        ProcessClient::new(connection, ClientConfig::new(authority))
     }
 
     async fn request(

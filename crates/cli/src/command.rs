@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::io::IsTerminal;
 use std::os::fd::AsFd;
 
+use buffa::MessageField;
 use clap::Args;
 use connectrpc::client::CallOptions;
 use connectrpc::{ConnectError, ErrorCode};
@@ -64,7 +65,7 @@ pub async fn exec(client: &Client, exec: Exec, json: bool) -> Result<i32> {
     };
     let request = wire::StartRequest {
         process: config.into(),
-        pty: if exec.tty { pty().into() } else { Default::default() },
+        pty: if exec.tty { pty().into() } else { MessageField::default() },
         tag: exec.tag,
         stdin: Some(!exec.detach),
         ..Default::default()
@@ -73,7 +74,7 @@ pub async fn exec(client: &Client, exec: Exec, json: bool) -> Result<i32> {
     if let Some(seconds) = exec.timeout {
         options = options.with_timeout(std::time::Duration::from_secs(seconds));
     }
-    let processes = client.processes()?;
+    let processes = client.processes();
     if exec.detach {
         let options = options.with_header(denizen_envd::DETACH, "1");
         return detach(&processes, request, options, json).await;
@@ -104,7 +105,7 @@ pub async fn shell(client: &Client, settings: &Settings, session: String) -> Res
     let request =
         wire::StartRequest { process: config.into(), pty: pty().into(), ..Default::default() };
     let options = options(&session)?.with_header(denizen_envd::FOREGROUND, "1");
-    let processes = client.processes()?;
+    let processes = client.processes();
     let raw = RawTerminal::enter()?;
     let code = attach(&processes, &session, request, options, true).await;
     drop(raw);

@@ -1132,7 +1132,7 @@ impl Lifecycle {
         self.failing.remove(&id);
         let waiters = std::mem::take(&mut session.waiters);
         let wants_slot = session.wants_slot;
-        *session = Session { waiters, wants_slot, ..Session::absent(id, self.now) };
+        *session = Session { wants_slot, waiters, ..Session::absent(id, self.now) };
         out.push(Effect::Forget(id));
         self.drop_if_absent(id);
     }

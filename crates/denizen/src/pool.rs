@@ -8,7 +8,7 @@
 
 mod operation;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
@@ -136,15 +136,15 @@ impl Pool {
         let volumes = Volumes::open(&config.volume_root)?;
         let (mut registry, remembered) = Registry::open(volumes.root(), volumes.own())?;
         let clock = PoolClock::resume(settings.clock.clone(), remembered.time.as_ref());
-        let known: HashMap<Uuid, ()> = remembered.rows.iter().map(|row| (row.id, ())).collect();
-        let stray_names = remembered.names.iter().filter(|(_, id)| !known.contains_key(id));
+        let known: HashSet<Uuid> = remembered.rows.iter().map(|row| row.id).collect();
+        let stray_names = remembered.names.iter().filter(|(_, id)| !known.contains(id));
         let stray_names: Vec<Write> = stray_names.map(|(_, id)| Write::Forget(*id)).collect();
         registry.commit(&stray_names, &clock.save())?;
 
         let on_disk = volumes.scan()?;
         let orphans: Vec<_> = on_disk
             .iter()
-            .filter(|id| !known.contains_key(id))
+            .filter(|id| !known.contains(id))
             .map(|id| (*id, volumes.found(*id)))
             .collect();
         let rows = remembered.rows.into_iter().map(|row| {
@@ -162,7 +162,7 @@ impl Pool {
             has_destination: backups.is_some(),
         };
         let (orders, inbox) = mpsc::unbounded_channel();
-        let names = remembered.names.into_iter().filter(|(_, id)| known.contains_key(id));
+        let names = remembered.names.into_iter().filter(|(_, id)| known.contains(id));
         let names: HashMap<Uuid, SessionName> = names.map(|(name, id)| (id, name)).collect();
         let state = State {
             core: Lifecycle::new(policy),

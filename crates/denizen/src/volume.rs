@@ -156,7 +156,7 @@ impl Volumes {
     }
 
     /// Gives up a staged folder.
-    pub(crate) fn unstage(&self, staging: &Path) {
+    pub(crate) fn unstage(staging: &Path) {
         if let Err(error) = remove_tree(staging) {
             tracing::warn!(path = %staging.display(), %error, "cannot clear the staging folder");
         }

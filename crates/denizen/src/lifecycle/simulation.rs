@@ -216,9 +216,9 @@ impl World {
         }
         if op == (Op::Stop { force: true }) && self.busy.contains(&id) {
             let forced = self.lines.get(&id).into_iter().flatten();
-            let forced = forced.map(|(_, want)| want).any(|want| {
-                matches!(want, Want::Stopped { force: true } | Want::Removed)
-            });
+            let forced = forced
+                .map(|(_, want)| want)
+                .any(|want| matches!(want, Want::Stopped { force: true } | Want::Removed));
             ensure!(forced, "processes of {id} ended though nobody forced it");
         }
         let refused = row.is_some() && self.random.chance(4);
@@ -569,7 +569,7 @@ impl World {
             quiet = if still { quiet + 1 } else { 0 };
             self.now = PoolTime(self.now.0 + 400_000);
             self.note("400 s pass".to_owned());
-            self.call(|core, now, out| core.tick(now, out))?;
+            self.call(super::Lifecycle::tick)?;
         }
         let waiting: Vec<_> = self.lines.iter().filter(|(_, line)| !line.is_empty()).collect();
         ensure!(waiting.is_empty(), "nobody answers {waiting:?}");
@@ -598,9 +598,18 @@ impl World {
         }
         self.limit = self.limit.min(resident).max(self.policy.max_vms);
         ensure!(resident <= self.limit, "{resident} resident, {} allowed", self.limit);
+        ensure!(
+            core.slot_line.is_empty() || resident >= self.policy.max_vms,
+            "a place is free, and somebody waits for one"
+        );
         let evicting = core.sessions.values().filter(|session| session.evicting).count();
         ensure!(core.evicting == evicting, "{} counted, {evicting} evicting", core.evicting);
-        ensure!(core.running == self.flying.len(), "{} running, not {}", core.running, self.flying.len());
+        ensure!(
+            core.running == self.flying.len(),
+            "{} running, not {}",
+            core.running,
+            self.flying.len()
+        );
         for (id, session) in &core.sessions {
             ensure!(session.held == self.holders.contains_key(id), "{id}: who holds it?");
             if let Some(due) = session.due {
@@ -619,7 +628,8 @@ impl World {
             );
         }
         ensure!(
-            core.due.len() == core.sessions.values().filter(|session| session.due.is_some()).count(),
+            core.due.len()
+                == core.sessions.values().filter(|session| session.due.is_some()).count(),
             "the queue holds what no session knows of"
         );
         Ok(())

@@ -13,6 +13,7 @@ use super::{Place, Pool, blocking};
 use crate::bootstrap;
 use crate::error::{Error, Result as Fallible};
 use crate::lifecycle::{Found, Op, Outcome, Seq};
+use crate::volume::Volumes;
 
 /// How long processes have between being asked to end and being ended.
 const GRACE: Duration = Duration::from_secs(5);
@@ -83,7 +84,7 @@ fn copy(pool: &Pool, id: Uuid, origin: &Path, volume: &Path) -> Fallible<()> {
     let never = AtomicBool::new(false);
     let copied = denizen_archive::write(origin, &staging, id, jiff::Timestamp::now(), &never)
         .and_then(|written| denizen_archive::restore(&written.entry.path, volume, &never));
-    pool.volumes.unstage(&staging);
+    Volumes::unstage(&staging);
     copied?;
     Ok(())
 }
@@ -135,7 +136,7 @@ async fn restore(pool: &Arc<Pool>, place: &Arc<Place>, name: String) -> Result {
             .and_then(|backups| backups.restore(id, &name, &staging.join("volume")))
             .and_then(|()| pool.volumes.install(id, &staging));
         if restored.is_err() {
-            pool.volumes.unstage(&staging);
+            Volumes::unstage(&staging);
         }
         restored.map(|()| Outcome::Done)
     })

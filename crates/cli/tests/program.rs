@@ -1,0 +1,331 @@
+//! The program as a user meets it: real daemon, real processes.
+#![allow(clippy::unwrap_used)]
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
+
+struct User {
+    state: TempDir,
+}
+
+impl User {
+    fn new() -> Self {
+        Self { state: tempfile::tempdir().unwrap() }
+    }
+
+    fn denizen(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_denizen"));
+        // Nothing of the tester's own settings.
+        for (name, _) in std::env::vars_os() {
+            if name.to_string_lossy().starts_with("DENIZEN_") {
+                command.env_remove(name);
+            }
+        }
+        command.env("DENIZEN_STATE", self.state.path()).args(args).stdin(Stdio::null());
+        command
+    }
+
+    fn run(&self, args: &[&str]) -> Output {
+        self.denizen(args).output().unwrap()
+    }
+
+    fn exec(&self, session: &str, line: &str) -> Output {
+        self.run(&["exec", session, "--", "sh", "-c", line])
+    }
+
+    fn json(&self, args: &[&str]) -> serde_json::Value {
+        let output = self.run(&[&["--json"], args].concat());
+        assert!(output.status.success(), "{output:?}");
+        serde_json::from_slice(&output.stdout).unwrap()
+    }
+
+    fn daemon_pid(&self) -> Option<i32> {
+        let socket = self.state.path().join("denizen.sock");
+        let stream = std::os::unix::net::UnixStream::connect(socket).ok()?;
+        let peer = rustix::net::sockopt::socket_peercred(&stream).ok()?;
+        Some(peer.pid.as_raw_nonzero().get())
+    }
+}
+
+impl Drop for User {
+    fn drop(&mut self) {
+        if let Some(pid) = self.daemon_pid() {
+            self.run(&["shutdown"]);
+            until("the daemon leaves", || !Path::new(&format!("/proc/{pid}")).exists());
+        }
+    }
+}
+
+/// What other processes do has no event to wait for: looks again and again, for so long.
+fn until(what: &str, mut condition: impl FnMut() -> bool) {
+    let begin = Instant::now();
+    while !condition() {
+        assert!(begin.elapsed() < Duration::from_secs(20), "waited in vain until {what}");
+        std::thread::yield_now();
+    }
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// Processes whose command line contains the mark.
+fn running(mark: &str) -> Vec<PathBuf> {
+    let processes = std::fs::read_dir("/proc").unwrap().flatten().map(|entry| entry.path());
+    processes
+        .filter(|process| {
+            let line = std::fs::read(process.join("cmdline")).unwrap_or_default();
+            text(&line).replace('\0', " ").contains(mark)
+        })
+        .filter(|process| !process.ends_with(std::process::id().to_string()))
+        .collect()
+}
+
+#[test]
+fn the_first_command_and_the_second() {
+    let user = User::new();
+    let line = "echo hello >> notes; cat notes";
+    assert_eq!(text(&user.exec("demo", line).stdout), "hello\n");
+    assert_eq!(text(&user.exec("demo", line).stdout), "hello\nhello\n");
+    assert_eq!(user.json(&["ls"])[0]["name"], "demo");
+}
+
+#[test]
+fn exit_codes_are_the_commands_or_those_of_env() {
+    let user = User::new();
+    let code = |args: &[&str]| user.run(args).status.code();
+    assert_eq!(user.exec("a", "exit 7").status.code(), Some(7));
+    assert_eq!(user.exec("a", "kill -9 $$").status.code(), Some(137));
+    assert_eq!(code(&["exec", "a", "--", "no-such-program"]), Some(127));
+    assert_eq!(code(&["exec", "a", "--", "/etc/passwd"]), Some(126));
+    assert_eq!(code(&["exec", "a/b", "--", "true"]), Some(125));
+    assert_eq!(code(&["exec", "a\u{1}", "--", "true"]), Some(125));
+    assert_eq!(code(&["inspect", "nobody"]), Some(125));
+    assert_eq!(code(&["no-such-verb"]), Some(125));
+    assert_eq!(code(&["exec", "--timeout", "1", "a", "--", "sleep", "1000"]), Some(124));
+}
+
+#[test]
+fn streams_are_bytes_and_stay_apart() {
+    let user = User::new();
+    let output = user.exec("a", r"printf 'out\377\000'; printf 'err\376' >&2");
+    assert_eq!(output.stdout, b"out\xff\0");
+    assert_eq!(output.stderr, b"err\xfe");
+    let mut child = user
+        .denizen(&["exec", "a", "--", "cat"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let bytes: Vec<u8> = (0..3_000_000_u32).map(|n| n.to_le_bytes()[n as usize % 3]).collect();
+    let mut stdin = child.stdin.take().unwrap();
+    let sent = bytes.clone();
+    let writer = std::thread::spawn(move || stdin.write_all(&sent));
+    let output = child.wait_with_output().unwrap();
+    writer.join().unwrap().unwrap();
+    assert!(output.stdout == bytes, "{} bytes came back", output.stdout.len());
+}
+
+#[test]
+fn nothing_of_the_hosts_environment_is_there() {
+    let user = User::new();
+    let mut command = user.denizen(&["exec", "-e", "MINE=yes", "a", "--", "env"]);
+    let output = command.env("SECRET_OF_THE_HOST", "1").output().unwrap();
+    let output = text(&output.stdout);
+    assert!(output.contains("MINE=yes\n"), "{output}");
+    assert!(!output.contains("SECRET_OF_THE_HOST"), "{output}");
+}
+
+/// Starts a command with a daemon of its own below it, and waits until both run.
+fn tree(user: &User, mark: &str) -> Child {
+    let line = format!("(setsid sleep {mark}1 &); sleep {mark}2");
+    let child = user.denizen(&["exec", "a", "--", "sh", "-c", &line]).spawn().unwrap();
+    until("the tree runs", || {
+        !running(&format!("sleep {mark}1")).is_empty()
+            && !running(&format!("sleep {mark}2")).is_empty()
+    });
+    child
+}
+
+#[test]
+fn a_client_that_dies_takes_its_command_along() {
+    let user = User::new();
+    let mut client = tree(&user, "71830");
+    client.kill().unwrap();
+    client.wait().unwrap();
+    until("the tree is gone", || running("sleep 71830").is_empty());
+    until("the guard is free", || user.json(&["inspect", "a"])["in_use"] == false);
+}
+
+#[test]
+fn ctrl_c_reaches_the_command() {
+    let user = User::new();
+    let line = "trap 'echo caught; exit 3' INT; echo ready; while :; do sleep 0.05; done";
+    let mut client = user
+        .denizen(&["exec", "a", "--", "sh", "-c", line])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut stdout = std::io::BufReader::new(client.stdout.take().unwrap());
+    let mut first = String::new();
+    std::io::BufRead::read_line(&mut stdout, &mut first).unwrap();
+    let pid = rustix::process::Pid::from_child(&client);
+    rustix::process::kill_process(pid, rustix::process::Signal::INT).unwrap();
+    assert_eq!(client.wait().unwrap().code(), Some(3));
+    let mut rest = String::new();
+    std::io::Read::read_to_string(&mut stdout, &mut rest).unwrap();
+    assert!(rest.contains("caught"), "{rest}");
+}
+
+#[test]
+fn kill_9_of_the_daemon_leaves_no_process_and_loses_no_session() {
+    let user = User::new();
+    user.exec("a", "echo kept > file");
+    let mut client = tree(&user, "71831");
+    let daemon = rustix::process::Pid::from_raw(user.daemon_pid().unwrap()).unwrap();
+    rustix::process::kill_process(daemon, rustix::process::Signal::KILL).unwrap();
+    assert_eq!(client.wait().unwrap().code(), Some(125));
+    until("the tree is gone", || running("sleep 71831").is_empty());
+    assert_eq!(text(&user.exec("a", "cat file").stdout), "kept\n");
+}
+
+#[test]
+fn a_detached_command_goes_on_and_can_be_read_later() {
+    let user = User::new();
+    let line = "echo one; echo two >&2; sleep 718320";
+    let started = user.run(&["exec", "-d", "--tag", "job", "a", "--", "sh", "-c", line]);
+    assert!(started.status.success(), "{started:?}");
+    until("it has printed", || text(&user.run(&["logs", "a", "job"]).stdout).contains("two"));
+    assert!(text(&user.run(&["logs", "a", "job"]).stdout).contains("one\n"));
+    // Left running counts as use, unless the user insists.
+    assert_eq!(user.run(&["stop", "a"]).status.code(), Some(125));
+    assert!(!running("sleep 718320").is_empty());
+    assert!(user.run(&["stop", "--force", "a"]).status.success());
+    assert!(running("sleep 718320").is_empty());
+}
+
+#[test]
+fn files_in_and_out() {
+    let user = User::new();
+    let here = user.state.path().join("here");
+    std::fs::write(&here, b"\0bytes\xff").unwrap();
+    let here = here.to_str().unwrap().to_owned();
+    let back = format!("{here}.back");
+    assert!(user.run(&["cp", &here, "a:sub/file"]).status.success());
+    assert_eq!(user.exec("a", "cat sub/file").stdout, b"\0bytes\xff");
+    assert!(user.run(&["stop", "a"]).status.success());
+    assert!(user.run(&["cp", "a:sub/file", &back]).status.success());
+    assert_eq!(std::fs::read(&back).unwrap(), b"\0bytes\xff");
+    for outside in ["a:../x", "a:/etc/passwd", "a:sub/../../x"] {
+        assert_eq!(user.run(&["cp", outside, &back]).status.code(), Some(125), "{outside}");
+    }
+    assert_eq!(user.run(&["cp", "a:none", &back]).status.code(), Some(125));
+    assert_eq!(std::fs::read(&back).unwrap(), b"\0bytes\xff");
+}
+
+#[test]
+fn backup_restore_fork_and_remove() {
+    let user = User::new();
+    user.exec("a", "echo old > file");
+    assert!(user.run(&["backup", "a"]).status.success());
+    let backup = user.json(&["backups", "a"])[0]["name"].as_str().unwrap().to_owned();
+    user.exec("a", "echo new > file");
+    let fork = user.json(&["fork", "a"])["id"].as_str().unwrap().to_owned();
+    assert!(user.run(&["restore", "a", "--backup", &backup]).status.success());
+    assert_eq!(text(&user.exec("a", "cat file").stdout), "old\n");
+    assert_eq!(text(&user.exec(&fork, "cat file").stdout), "new\n");
+    assert!(user.run(&["rm", "a", &fork]).status.success());
+    assert_eq!(user.json(&["ls"]), serde_json::json!([]));
+    assert_eq!(text(&user.exec("a", "ls").stdout), "", "the name is free again");
+}
+
+#[test]
+fn a_shell_has_a_real_terminal() {
+    let user = User::new();
+    // script(1) gives the program a terminal to be on.
+    let program = env!("CARGO_BIN_EXE_denizen");
+    let line = format!("stty rows 33 cols 77; {program} shell a; stty -a");
+    let mut child = Command::new("script")
+        .args(["-qec", &line, "/dev/null"])
+        .env("DENIZEN_STATE", user.state.path())
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    stdin.write_all(b"stty size; test -t 0 && echo is-a-$((1+1))-tty; exit 5\n").unwrap();
+    let output = child.wait_with_output().unwrap();
+    drop(stdin);
+    let output = text(&output.stdout);
+    assert!(output.contains("33 77"), "{output}");
+    assert!(output.contains("is-a-2-tty"), "{output}");
+    // Afterwards the terminal is as it was.
+    assert!(output.contains(" icanon") && output.contains(" echo "), "{output}");
+}
+
+#[test]
+fn bad_configuration_names_the_key() {
+    let user = User::new();
+    let file = user.state.path().join("config.toml");
+    for (content, expected) in [
+        ("[pool]\nmax_vm = 3\n", "max_vm"),
+        ("sockt = 'x'\n", "sockt"),
+        ("[pool]\nmax_vms = 'many'\n", "max_vms"),
+        ("[pool\n", "config.toml"),
+    ] {
+        std::fs::write(&file, content).unwrap();
+        let output = user.run(&["--config", file.to_str().unwrap(), "config"]);
+        assert_eq!(output.status.code(), Some(125), "{content}");
+        assert!(text(&output.stderr).contains(expected), "{output:?}");
+    }
+    std::fs::write(&file, "[pool]\nmax_vms = 3\n").unwrap();
+    let config = user.json(&["--config", file.to_str().unwrap(), "config"]);
+    assert_eq!(config["pool"]["max_vms"], 3);
+    let output = user.denizen(&["--config", file.to_str().unwrap(), "--json", "config"]);
+    let mut output = output;
+    let output = output.env("DENIZEN_MAX_VMS", "4").output().unwrap();
+    let config: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(config["pool"]["max_vms"], 4, "the environment is stronger than the file");
+    let output = user.run(&["--max-vms", "0", "exec", "a", "--", "true"]);
+    assert_eq!(output.status.code(), Some(125));
+    assert!(text(&output.stderr).contains("max_vms"), "{output:?}");
+}
+
+#[test]
+fn a_second_daemon_is_refused_and_doctor_is_content() {
+    let user = User::new();
+    user.exec("a", "true");
+    let second = user.run(&["--socket", "/tmp/denizen-second-never.sock", "serve"]);
+    assert_eq!(second.status.code(), Some(125));
+    assert!(text(&second.stderr).contains("in use by another denizen"), "{second:?}");
+    let doctor = user.run(&["doctor"]);
+    assert!(doctor.status.success(), "{doctor:?}");
+}
+
+#[test]
+fn events_are_told_as_they_happen() {
+    let user = User::new();
+    user.exec("other", "true");
+    let mut follower =
+        user.denizen(&["--json", "events", "a"]).stdout(Stdio::piped()).spawn().unwrap();
+    let mut lines = std::io::BufReader::new(follower.stdout.take().unwrap());
+    // Events are told from the moment of asking, so make some until one is seen.
+    let seen = std::thread::spawn(move || {
+        let mut line = String::new();
+        std::io::BufRead::read_line(&mut lines, &mut line).unwrap();
+        line
+    });
+    until("an event is told", || {
+        user.exec("a", "true");
+        user.run(&["rm", "a"]);
+        seen.is_finished()
+    });
+    let line: serde_json::Value = serde_json::from_str(&seen.join().unwrap()).unwrap();
+    assert_eq!(line["name"], "a");
+    follower.kill().unwrap();
+    follower.wait().unwrap();
+}
