@@ -1,8 +1,5 @@
 //! What a contributor runs: `cargo xtask test` installs what the tests need and runs all of
-//! them; `cargo xtask bench` measures denizen beside its peers and writes
-//! `docs/benchmarks.md`.
-
-mod bench;
+//! them.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
@@ -11,8 +8,7 @@ fn main() -> ExitCode {
     let mut args = std::env::args().skip(1);
     let result = match args.next().as_deref() {
         Some("test") => test(),
-        Some("bench") => bench::run(args.next().map(PathBuf::from).as_deref()),
-        _ => Err("usage: cargo xtask test | cargo xtask bench [PATH OF THE SEED FILE]".to_owned()),
+        _ => Err("usage: cargo xtask test".to_owned()),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -46,8 +42,13 @@ fn has(program: &str, arg: &str) -> bool {
 }
 
 /// Programs that the tests run, with the Debian package that has each.
-const NEEDED: [(&str, &str); 4] =
-    [("sqlite3", "sqlite3"), ("tar", "tar"), ("zstd", "zstd"), ("setsid", "util-linux")];
+const NEEDED: [(&str, &str); 5] = [
+    ("sqlite3", "sqlite3"),
+    ("tar", "tar"),
+    ("zstd", "zstd"),
+    ("setsid", "util-linux"),
+    ("script", "bsdutils"),
+];
 
 fn install() -> Result<(), String> {
     let missing: Vec<&str> = NEEDED

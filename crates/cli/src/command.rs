@@ -322,7 +322,7 @@ impl RawTerminal {
         let before = rustix::termios::tcgetattr(stdin.as_fd()).map_err(failed)?;
         let mut raw = before.clone();
         raw.make_raw();
-        rustix::termios::tcsetattr(stdin.as_fd(), OptionalActions::Flush, &raw).map_err(failed)?;
+        rustix::termios::tcsetattr(stdin.as_fd(), OptionalActions::Now, &raw).map_err(failed)?;
         Ok(Some(Self(before)))
     }
 }
@@ -331,6 +331,6 @@ impl Drop for RawTerminal {
     fn drop(&mut self) {
         // If this fails the terminal is gone.
         let stdin = std::io::stdin();
-        let _ = rustix::termios::tcsetattr(stdin.as_fd(), OptionalActions::Flush, &self.0);
+        let _ = rustix::termios::tcsetattr(stdin.as_fd(), OptionalActions::Now, &self.0);
     }
 }

@@ -73,13 +73,13 @@ fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
-/// Processes whose command line contains the mark.
+/// Processes whose command line begins with the mark.
 fn running(mark: &str) -> Vec<PathBuf> {
     let processes = std::fs::read_dir("/proc").unwrap().flatten().map(|entry| entry.path());
     processes
         .filter(|process| {
             let line = std::fs::read(process.join("cmdline")).unwrap_or_default();
-            text(&line).replace('\0', " ").contains(mark)
+            text(&line).replace('\0', " ").starts_with(mark)
         })
         .filter(|process| !process.ends_with(std::process::id().to_string()))
         .collect()

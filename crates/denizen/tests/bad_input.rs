@@ -84,6 +84,11 @@ async fn a_damaged_registry_is_refused_and_its_volumes_can_be_taken_in() {
     drop(guard);
     closed(pool).await;
     let file = folder.path().join(".denizen/registry.db");
+    let lock = std::fs::File::open(folder.path().join(".denizen/lock")).unwrap();
+    while rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive).is_err() {
+        tokio::task::yield_now().await;
+    }
+    drop(lock);
     let whole = std::fs::read(&file).unwrap();
     for broken in [&b"this is no database at all, whatever its name says"[..], &whole[..5000], b""]
     {

@@ -292,9 +292,8 @@ pub fn random_tree(root: &Path, seed: u64, count: usize) {
                 }
             }
             if is_root() && random.below(3) == 0 {
-                let id = |random: &mut Random| {
-                    random.pick(&[0_u32, 1, 1000, 2_097_152, 4_000_000_000])
-                };
+                let id =
+                    |random: &mut Random| random.pick(&[0_u32, 1, 1000, 2_097_152, 4_000_000_000]);
                 let (uid, gid) = (id(random), id(random));
                 std::os::unix::fs::lchown(path, Some(uid), Some(gid)).unwrap();
             }
