@@ -376,7 +376,7 @@ impl Follow {
             }
         };
         match next {
-            Some(Event::Data(chunk)) => Some(Ok(data(chunk))),
+            Some(Event::Data(chunk)) => Some(Ok(data(&chunk))),
             Some(Event::End(exit)) => {
                 self.ended = true;
                 self.kill.0 = None;
@@ -411,7 +411,7 @@ fn event(event: impl Into<oneof::process_event::Event>) -> wire::ProcessEvent {
     wire::ProcessEvent { event: Some(event.into()), ..Default::default() }
 }
 
-fn data(chunk: Chunk) -> wire::ProcessEvent {
+fn data(chunk: &Chunk) -> wire::ProcessEvent {
     use oneof::process_event::data_event::Output;
     let bytes = chunk.bytes.to_vec();
     let output = match chunk.stream {

@@ -449,16 +449,17 @@ fn a_volume_that_changes_meanwhile_is_not_kept() {
 fn a_killed_writer_leaves_only_what_clean_removes() {
     let bench = Bench::new();
     fill_with_noise(&bench.volume.join("noise"), 64);
-    let mut writer = None;
+    let writer = std::cell::RefCell::new(None);
     let mut stopped = None;
     when_writing(
         &bench.destination,
         || {
             let mut command = in_child("write", &[&bench.volume, &bench.destination]);
-            writer = Some(command.stdout(Stdio::null()).spawn().unwrap());
+            *writer.borrow_mut() = Some(command.stdout(Stdio::null()).spawn().unwrap());
         },
-        || stopped = Some(Pid::from_child(writer.as_ref().unwrap())),
+        || stopped = Some(Pid::from_child(writer.borrow().as_ref().unwrap())),
     );
+    let mut writer = writer.into_inner();
     let pid = stopped.unwrap();
     // Stopped, so that it is neither done nor dead while we look.
     kill_process(pid, Signal::STOP).unwrap();

@@ -198,7 +198,7 @@ async fn an_acquire_dropped_at_any_poll_leaves_nothing() {
         drop(acquire);
         drop(holder);
         let guard = tokio::time::timeout(Duration::from_secs(20), pool.acquire(id)).await;
-        drop(guard.expect("the session is free").unwrap());
+        drop(guard.unwrap().unwrap());
         let info = pool.inspect(id).unwrap();
         assert!(!info.in_use && info.waiting == 0, "{info:?}");
     }
