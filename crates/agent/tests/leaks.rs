@@ -50,7 +50,7 @@ async fn give_up_after(polls: u64, future: impl Future<Output = ()>) -> bool {
 }
 
 #[tokio::test]
-#[ignore = "a drain in the init outlives its writers; see the open issue"]
+#[ignore = "fails in most runs: the end of the drains in the init does not come; not yet understood"]
 async fn nothing_stays() {
     // Once through, so that what is made once is made.
     let agent = Agent::new();

@@ -14,8 +14,11 @@ pub const MAX_PAX: u64 = 16 << 20;
 pub const MAX_PATH: usize = 64 << 10;
 /// The most stretches of data a sparse file is described with; 16 MiB of memory.
 pub const MAX_SEGMENTS: usize = 1 << 20;
-/// How the comment of the last header starts.
-pub const SEAL: &str = "denizen-seal 1 ";
+/// What a tar stream ends with.
+pub const END: [u8; 2 * BLOCK] = [0; 2 * BLOCK];
+/// Size of a seal: the head of its frame, 8 bytes, and its text.
+pub const SEAL: usize = 8 + SEAL_START.len() + 64 + " entries:".len() + 20;
+const SEAL_START: &str = "denizen-seal 1 sha256:";
 
 /// What an entry makes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -140,14 +143,26 @@ pub fn encode(member: &Member, out: &mut Vec<u8>) -> bool {
     true
 }
 
-/// Appends the seal and the end mark.
-pub fn encode_end(digest: &str, entries: u64, out: &mut Vec<u8>) {
-    let mut records = Vec::new();
-    let text = format!("{SEAL}sha256:{digest} entries:{entries}");
-    record(&mut records, b"comment", text.as_bytes());
-    extended(b'g', b"./PaxHeaders/seal", &records, out);
-    out.resize(out.len() + 2 * BLOCK, 0);
+/// The seal: a skippable frame (RFC 8878, 3.1.2), which every zstd decoder passes over, with a
+/// text of fixed length, so that it is found from the end of the file.
+pub fn seal(digest: &str, entries: u64) -> Vec<u8> {
+    let text = format!("{SEAL_START}{digest} entries:{entries:020}");
+    let mut frame = SEAL_HEAD.to_vec();
+    frame.extend_from_slice(text.as_bytes());
+    frame
 }
+
+/// Whether the last bytes of a file claim to be a seal.
+pub fn is_seal(frame: &[u8; SEAL]) -> bool {
+    frame.starts_with(&SEAL_HEAD) && frame[8..].starts_with(SEAL_START.as_bytes())
+}
+
+/// The frame's magic number, one of the sixteen there are, and the length of the text.
+const SEAL_HEAD: [u8; 8] = {
+    let magic = 0x184D_2A5D_u32.to_le_bytes();
+    assert!(SEAL - 8 == 115);
+    [magic[0], magic[1], magic[2], magic[3], 115, 0, 0, 0]
+};
 
 /// One pax record: `"{length} {key}={value}\n"`, the length counting its own digits.
 fn record(out: &mut Vec<u8>, key: &[u8], value: &[u8]) {

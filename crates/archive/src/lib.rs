@@ -37,14 +37,19 @@
 //! - sockets, device nodes and what is mounted inside the volume are left out and reported
 //!   in [`Written::skipped`]. One device is kept: the character device 0:0, which is how
 //!   overlayfs records a deleted file. It opens nothing, and any user may make one;
-//! - the last entry is a pax global header with one record,
-//!   `comment=denizen-seal 1 sha256:{hex} entries:{n}`: the SHA-256 of every byte of the tar
-//!   stream in front of that header's block, and the number of entries. Other programs skip
-//!   it; [`verify`] and [`restore`] insist that it matches. Then come two blocks of zeros.
+//! - two blocks of zeros end it.
+//!
+//! After that the file ends with a seal: a Zstandard skippable frame, which every decoder
+//! passes over. Its magic number is `0x184D2A5D`, its content the text
+//! `denizen-seal 1 sha256:{hex} entries:{n}`: the SHA-256 of the whole tar stream, and the
+//! number of entries in 20 decimal digits. [`verify`] and [`restore`] insist that it matches.
+//! It is not within the tar stream because some readers (Python's `tarfile`) take a global
+//! header with nothing after it for damage.
 //!
 //! Archives without the seal (made by `tar --zstd`, or by appending a directory with the
 //! `tar` crate) are restored as well, in pax, GNU, ustar or V7 format; [`Summary::sealed`]
-//! tells them apart. The seal finds damage; it is no proof of who wrote the archive.
+//! tells them apart. The seal finds damage; it is no proof of who wrote the archive. A file cut
+//! off exactly in front of its seal is such an archive too: complete, but unsealed.
 
 mod error;
 mod format;
@@ -82,6 +87,5 @@ pub struct Summary {
 /// [`restore`] would not make, otherwise what met the reading of the file.
 pub fn verify(path: &Path) -> Result<Summary, Error> {
     let file = File::open(path).map_err(|e| Error::io("open the archive", path, e))?;
-    let decoder = reader::decoder(file, path)?;
-    reader::check(std::io::BufReader::with_capacity(reader::CHUNK, decoder), path)
+    reader::check(&file, &file, path)
 }

@@ -5,13 +5,13 @@
 //! touches the disk but for reading the archive; [`crate::restore`] makes the files.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 
 use sha2::{Digest as _, Sha256};
 
 use crate::format::{
-    Attributes, BLOCK, Kind, MAX_PATH, MAX_PAX, MAX_SEGMENTS, Member, SEAL, Segment, Time,
+    Attributes, BLOCK, Kind, MAX_PATH, MAX_PAX, MAX_SEGMENTS, Member, Segment, Time,
 };
 use crate::{Error, Summary, format};
 
@@ -21,7 +21,7 @@ pub const CHUNK: usize = 256 << 10;
 const WINDOW_LOG: u32 = 27;
 
 /// The tar stream of an archive.
-pub fn decoder<R: std::io::Read>(
+pub fn decoder<R: Read>(
     file: R,
     path: &Path,
 ) -> Result<zstd::Decoder<'static, BufReader<R>>, Error> {
@@ -31,13 +31,14 @@ pub fn decoder<R: std::io::Read>(
     Ok(decoder)
 }
 
-/// Reads everything and counts it.
-pub fn check(input: impl BufRead, path: &Path) -> Result<Summary, Error> {
+/// Reads everything and counts it. `file` is where `input` comes from.
+pub fn check(input: impl Read, file: &File, path: &Path) -> Result<Summary, Error> {
+    let input = BufReader::with_capacity(CHUNK, decoder(input, path)?);
     let mut reader = Reader::new(input, path);
     while let Some(member) = reader.next_member()? {
         reader.content(&member, |_, _| Ok(()))?;
     }
-    Ok(reader.summary())
+    reader.finish(file)
 }
 
 /// Splits a tar stream into members. After each member its content is read with
@@ -75,8 +76,24 @@ impl<'a, R: BufRead> Reader<'a, R> {
         Self { input, archive, hash: Sha256::new(), summary }
     }
 
-    pub fn summary(&self) -> Summary {
-        self.summary
+    /// To be called after the last member: compares what was read with the seal at the end of
+    /// `file`, if there is one.
+    pub fn finish(self, file: &File) -> Result<Summary, Error> {
+        use std::os::unix::fs::FileExt as _;
+        let failed = |e| Error::io("read the archive", self.archive, e);
+        let length = file.metadata().map_err(failed)?.len();
+        let Some(start) = length.checked_sub(format::SEAL as u64) else {
+            return Ok(self.summary);
+        };
+        let mut found = [0; format::SEAL];
+        file.read_exact_at(&mut found, start).map_err(failed)?;
+        if !format::is_seal(&found) {
+            return Ok(self.summary);
+        }
+        if found[..] != format::seal(&hex(&self.hash.finalize()), self.summary.entries) {
+            return Err(Error::damaged(self.archive, "its content is not what its seal says"));
+        }
+        Ok(Summary { sealed: true, ..self.summary })
     }
 
     /// The next member, or `None` at the proper end of the archive.
@@ -91,18 +108,12 @@ impl<'a, R: BufRead> Reader<'a, R> {
                 self.drain()?;
                 return Ok(None);
             }
-            if self.summary.sealed {
-                return Err(self.damaged("something follows its seal"));
-            }
-            // Of everything before this block: what a seal in it speaks of.
-            let before = (block[156] == b'g').then(|| self.hash.clone());
-            self.hash.update(block);
             self.check_sum(&block)?;
             let size = self.number(&block[124..136])?;
             match block[156] {
                 b'g' => {
                     let records = self.collect(size, MAX_PAX)?;
-                    self.global(&records, before.as_ref())?;
+                    self.global(&records)?;
                 }
                 b'x' => {
                     let records = self.collect(size, MAX_PAX)?;
@@ -285,7 +296,6 @@ impl<'a, R: BufRead> Reader<'a, R> {
                 return Ok(segments);
             }
             let next = self.block()?;
-            self.hash.update(next);
             more = next[504] != 0;
             fields = next[..504].to_vec();
         }
@@ -303,7 +313,6 @@ impl<'a, R: BufRead> Reader<'a, R> {
                 return Err(self.damaged("a sparse file's map is cut short"));
             }
             let block = self.block()?;
-            self.hash.update(block);
             taken += BLOCK as u64;
             for byte in block {
                 if numbers.len() == wanted {
@@ -339,26 +348,14 @@ impl<'a, R: BufRead> Reader<'a, R> {
         Ok((segments, taken))
     }
 
-    fn global(&mut self, records: &[u8], before: Option<&Sha256>) -> Result<(), Error> {
-        for (key, value) in self.split(records)? {
-            if key != b"comment" {
-                return Err(Error::refused(
-                    self.archive,
-                    key,
-                    "in a global header is not understood",
-                ));
+    /// Global headers may hold remarks, but nothing that would change the entries after them.
+    fn global(&self, records: &[u8]) -> Result<(), Error> {
+        match self.split(records)?.into_iter().find(|(key, _)| *key != b"comment") {
+            None => Ok(()),
+            Some((key, _)) => {
+                Err(Error::refused(self.archive, key, "in a global header is not understood"))
             }
-            let Some(claim) = value.strip_prefix(SEAL.as_bytes()) else { continue };
-            let digest = before.map(|hash| hex(&hash.clone().finalize()));
-            let found = format!("sha256:{} entries:{}", digest.unwrap_or_default(), {
-                self.summary.entries
-            });
-            if claim != found.as_bytes() {
-                return Err(self.damaged("its content is not what its seal says"));
-            }
-            self.summary.sealed = true;
         }
-        Ok(())
     }
 
     fn records(&self, records: &[u8], into: &mut Extensions) -> Result<(), Error> {
@@ -445,7 +442,6 @@ impl<'a, R: BufRead> Reader<'a, R> {
         Ok(())
     }
 
-    /// The next block, which is *not* yet part of the digest.
     fn block(&mut self) -> Result<[u8; BLOCK], Error> {
         let mut block = [0; BLOCK];
         let mut done = 0;
@@ -459,6 +455,7 @@ impl<'a, R: BufRead> Reader<'a, R> {
             self.input.consume(length);
             done += length;
         }
+        self.hash.update(block);
         Ok(block)
     }
 
@@ -472,6 +469,7 @@ impl<'a, R: BufRead> Reader<'a, R> {
             if ready.iter().any(|&byte| byte != 0) {
                 return Err(Error::damaged(self.archive, "something follows its end"));
             }
+            self.hash.update(ready);
             let length = ready.len();
             self.input.consume(length);
         }

@@ -74,7 +74,7 @@ pub fn restore(archive: &Path, into: &Path, cancelled: &AtomicBool) -> Result<Re
             return Err(e);
         }
     };
-    let done = place.fill(file).and_then(|summary| place.finish().map(|()| summary));
+    let done = place.fill(&file).and_then(|summary| place.finish().map(|()| summary));
     match done {
         Ok(summary) => Ok(Restored {
             files: summary.files,
@@ -155,7 +155,7 @@ impl<'a> Place<'a> {
     }
 
     /// Decompresses in one thread, makes files in this one.
-    fn fill(&mut self, file: File) -> Result<Summary, Error> {
+    fn fill(&mut self, file: &File) -> Result<Summary, Error> {
         let archive = self.archive;
         let mut decoder = reader::decoder(file, archive)?;
         thread::scope(|scope| {
@@ -167,7 +167,7 @@ impl<'a> Place<'a> {
                 .map_err(|e| Error::io("start a thread to decompress", archive, e))?;
             let chunks = Chunks { full: full_out, empty: empty_in, chunk: Vec::new(), at: 0 };
             // Takes the chunks along when it returns, whereupon the thread stops too.
-            let done = self.make_all(Reader::new(chunks, archive));
+            let done = self.make_all(Reader::new(chunks, archive), file);
             if unpacker.join().is_err() {
                 return Err(Error::damaged(archive, "the decompressing thread panicked"));
             }
@@ -175,12 +175,12 @@ impl<'a> Place<'a> {
         })
     }
 
-    fn make_all(&mut self, mut reader: Reader<'_, Chunks>) -> Result<Summary, Error> {
+    fn make_all(&mut self, mut reader: Reader<'_, Chunks>, file: &File) -> Result<Summary, Error> {
         while let Some(member) = reader.next_member()? {
             self.check_cancelled()?;
             self.make(member, &mut reader)?;
         }
-        Ok(reader.summary())
+        reader.finish(file)
     }
 
     fn make(&mut self, member: Member, reader: &mut Reader<'_, Chunks>) -> Result<(), Error> {

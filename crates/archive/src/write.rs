@@ -155,8 +155,8 @@ impl Drop for GiveUp<'_> {
 }
 
 fn read_back(follow: Follow<'_>, path: &Path) -> Result<Summary, Error> {
-    let decoder = reader::decoder(follow, path)?;
-    reader::check(io::BufReader::with_capacity(CHUNK, decoder), path)
+    let file = follow.file;
+    reader::check(follow, file, path)
 }
 
 struct Walked {
@@ -306,14 +306,13 @@ impl<'a> Stream<'a> {
         written.map_err(|e| Error::io("write", self.partial.path(), e))
     }
 
-    /// Adds the seal and the end.
+    /// Adds the end and the seal.
     fn finish(mut self, entries: u64) -> Result<(), Error> {
+        self.put(&format::END)?;
         self.flush()?;
-        let digest = reader::hex(&self.hash.clone().finalize());
-        format::encode_end(&digest, entries, &mut self.buffer);
-        self.compress()?;
-        let finished = self.encoder.finish();
-        finished.map(drop).map_err(|e| Error::io("write", self.partial.path(), e))
+        let seal = format::seal(&reader::hex(&self.hash.finalize()), entries);
+        let finished = self.encoder.finish().and_then(|mut file| file.write_all(&seal));
+        finished.map_err(|e| Error::io("write", self.partial.path(), e))
     }
 }
 

@@ -6,7 +6,9 @@ mod support;
 use std::fs::{self, File};
 use std::io::Write as _;
 use std::mem::MaybeUninit;
-use std::os::unix::fs::{FileExt as _, MetadataExt as _, PermissionsExt as _, symlink};
+use std::os::unix::fs::{
+    FileExt as _, FileTypeExt as _, MetadataExt as _, PermissionsExt as _, symlink,
+};
 use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt as _;
 use std::path::Path;
@@ -175,14 +177,13 @@ fn very_deep_trees_do_not_need_a_descriptor_each() {
 }
 
 #[test]
-#[ignore = "GNU tar warns about the times before 1970 that the random tree has"]
 fn tar_reads_ours() {
     let bench = Bench::new();
     random_tree(&bench.volume, 4711, 150);
     let written = write(&bench.volume, &bench.destination).unwrap();
     fs::create_dir(&bench.into).unwrap();
     let output = Command::new("tar")
-        .args(["--zstd", "--xattrs", "--xattrs-include=*", "-xpf"])
+        .args(["--zstd", "--xattrs", "--xattrs-include=*", "--warning=no-timestamp", "-xpf"])
         .arg(&written.entry.path)
         .arg("-C")
         .arg(&bench.into)
@@ -197,11 +198,23 @@ fn tar_reads_ours() {
 }
 
 #[test]
-#[ignore = "GNU tar rounds the times before 1970 that the random tree has"]
+fn the_tar_crate_reads_ours() {
+    let bench = Bench::new();
+    random_tree(&bench.volume, 4712, 150);
+    let written = write(&bench.volume, &bench.destination).unwrap();
+    let stream = unpacked(&written.entry.path);
+    let mut archive = tar::Archive::new(stream.as_slice());
+    let read = archive.entries().unwrap().map(|entry| entry.unwrap()).count();
+    let summary = verify(&written.entry.path).unwrap();
+    assert_eq!(u64::try_from(read).unwrap(), summary.entries);
+}
+
+#[test]
 fn archives_of_tar_are_restored() {
     for format in ["--format=gnu", "--format=posix", "--format=ustar"] {
         let bench = Bench::new();
         random_tree(&bench.volume, 31, 150);
+        remove_linked_fifos(&bench.volume);
         if format != "--format=posix" {
             // These formats have neither attributes nor fractions of seconds.
             strip(&bench.volume, format == "--format=ustar");
@@ -225,6 +238,18 @@ fn archives_of_tar_are_restored() {
             fill_holes(&bench.into);
         }
         compare(&bench.volume, &bench.into);
+    }
+}
+
+/// GNU tar 1.34 makes two fifos of one with two names, whatever the format.
+fn remove_linked_fifos(path: &Path) {
+    let meta = fs::symlink_metadata(path).unwrap();
+    if meta.is_dir() {
+        for entry in fs::read_dir(path).unwrap() {
+            remove_linked_fifos(&entry.unwrap().path());
+        }
+    } else if meta.file_type().is_fifo() && meta.nlink() > 1 {
+        fs::remove_file(path).unwrap();
     }
 }
 

@@ -10,6 +10,8 @@ use std::path::Path;
 use denizen_archive::{Error, verify};
 use support::*;
 
+/// Size of the seal at the end of one of our files.
+const SEAL: usize = 123;
 const END: [u8; 1024] = [0; 1024];
 
 /// Restores a stream that must be refused, and looks for traces.
@@ -71,14 +73,13 @@ fn a_harmless_stream_made_the_same_way_is_restored() {
 }
 
 #[test]
-#[ignore = "one of its archives is refused as damaged, not for its name"]
 fn names_that_lead_outside() {
     for name in ["../outside", "./a/../../outside", "a/..", ".."] {
         assert!(refused(&[file(name, b"x")]).contains(".."), "{name}");
     }
     assert!(refused(&[file("/tmp/outside", b"x")]).contains("absolute"));
     assert!(refused(&[Raw::new("../folder/", b'5')]).contains(".."));
-    assert!(refused(&[file("./", b"x"), file(".", b"x")]).contains("volume"));
+    assert!(refused(&[file(".", b"x")]).contains("volume"));
 }
 
 #[test]
@@ -322,11 +323,18 @@ fn every_truncation_is_noticed() {
     let step = (whole.len() / 60).max(1);
     for length in (0..whole.len()).step_by(step).chain([whole.len() - 1]) {
         fs::write(&archive, &whole[..length]).unwrap();
+        if length == whole.len() - SEAL {
+            continue;
+        }
         let error = restore(&archive, &bench.into).unwrap_err();
         assert!(matches!(error, Error::Damaged { .. }), "{length}: {error:?}");
         assert!(!bench.into.exists());
         verify(&archive).unwrap_err();
     }
+    // Without the seal alone, everything is there.
+    fs::write(&archive, &whole[..whole.len() - SEAL]).unwrap();
+    let (with, without) = (verify(&written.entry.path).unwrap(), verify(&archive).unwrap());
+    assert!(with.sealed && !without.sealed && with.entries == without.entries);
     // Cut in the stream, not in the file: at every block.
     let stream = unpacked(&written.entry.path);
     for length in (0..stream.len() - 1024).step_by(512 * (stream.len() / 512 / 60).max(1)) {
@@ -359,6 +367,8 @@ fn every_flipped_bit_is_noticed() {
         let mut changed = stream.clone();
         changed[at] ^= 1 << random.below(8);
         pack(&archive, &changed);
+        let seal = &whole[whole.len() - SEAL..];
+        fs::OpenOptions::new().append(true).open(&archive).unwrap().write_all(seal).unwrap();
         let error = verify(&archive).unwrap_err();
         noticed += usize::from(error.to_string().contains("seal"));
     }
@@ -374,8 +384,10 @@ fn something_after_the_end() {
     let more = raw_stream(&[file("b", b"x")]);
     let after_end = [stream.clone(), more.clone(), END.to_vec()].concat();
     assert!(damaged(&after_end).contains("end"));
-    let after_seal = [&stream[..stream.len() - 1024], &more, &END].concat();
-    assert!(damaged(&after_seal).contains("seal"));
+    // Behind the seal, where a second frame would be.
+    let mut file = fs::OpenOptions::new().append(true).open(&written.entry.path).unwrap();
+    file.write_all(&zstd::encode_all(&[more, END.to_vec()].concat()[..], 1).unwrap()).unwrap();
+    assert!(matches!(verify(&written.entry.path), Err(Error::Damaged { .. })));
 }
 
 #[test]
