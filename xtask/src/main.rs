@@ -20,13 +20,13 @@ fn main() -> ExitCode {
 }
 
 /// The repository.
-pub(crate) fn root() -> PathBuf {
+fn root() -> PathBuf {
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));
     here.parent().unwrap_or(here).to_owned()
 }
 
 /// Runs a command in the repository, its output to ours.
-pub(crate) fn run(program: &str, args: &[&str]) -> Result<(), String> {
+fn run(program: &str, args: &[&str]) -> Result<(), String> {
     eprintln!("+ {program} {}", args.join(" "));
     let status = Command::new(program).args(args).current_dir(root()).status();
     match status {

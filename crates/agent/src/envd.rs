@@ -168,12 +168,9 @@ async fn start(
     env.extend(config.envs.iter().map(|(name, value)| (name.clone(), value.clone())));
     let stdio = match request.pty.as_option().map(|pty| pty.size.as_option()) {
         Some(size) => {
-            let cell = |value: Option<u32>, default| {
-                u16::try_from(value.unwrap_or(default).clamp(1, 10_000)).unwrap_or(80)
-            };
             env.entry("TERM".to_owned()).or_insert_with(|| "xterm-256color".to_owned());
-            let columns = cell(size.map(|size| size.cols), 80);
-            Stdio::Pty { columns, rows: cell(size.map(|size| size.rows), 24) }
+            let (columns, rows) = size.map_or((80, 24), cells);
+            Stdio::Pty { columns, rows }
         }
         None => Stdio::Pipes { stdin: request.stdin.unwrap_or(true) },
     };
@@ -186,6 +183,16 @@ async fn start(
         stdio,
     };
     let mut child = instance.agent.spawn(spec).await.map_err(|error| refused(&error))?;
+    let pid = child.pid();
+    let tag = request.tag.filter(|tag| !tag.is_empty());
+    let log = (mode == Mode::Detached).then(|| {
+        let name = tag.clone().unwrap_or_else(|| pid.to_string());
+        Log::open(&instance.jobs.logs, &name)
+    });
+    // Without its log it is not wanted: dropping it here kills it.
+    let log = log.transpose().map_err(|error| {
+        ConnectError::resource_exhausted(format!("cannot make the command's log: {error}"))
+    })?;
     // From here on the table owns it, not this request.
     child.detach();
     let stdin = child.take_stdin();
@@ -195,28 +202,24 @@ async fn start(
     let (sender, receiver) = mpsc::channel(BACKLOG);
     let job = Arc::new(Job {
         config,
-        tag: request.tag.filter(|tag| !tag.is_empty()),
+        tag,
         child,
         terminal: matches!(stdio, Stdio::Pty { .. }),
         stdin: tokio::sync::Mutex::new(stdin),
         readers: Mutex::new(vec![sender]),
     });
-    let pid = job.child.pid();
     instance.jobs.running.lock().insert(pid, job.clone());
-    let log = (mode == Mode::Detached).then(|| {
-        let name = job.tag.clone().unwrap_or_else(|| pid.to_string());
-        Log::open(&instance.jobs.logs, &name)
-    });
-    let log = log.transpose().map_err(|error| {
-        let (job, message) = (job.clone(), format!("cannot make the command's log: {error}"));
-        tokio::spawn(async move { job.child.kill_tree().await });
-        ConnectError::resource_exhausted(message)
-    })?;
     // Only a command in the foreground keeps the session in use by itself; what goes on in
     // the background counts as processes left running.
     let lease = (mode == Mode::Foreground).then(|| instance.lease.clone());
     tokio::spawn(pump(instance.jobs.clone(), job.clone(), output, log, lease));
     Ok((job, receiver))
+}
+
+/// A terminal's columns and rows, within what makes sense.
+fn cells(size: &wire::pty::Size) -> (u16, u16) {
+    let cells = |value: u32| u16::try_from(value.clamp(1, 10_000)).unwrap_or(u16::MAX);
+    (cells(size.cols), cells(size.rows))
 }
 
 /// Moves a command's output to those who follow it, until it ends.
@@ -535,8 +538,8 @@ impl<I: Instances> wire::Process for ProcessService<I> {
         let request = request.to_owned_message();
         let job = self.job(&context, request.process.as_option()).await?;
         if let Some(size) = request.pty.as_option().and_then(|pty| pty.size.as_option()) {
-            let cells = |value: u32| u16::try_from(value.clamp(1, 10_000)).unwrap_or(80);
-            let resized = job.child.resize(cells(size.cols), cells(size.rows));
+            let (columns, rows) = cells(size);
+            let resized = job.child.resize(columns, rows);
             resized.map_err(|error| ConnectError::failed_precondition(error.to_string()))?;
         }
         Response::ok(wire::UpdateResponse::default())

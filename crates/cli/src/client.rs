@@ -160,8 +160,7 @@ impl Client {
         }
         let mode = std::os::unix::fs::PermissionsExt::mode(&metadata.permissions()) & 0o7777;
         let pieces = tokio_util::io::ReaderStream::new(file).map_ok(Frame::data);
-        let path =
-            format!("/v1/sessions/{}/files?path={}&mode={mode}", escape(session), escape(&to));
+        let path = path(session, &format!("/files?path={}&mode={mode}", escape(&to)));
         self.request("PUT", &path, BodyExt::boxed(StreamBody::new(pieces))).await.map(drop)
     }
 
@@ -169,7 +168,7 @@ impl Client {
         let name = Path::new(from).file_name().unwrap_or_default();
         let to = if to.is_dir() { to.join(name) } else { to.to_owned() };
         let failed = |error: std::io::Error| Failure::new(format!("{}: {error}", to.display()));
-        let path = format!("/v1/sessions/{}/files?path={}", escape(session), escape(from));
+        let path = path(session, &format!("/files?path={}", escape(from)));
         // Beside it and renamed: a copy that breaks off leaves the old file whole.
         let mut hidden = std::ffi::OsString::from(format!(".denizen-{}-", std::process::id()));
         hidden.push(to.file_name().unwrap_or_default());
@@ -241,6 +240,11 @@ pub fn escape(text: &str) -> String {
             byte => format!("%{byte:02X}"),
         })
         .collect()
+}
+
+/// Where the API has a session, and what belongs to it.
+pub fn path(session: &str, rest: &str) -> String {
+    format!("/v1/sessions/{}{rest}", escape(session))
 }
 
 /// Starts a daemon that outlives this program, and waits until it can be reached.

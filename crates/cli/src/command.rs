@@ -10,7 +10,7 @@ use connectrpc::client::CallOptions;
 use connectrpc::{ConnectError, ErrorCode};
 use denizen_envd::process as wire;
 use denizen_envd::process::__buffa::oneof;
-use rustix::termios::{OptionalActions, Termios};
+use rustix::termios::{OptionalActions, Termios, Winsize, tcgetwinsize};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -246,12 +246,11 @@ fn selector(pid: u32) -> wire::ProcessSelector {
 
 /// The size of our terminal, for the command's.
 fn pty() -> wire::PTY {
-    let size = [0, 1, 2].into_iter().find_map(|fd| match fd {
-        0 => rustix::termios::tcgetwinsize(std::io::stdin()).ok(),
-        1 => rustix::termios::tcgetwinsize(std::io::stdout()).ok(),
-        _ => rustix::termios::tcgetwinsize(std::io::stderr()).ok(),
-    });
-    let (cols, rows) = size.map_or((80, 24), |size| (size.ws_col.max(1), size.ws_row.max(1)));
+    let size = tcgetwinsize(std::io::stdin())
+        .or_else(|_| tcgetwinsize(std::io::stdout()))
+        .or_else(|_| tcgetwinsize(std::io::stderr()));
+    let (cols, rows) =
+        size.map_or((80, 24), |size: Winsize| (size.ws_col.max(1), size.ws_row.max(1)));
     let size = wire::pty::Size { cols: cols.into(), rows: rows.into(), ..Default::default() };
     wire::PTY { size: size.into(), ..Default::default() }
 }

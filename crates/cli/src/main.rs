@@ -230,7 +230,7 @@ async fn act(cli: Cli, settings: config::Settings) -> Result<i32> {
         Verb::Shell { session } => return command::shell(&client, &settings, session).await,
         Verb::Ls => show::sessions(&client.json("GET", "/v1/sessions").await?, json)?,
         Verb::Inspect { session } => {
-            let path = format!("/v1/sessions/{}", client::escape(&session));
+            let path = client::path(&session, "");
             show::session(&client.json("GET", &path).await?, json)?;
         }
         Verb::Events { session } => {
@@ -240,41 +240,40 @@ async fn act(cli: Cli, settings: config::Settings) -> Result<i32> {
             }
         }
         Verb::Logs { session, job } => {
-            let (session, job) = (client::escape(&session), client::escape(&job));
-            let path = format!("/v1/sessions/{session}/logs/{job}");
+            let path = client::path(&session, &format!("/logs/{}", client::escape(&job)));
             client.download(&path, &mut tokio::io::stdout()).await?;
         }
         Verb::Stop { session, force } => {
-            let session = client::escape(&session);
-            client.json("POST", &format!("/v1/sessions/{session}/stop?force={force}")).await?;
+            let path = client::path(&session, &format!("/stop?force={force}"));
+            client.json("POST", &path).await?;
         }
         Verb::Start { session } => {
-            let path = format!("/v1/sessions/{}/start", client::escape(&session));
+            let path = client::path(&session, "/start");
             show::session(&client.json("POST", &path).await?, json)?;
         }
         Verb::Backup { session } => {
-            let path = format!("/v1/sessions/{}/backup", client::escape(&session));
+            let path = client::path(&session, "/backup");
             show::session(&client.json("POST", &path).await?, json)?;
         }
         Verb::Backups { session } => {
-            let path = format!("/v1/sessions/{}/backups", client::escape(&session));
+            let path = client::path(&session, "/backups");
             show::backups(&client.json("GET", &path).await?, json)?;
         }
         Verb::Restore { session, backup } => {
-            let mut path = format!("/v1/sessions/{}/restore", client::escape(&session));
+            let mut path = client::path(&session, "/restore");
             if let Some(backup) = backup {
                 path.push_str(&format!("?backup={}", client::escape(&backup)));
             }
             show::session(&client.json("POST", &path).await?, json)?;
         }
         Verb::Fork { session } => {
-            let path = format!("/v1/sessions/{}/fork", client::escape(&session));
+            let path = client::path(&session, "/fork");
             show::session(&client.json("POST", &path).await?, json)?;
         }
         Verb::Rm { sessions, force } => {
             for session in sessions {
-                let session = client::escape(&session);
-                client.json("DELETE", &format!("/v1/sessions/{session}?force={force}")).await?;
+                let path = client::path(&session, &format!("?force={force}"));
+                client.json("DELETE", &path).await?;
             }
         }
         Verb::Cp { from, to } => client.copy(&from, &to).await?,

@@ -21,18 +21,13 @@ fn config(folder: &Path) -> VmPoolRuntimeConfig {
     (&config).into()
 }
 
-async fn closed(pool: Arc<MicroVmManager>) {
+/// Closes a pool, and waits until the last of its tasks has let go of the lock.
+async fn closed(pool: Arc<MicroVmManager>, folder: &Path) {
     pool.shutdown().await.unwrap();
     drop(pool);
-}
-
-/// The lock is let go when the last task of the old pool has ended.
-async fn open(folder: &Path) -> Result<Arc<MicroVmManager>, Error> {
-    loop {
-        match MicroVmManager::new(config(folder)) {
-            Err(Error::Registry(RegistryError::Locked { .. })) => tokio::task::yield_now().await,
-            done => return done,
-        }
+    let lock = std::fs::File::open(folder.join(".denizen/lock")).unwrap();
+    while rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive).is_err() {
+        tokio::task::yield_now().await;
     }
 }
 
@@ -62,15 +57,15 @@ async fn a_newer_or_older_schema() {
     let pool = MicroVmManager::new(config(folder.path())).unwrap();
     let id = Uuid::new_v4();
     drop(pool.acquire(id).await.unwrap());
-    closed(pool).await;
+    closed(pool, folder.path()).await;
     let file = folder.path().join(".denizen/registry.db");
     sqlite(&file, "drop table names; pragma user_version = 1");
-    let pool = open(folder.path()).await.unwrap();
+    let pool = MicroVmManager::new(config(folder.path())).unwrap();
     assert_eq!(pool.sessions().unwrap()[0].id, id, "an older schema is brought up to date");
     pool.find_or_name(&"demo".parse().unwrap()).await.unwrap();
-    closed(pool).await;
+    closed(pool, folder.path()).await;
     sqlite(&file, "pragma user_version = 99");
-    let error = open(folder.path()).await.unwrap_err();
+    let error = MicroVmManager::new(config(folder.path())).unwrap_err();
     assert!(matches!(error, Error::Registry(RegistryError::Newer { found: 99, .. })), "{error}");
 }
 
@@ -82,25 +77,20 @@ async fn a_damaged_registry_is_refused_and_its_volumes_can_be_taken_in() {
     let guard = pool.acquire(id).await.unwrap();
     std::fs::write(guard.workdir().join("file"), "kept").unwrap();
     drop(guard);
-    closed(pool).await;
+    closed(pool, folder.path()).await;
     let file = folder.path().join(".denizen/registry.db");
-    let lock = std::fs::File::open(folder.path().join(".denizen/lock")).unwrap();
-    while rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive).is_err() {
-        tokio::task::yield_now().await;
-    }
-    drop(lock);
     let whole = std::fs::read(&file).unwrap();
     for broken in [&b"this is no database at all, whatever its name says"[..], &whole[..5000], b""]
     {
         std::fs::write(&file, broken).unwrap();
-        let error = open(folder.path()).await.unwrap_err();
+        let error = MicroVmManager::new(config(folder.path())).unwrap_err();
         let damaged = matches!(error, Error::Registry(RegistryError::Damaged { .. }));
         assert!(damaged, "{} bytes: {error:?}", broken.len());
         assert!(error.to_string().contains("registry.db"), "{error}");
         assert!(folder.path().join(id.to_string()).join("volume/file").exists());
     }
     std::fs::rename(&file, file.with_extension("aside")).unwrap();
-    let pool = open(folder.path()).await.unwrap();
+    let pool = MicroVmManager::new(config(folder.path())).unwrap();
     let guard = pool.acquire(id).await.unwrap();
     assert_eq!(std::fs::read(guard.workdir().join("file")).unwrap(), b"kept");
 }

@@ -44,23 +44,17 @@ pub(crate) fn router(pool: Arc<MicroVmManager>, leases: Arc<Leases>, stop: Arc<N
 }
 
 /// An error as the API tells it: `{"code": …, "message": …}`.
-#[derive(Debug)]
-pub struct Refused {
+#[derive(Debug, Serialize)]
+struct Refused {
+    #[serde(skip)]
     status: StatusCode,
     code: &'static str,
     message: String,
 }
 
-#[derive(Serialize)]
-struct RefusedBody<'a> {
-    code: &'a str,
-    message: &'a str,
-}
-
 impl IntoResponse for Refused {
     fn into_response(self) -> Response {
-        let body = RefusedBody { code: self.code, message: &self.message };
-        (self.status, Json(body)).into_response()
+        (self.status, Json(self)).into_response()
     }
 }
 

@@ -77,8 +77,8 @@ impl Leases {
         Ok(lease)
     }
 
-    /// Kills what was started in a session through the daemon, and waits until its guard is
-    /// given back.
+    /// Kills what was started in a session through the daemon. Its requests then give the guard
+    /// back on their own.
     pub(crate) async fn kill(&self, id: Uuid) {
         let slot = self.slots.lock().get(&id).cloned();
         if let Some(slot) = slot {

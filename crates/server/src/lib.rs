@@ -1,10 +1,10 @@
 //! The daemon: one pool of sessions, offered over HTTP on a Unix socket.
 //!
-//! `/v1/…` is about sessions ([`api`]); `/process.Process/…` is envd's protocol, for the
-//! session that the header [`SESSION`] names ([`lease`]). The daemon must never decide
+//! `/v1/…` is about sessions (`api`); `/process.Process/…` is envd's protocol, for the
+//! session that the header [`SESSION`] names (`lease`). The daemon must never decide
 //! anything about a session's life: it asks the pool, as any caller of the library does.
 
-pub mod api;
+mod api;
 mod lease;
 mod listener;
 
@@ -106,16 +106,21 @@ async fn idle(pool: &MicroVmManager, leases: &Leases, limit: Option<Duration>) {
     let mut look = tokio::time::interval(limit.min(Duration::from_secs(5)) / 2);
     loop {
         look.tick().await;
-        let has_destination = pool.config().backup_destination.is_some();
-        let settled = pool.sessions().unwrap_or_default().iter().all(|session| {
-            let saved = !session.unsaved || !has_destination || session.failures > 0;
-            let kept = matches!(session.state, "stopped" | "archived" | "missing");
-            session.operation.is_none() && kept && saved
-        });
-        if leases.any() || leases.used_since(quiet_since) || !settled {
+        // The cheap questions first: the last one looks at every session.
+        if leases.any() || leases.used_since(quiet_since) || !settled(pool) {
             quiet_since = tokio::time::Instant::now();
         } else if quiet_since.elapsed() >= limit {
             return;
         }
     }
+}
+
+/// Whether nothing runs, and nothing more can be saved.
+fn settled(pool: &MicroVmManager) -> bool {
+    let has_destination = pool.config().backup_destination.is_some();
+    pool.sessions().unwrap_or_default().iter().all(|session| {
+        let saved = !session.unsaved || !has_destination || session.failures > 0;
+        let kept = matches!(session.state, "stopped" | "archived" | "missing");
+        session.operation.is_none() && kept && saved
+    })
 }
