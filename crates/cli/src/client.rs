@@ -1,7 +1,7 @@
 //! The way to the daemon: finds it, starts it if need be, asks it.
 
 use std::fs::OpenOptions;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -258,21 +258,24 @@ fn start_daemon(settings: &Settings) -> Result<()> {
     let log = OpenOptions::new().create(true).append(true).mode(0o600).open(&log_path);
     let log = log.map_err(|error| failed(&log_path.display().to_string(), &error))?;
     let program = std::env::current_exe().map_err(|error| failed("this program", &error))?;
-    let pool = &settings.pool;
     let mut daemon = Command::new(program);
     daemon.args(["serve", "--background", "--idle-exit", IDLE_EXIT]);
-    daemon.arg("--state").arg(&settings.state).arg("--socket").arg(&settings.socket);
-    if let Some(file) = &settings.file {
-        daemon.arg("--config").arg(file);
+    // It is told all that is in force here, and nothing else: our flags and variables are in it.
+    daemon.args(["--config", "/dev/stdin"]);
+    for (name, _) in std::env::vars_os() {
+        if name.as_encoded_bytes().starts_with(b"DENIZEN_") && name != "DENIZEN_LOG" {
+            daemon.env_remove(name);
+        }
     }
-    daemon.arg("--volume-root").arg(&pool.volume_root).arg("--shell").arg(&pool.shell);
-    daemon.arg("--max-vms").arg(pool.max_vms.to_string());
-    daemon.arg("--idle-shutdown-seconds").arg(pool.idle_shutdown_seconds.to_string());
-    daemon.arg("--prune-after-seconds").arg(pool.prune_after_seconds.to_string());
     // A group of its own, so that a Ctrl-C here does not reach it.
     daemon.process_group(0).current_dir("/");
-    daemon.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log);
+    daemon.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(log);
+    let config = settings.to_toml()?;
     let mut child = daemon.spawn().map_err(|error| failed("this program", &error))?;
+    if let Some(mut stdin) = child.stdin.take() {
+        // A daemon that does not read it says why below.
+        let _ = stdin.write_all(config.as_bytes());
+    }
     let mut answer = String::new();
     if let Some(stdout) = child.stdout.take() {
         // Ends with the daemon, if it cannot start.

@@ -93,6 +93,7 @@ pub struct Options {
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 struct FileConfig {
+    state: Option<PathBuf>,
     socket: Option<PathBuf>,
     acquire_timeout_seconds: Option<u64>,
     pool: toml::Table,
@@ -110,9 +111,6 @@ pub struct Settings {
     pub acquire_timeout: Duration,
     /// The pool.
     pub pool: VmPoolConfig,
-    /// Not shown: how a background daemon is told the same.
-    #[serde(skip)]
-    pub file: Option<PathBuf>,
 }
 
 fn seconds<S: serde::Serializer>(
@@ -129,9 +127,8 @@ pub fn load(options: &Options) -> Result<Settings> {
         Some(path) => read(path, options.config.is_some())?,
         None => FileConfig::default(),
     };
-    let state = options.state.clone().map_or_else(default_state, Ok)?;
-    let state = std::path::absolute(&state)
-        .map_err(|error| Failure::new(format!("{}: {error}", state.display())))?;
+    let state = options.state.clone().or(given.state).map_or_else(default_state, Ok)?;
+    let state = absolute(&state)?;
 
     // The program's own defaults, where they differ from the library's.
     let bash = Path::new("/bin/bash");
@@ -158,15 +155,30 @@ pub fn load(options: &Options) -> Result<Settings> {
     }
     take!(volume_root, shell, max_vms, idle_shutdown_seconds, prune_after_seconds);
     take!(backup_after_seconds, backup_destination, nix_profile);
+    // The daemon stands elsewhere.
+    pool.volume_root = absolute(&pool.volume_root)?;
+    pool.backup_destination = pool.backup_destination.as_deref().map(absolute).transpose()?;
     let socket = options.socket.clone().or(given.socket);
     let wait = options.acquire_timeout_seconds.or(given.acquire_timeout_seconds).unwrap_or(30);
     Ok(Settings {
-        socket: socket.unwrap_or_else(|| state.join("denizen.sock")),
+        socket: absolute(&socket.unwrap_or_else(|| state.join("denizen.sock")))?,
         acquire_timeout: Duration::from_secs(wait),
         state,
         pool,
-        file: options.config.clone(),
     })
+}
+
+impl Settings {
+    /// The settings as a configuration file that leads to the same ones.
+    pub fn to_toml(&self) -> Result<String> {
+        toml::to_string(self).map_err(|error| {
+            Failure::new(format!("the configuration cannot be written down: {error}"))
+        })
+    }
+}
+
+fn absolute(path: &Path) -> Result<PathBuf> {
+    std::path::absolute(path).map_err(|error| Failure::new(format!("{}: {error}", path.display())))
 }
 
 fn read(path: &Path, must_exist: bool) -> Result<FileConfig> {

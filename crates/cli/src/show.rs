@@ -26,8 +26,7 @@ pub fn config(settings: &Settings, as_json: bool) -> Result<()> {
         let value = serde_json::to_value(settings);
         return json(&value.map_err(|error| Failure::new(error.to_string()))?);
     }
-    let text = toml::to_string(settings).map_err(|error| Failure::new(error.to_string()))?;
-    print(&text)
+    print(&settings.to_toml()?)
 }
 
 /// All sessions.

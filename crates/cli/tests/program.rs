@@ -296,6 +296,22 @@ fn bad_configuration_names_the_key() {
 }
 
 #[test]
+fn the_daemon_has_the_settings_of_the_command_that_started_it() {
+    let user = User::new();
+    let mut first = user.denizen(&["--backup-destination", "elsewhere", "exec", "a", "--", "true"]);
+    // Relative to where the user stands, not the daemon.
+    assert!(first.current_dir(user.state.path()).status().unwrap().success());
+    assert!(user.run(&["backup", "a"]).status.success());
+    let there = std::fs::read_dir(user.state.path().join("elsewhere")).unwrap().count();
+    assert_eq!(there, 1);
+    // What `config` prints is a configuration file.
+    let file = user.state.path().join("config.toml");
+    std::fs::write(&file, user.run(&["--max-vms", "7", "config"]).stdout).unwrap();
+    let config = user.json(&["--config", file.to_str().unwrap(), "config"]);
+    assert_eq!(config["pool"]["max_vms"], 7);
+}
+
+#[test]
 fn a_second_daemon_is_refused_and_doctor_is_content() {
     let user = User::new();
     user.exec("a", "true");
