@@ -4,7 +4,7 @@ use std::error::Error;
 use std::path::PathBuf;
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let files = ["process/process.proto"];
+    let files = ["filesystem/filesystem.proto", "process/process.proto"];
     let out = PathBuf::from(std::env::var("OUT_DIR")?);
     println!("cargo::rerun-if-changed=proto");
     let descriptors = protox::Compiler::new(["proto"])?

@@ -1,34 +1,30 @@
-//! The `process.Process` service of the envd protocol, over whatever instances there are.
+//! The envd protocol over whatever instances there are: `process.Process`,
+//! `filesystem.Filesystem`, and plain HTTP for content (`/files`) and state (`/health`,
+//! `/metrics`, `/envs`, `/init`).
 //!
-//! It translates: requests to [`Agent`] calls, output to events. Which instance a request is
-//! for is the business of an [`Instances`]; nothing here knows of sessions. A stream that is
-//! read slowly slows its command down, it never fills memory.
+//! It translates, it decides nothing. Which instance a request is for is the business of an
+//! [`Instances`]; nothing here knows of sessions.
+
+mod filesystem;
+mod http;
+mod process;
 
 use std::any::Any;
-use std::collections::{BTreeMap, HashMap};
-use std::fs::{File, OpenOptions};
-use std::io::Write;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use connectrpc::{
-    ConnectError, InboundStream, RequestContext, Response, ServiceRequest, ServiceResult,
-    ServiceStream,
-};
-use denizen_envd::process as wire;
-use denizen_envd::process::__buffa::oneof;
-use futures::{Stream, StreamExt, stream};
-use parking_lot::Mutex;
-use tokio::io::AsyncWriteExt;
-use tokio::sync::mpsc;
+use axum::http::HeaderMap;
+use connectrpc::ConnectError;
+use denizen_envd::filesystem::FilesystemExt;
+use denizen_envd::process::ProcessExt;
 
-use crate::{Agent, Child, Chunk, Error, Exit, Scope, Spec, Stdin, Stdio};
+pub use filesystem::{FilesystemService, Watchers};
+pub use process::{Jobs, ProcessService};
 
-/// Chunks (of at most 64 KiB) that wait for a slow reader.
-const BACKLOG: usize = 4;
-/// Bytes of a detached command's log before it is rotated; one older file is kept.
-const LOG_BYTES: u64 = 8 * 1024 * 1024;
+use crate::Agent;
+
 /// Silence after which a stream says that it is still there, unless the client asks otherwise.
 const KEEPALIVE: Duration = Duration::from_secs(90);
 
@@ -37,14 +33,24 @@ const KEEPALIVE: Duration = Duration::from_secs(90);
 pub struct Instance {
     /// Starts its commands.
     pub agent: Agent,
-    /// Where commands start.
+    /// Where commands start, and relative paths.
     pub workdir: PathBuf,
     /// What every command's environment begins with.
     pub env: BTreeMap<String, String>,
     /// The commands that run in it.
     pub jobs: Arc<Jobs>,
+    /// Who waits for changes of its files.
+    pub watchers: Arc<Watchers>,
     /// Kept as long as the request, its response or a command in the foreground lasts.
     pub lease: Arc<dyn Any + Send + Sync>,
+}
+
+impl Instance {
+    /// A path as a client gives it: relative to the volume, or from the root.
+    fn resolve(&self, path: &str) -> PathBuf {
+        let below_home = path.strip_prefix("~/").or((path == "~").then_some(""));
+        self.workdir.join(Path::new(below_home.unwrap_or(path)))
+    }
 }
 
 /// Finds the instance that a request is for.
@@ -52,565 +58,61 @@ pub trait Instances: Send + Sync + 'static {
     /// The instance, ready to run commands.
     fn instance(
         &self,
-        context: &RequestContext,
+        headers: &HeaderMap,
     ) -> impl Future<Output = Result<Instance, ConnectError>> + Send;
 }
 
-/// The commands of one instance.
-#[derive(Debug)]
-pub struct Jobs {
-    running: Mutex<HashMap<u32, Arc<Job>>>,
-    logs: PathBuf,
-}
-
-#[derive(Debug)]
-struct Job {
-    config: wire::ProcessConfig,
-    tag: Option<String>,
-    child: Child,
-    terminal: bool,
-    stdin: tokio::sync::Mutex<Option<Stdin>>,
-    readers: Mutex<Vec<mpsc::Sender<Event>>>,
-}
-
-#[derive(Clone, Debug)]
-enum Event {
-    Data(Chunk),
-    End(Exit),
-    Lost(String),
-}
-
-impl Jobs {
-    /// No commands yet. Detached ones will be logged in the folder, which is made when the
-    /// first of them starts.
-    pub fn new(logs: impl Into<PathBuf>) -> Self {
-        Self { running: Mutex::default(), logs: logs.into() }
-    }
-
-    /// Whether nothing runs.
-    pub fn is_empty(&self) -> bool {
-        self.running.lock().is_empty()
-    }
-
-    /// The log of a detached command, oldest part first; its tag or process id names it.
-    pub fn log(logs: &Path, job: &str) -> Vec<PathBuf> {
-        // A tag may be any string: only a plain file name leads to a log.
-        if job.is_empty() || job.contains(['/', '\0']) {
-            return Vec::new();
-        }
-        let files = [logs.join(format!("{job}.log.1")), logs.join(format!("{job}.log"))];
-        files.into_iter().filter(|file| file.exists()).collect()
-    }
-
-    /// Kills all that runs in the foreground or was started through this service.
-    pub async fn kill_all(&self) {
-        let all: Vec<_> = self.running.lock().values().cloned().collect();
-        for job in all {
-            // One that ends by itself meanwhile is what was wanted.
-            let _ = job.child.kill_tree().await;
-        }
-    }
-
-    fn select(&self, selector: Option<&wire::ProcessSelector>) -> Result<Arc<Job>, ConnectError> {
-        use oneof::process_selector::Selector;
-        let running = self.running.lock();
-        let found = match selector.and_then(|selector| selector.selector.as_ref()) {
-            Some(Selector::Pid(pid)) => running.get(pid).cloned(),
-            Some(Selector::Tag(tag)) => {
-                running.values().find(|job| job.tag.as_ref() == Some(tag)).cloned()
-            }
-            None => return Err(ConnectError::invalid_argument("which process? set pid or tag")),
-        };
-        found.ok_or_else(|| ConnectError::not_found("no such process runs in the session"))
-    }
-}
-
-/// The service.
-#[derive(Debug)]
-pub struct ProcessService<I>(I);
-
-impl<I: Instances> ProcessService<I> {
-    /// A service over these instances.
-    pub fn new(instances: I) -> Arc<Self> {
-        Arc::new(Self(instances))
-    }
-
-    async fn job(
+impl<I: Instances> Instances for Arc<I> {
+    fn instance(
         &self,
-        context: &RequestContext,
-        selector: Option<&wire::ProcessSelector>,
-    ) -> Result<Arc<Job>, ConnectError> {
-        self.0.instance(context).await?.jobs.select(selector)
+        headers: &HeaderMap,
+    ) -> impl Future<Output = Result<Instance, ConnectError>> + Send {
+        (**self).instance(headers)
     }
 }
 
-/// What becomes of a command when its stream is dropped.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Mode {
-    /// It is killed.
-    Foreground,
-    /// It goes on; output that nobody follows is thrown away.
-    Background,
-    /// It goes on, and its output is logged.
-    Detached,
+/// Everything of the protocol under its own paths.
+pub fn router<I: Instances>(instances: Arc<I>) -> axum::Router {
+    let rpc = ProcessService::new(instances.clone()).register(connectrpc::Router::new());
+    let rpc = FilesystemService::new(instances.clone()).register(rpc);
+    http::router(instances).fallback_service(rpc.into_axum_service())
 }
 
-async fn start(
-    instance: &Instance,
-    request: wire::StartRequest,
-    mode: Mode,
-) -> Result<(Arc<Job>, mpsc::Receiver<Event>), ConnectError> {
-    let config = request.process.into_option().unwrap_or_default();
-    if config.cmd.is_empty() {
-        return Err(ConnectError::invalid_argument("process.cmd is empty: name a program"));
-    }
-    let mut env = instance.env.clone();
-    env.extend(config.envs.iter().map(|(name, value)| (name.clone(), value.clone())));
-    let stdio = match request.pty.as_option().map(|pty| pty.size.as_option()) {
-        Some(size) => {
-            env.entry("TERM".to_owned()).or_insert_with(|| "xterm-256color".to_owned());
-            let (columns, rows) = size.map_or((80, 24), cells);
-            Stdio::Pty { columns, rows }
-        }
-        None => Stdio::Pipes { stdin: request.stdin.unwrap_or(true) },
-    };
-    let cwd = config.cwd.as_deref().unwrap_or_default();
-    let spec = Spec {
-        program: config.cmd.clone().into(),
-        args: config.args.iter().map(Into::into).collect(),
-        env: env.into_iter().map(|(name, value)| (name.into(), value.into())).collect(),
-        cwd: instance.workdir.join(cwd),
-        stdio,
-    };
-    let mut child = instance.agent.spawn(spec).await.map_err(|error| refused(&error))?;
-    let pid = child.pid();
-    let tag = request.tag.filter(|tag| !tag.is_empty());
-    let log = (mode == Mode::Detached).then(|| {
-        let name = tag.clone().unwrap_or_else(|| pid.to_string());
-        Log::open(&instance.jobs.logs, &name)
-    });
-    // Without its log it is not wanted: dropping it here kills it.
-    let log = log.transpose().map_err(|error| {
-        ConnectError::resource_exhausted(format!("cannot make the command's log: {error}"))
-    })?;
-    // From here on the table owns it, not this request.
-    child.detach();
-    let stdin = child.take_stdin();
-    let Some(output) = child.take_output() else {
-        return Err(ConnectError::internal("a new command has no output"));
-    };
-    let (sender, receiver) = mpsc::channel(BACKLOG);
-    let job = Arc::new(Job {
-        config,
-        tag,
-        child,
-        terminal: matches!(stdio, Stdio::Pty { .. }),
-        stdin: tokio::sync::Mutex::new(stdin),
-        readers: Mutex::new(vec![sender]),
-    });
-    instance.jobs.running.lock().insert(pid, job.clone());
-    // Only a command in the foreground keeps the session in use by itself; what goes on in
-    // the background counts as processes left running.
-    let lease = (mode == Mode::Foreground).then(|| instance.lease.clone());
-    tokio::spawn(pump(instance.jobs.clone(), job.clone(), output, log, lease));
-    Ok((job, receiver))
-}
-
-/// A terminal's columns and rows, within what makes sense.
-fn cells(size: &wire::pty::Size) -> (u16, u16) {
-    let cells = |value: u32| u16::try_from(value.clamp(1, 10_000)).unwrap_or(u16::MAX);
-    (cells(size.cols), cells(size.rows))
-}
-
-/// Moves a command's output to those who follow it, until it ends.
-async fn pump(
-    jobs: Arc<Jobs>,
-    job: Arc<Job>,
-    mut output: crate::Output,
-    mut log: Option<Log>,
-    lease: Option<Arc<dyn Any + Send + Sync>>,
-) {
-    let end = loop {
-        match output.next().await {
-            Ok(Some(chunk)) => {
-                if let Some(file) = &mut log
-                    && let Err(error) = file.write(&chunk.bytes)
-                {
-                    tracing::warn!(pid = job.child.pid(), %error, "log given up");
-                    log = None;
-                }
-                tell(&job, &Event::Data(chunk)).await;
-            }
-            Ok(None) => match job.child.wait().await {
-                Ok(exit) => break Event::End(exit),
-                Err(error) => break Event::Lost(error.to_string()),
-            },
-            Err(error) => break Event::Lost(error.to_string()),
-        }
-    };
-    if let (Some(file), Event::End(exit)) = (&mut log, &end) {
-        // The log is whole without this line.
-        let _ = file.write(format!("[denizen: {}]\n", status(*exit)).as_bytes());
-    }
-    jobs.running.lock().remove(&job.child.pid());
-    drop(lease);
-    tell(&job, &end).await;
-    job.readers.lock().clear();
-}
-
-/// Waits until each reader has room: a slow one slows the command down.
-async fn tell(job: &Job, event: &Event) {
-    let readers = job.readers.lock().clone();
-    let mut gone = false;
-    for reader in &readers {
-        gone |= reader.send(event.clone()).await.is_err();
-    }
-    if gone {
-        job.readers.lock().retain(|reader| !reader.is_closed());
-    }
-}
-
-fn status(exit: Exit) -> String {
-    match exit {
-        Exit::Code(code) => format!("exit status {code}"),
-        Exit::Signal(signal) => format!("signal: {signal}"),
-    }
-}
-
-/// How a failure to start is told: the codes let a client answer as env(1) would.
-fn refused(error: &Error) -> ConnectError {
-    let text = error.to_string();
-    match error {
-        Error::ProgramNotFound { .. } => ConnectError::not_found(text),
-        Error::TooBig { .. } => ConnectError::resource_exhausted(text),
-        Error::WorkingDirectory { .. } | Error::BadString { .. } => {
-            ConnectError::invalid_argument(text)
-        }
-        error if error.exit_code() == 126 => ConnectError::permission_denied(text),
-        _ => ConnectError::internal(text),
-    }
-}
-
-/// Two files at most: what is written now, and what was before.
-#[derive(Debug)]
-struct Log {
-    path: PathBuf,
-    file: File,
-    written: u64,
-}
-
-impl Log {
-    fn open(folder: &Path, name: &str) -> std::io::Result<Self> {
-        if name.contains(['/', '\0']) {
-            return Err(std::io::Error::other("a detached command's tag cannot contain /"));
-        }
-        std::fs::create_dir_all(folder)?;
-        let path = folder.join(format!("{name}.log"));
-        let file = OpenOptions::new().create(true).write(true).truncate(true).open(&path)?;
-        Ok(Self { path, file, written: 0 })
-    }
-
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<()> {
-        if self.written >= LOG_BYTES {
-            std::fs::rename(&self.path, self.path.with_extension("log.1"))?;
-            self.file = File::create(&self.path)?;
-            self.written = 0;
-        }
-        self.file.write_all(bytes)?;
-        self.written += bytes.len() as u64;
-        Ok(())
-    }
-}
-
-/// Kills the command when the stream that holds this is dropped before its end.
-struct KillOnDrop(Option<Arc<Job>>);
-
-impl Drop for KillOnDrop {
-    fn drop(&mut self) {
-        if let Some(job) = self.0.take() {
-            tokio::spawn(async move {
-                // It may have ended by itself, which is just as well.
-                let _ = job.child.kill_tree().await;
-            });
-        }
-    }
-}
-
-struct Follow {
-    job: Arc<Job>,
-    events: mpsc::Receiver<Event>,
-    kill: KillOnDrop,
-    keepalive: Duration,
-    deadline: Option<tokio::time::Instant>,
-    first: bool,
-    ended: bool,
-}
-
-impl Follow {
-    async fn next(&mut self) -> Option<Result<wire::ProcessEvent, ConnectError>> {
-        if std::mem::take(&mut self.first) {
-            let start =
-                wire::process_event::StartEvent { pid: self.job.child.pid(), ..Default::default() };
-            return Some(Ok(event(start)));
-        }
-        if self.ended {
-            return None;
-        }
-        let deadline = async {
-            match self.deadline {
-                Some(at) => tokio::time::sleep_until(at).await,
-                None => std::future::pending().await,
-            }
-        };
-        let next = tokio::select! {
-            biased;
-            next = self.events.recv() => next,
-            () = deadline => {
-                self.ended = true;
-                // If it cannot be killed, the deadline is over all the same.
-                let _ = self.job.child.kill_tree().await;
-                self.kill.0 = None;
-                return Some(Err(ConnectError::deadline_exceeded(
-                    "the command ran into its timeout and was killed",
-                )));
-            }
-            () = tokio::time::sleep(self.keepalive) => {
-                return Some(Ok(event(wire::process_event::KeepAlive::default())));
-            }
-        };
-        match next {
-            Some(Event::Data(chunk)) => Some(Ok(data(&chunk))),
-            Some(Event::End(exit)) => {
-                self.ended = true;
-                self.kill.0 = None;
-                let end = wire::process_event::EndEvent {
-                    exit_code: exit.code(),
-                    exited: matches!(exit, Exit::Code(_)),
-                    status: status(exit),
-                    ..Default::default()
-                };
-                Some(Ok(event(end)))
-            }
-            Some(Event::Lost(error)) => {
-                self.ended = true;
-                Some(Err(ConnectError::unavailable(error)))
-            }
-            None => {
-                self.ended = true;
-                Some(Err(ConnectError::unavailable("the command is gone")))
-            }
-        }
-    }
-
-    fn stream(self) -> impl Stream<Item = Result<wire::ProcessEvent, ConnectError>> + Send {
-        stream::unfold(
-            self,
-            |mut follow| async move { follow.next().await.map(|item| (item, follow)) },
-        )
-    }
-}
-
-fn event(event: impl Into<oneof::process_event::Event>) -> wire::ProcessEvent {
-    wire::ProcessEvent { event: Some(event.into()), ..Default::default() }
-}
-
-fn data(chunk: &Chunk) -> wire::ProcessEvent {
-    use oneof::process_event::data_event::Output;
-    let bytes = chunk.bytes.to_vec();
-    let output = match chunk.stream {
-        crate::Stream::Stdout => Output::Stdout(bytes),
-        crate::Stream::Stderr => Output::Stderr(bytes),
-        crate::Stream::Pty => Output::Pty(bytes),
-    };
-    event(wire::process_event::DataEvent { output: Some(output), ..Default::default() })
-}
-
-fn keepalive(context: &RequestContext) -> Duration {
-    let seconds = context
-        .header("keepalive-ping-interval")
+fn keepalive(headers: &HeaderMap) -> Duration {
+    let seconds = headers
+        .get("keepalive-ping-interval")
         .and_then(|value| value.to_str().ok()?.parse().ok())
         .filter(|seconds| *seconds > 0);
     seconds.map_or(KEEPALIVE, Duration::from_secs)
 }
 
-async fn feed(job: &Job, input: Option<&wire::ProcessInput>) -> Result<(), ConnectError> {
-    use oneof::process_input::Input;
-    let bytes = match input.and_then(|input| input.input.as_ref()) {
-        Some(Input::Stdin(bytes)) if !job.terminal => bytes,
-        Some(Input::Pty(bytes)) if job.terminal => bytes,
-        Some(_) => return Err(ConnectError::invalid_argument("stdin is for pipes, pty for ptys")),
-        None => return Ok(()),
-    };
-    let mut stdin = job.stdin.lock().await;
-    let Some(stdin) = stdin.as_mut() else {
-        return Err(ConnectError::failed_precondition("the command's standard input is closed"));
-    };
-    let written = stdin.write_all(bytes).await;
-    written.map_err(|error| ConnectError::failed_precondition(format!("not read: {error}")))
+/// Runs what blocks on a thread that may.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, ConnectError> + Send + 'static,
+) -> Result<T, ConnectError> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.unwrap_or_else(|error| Err(ConnectError::internal(error.to_string())))
 }
 
-impl<I: Instances> wire::Process for ProcessService<I> {
-    async fn list<'a>(
-        &'a self,
-        context: RequestContext,
-        _: ServiceRequest<'_, wire::ListRequest>,
-    ) -> ServiceResult<impl connectrpc::Encodable<wire::ListResponse> + Send + use<'a, I>> {
-        let instance = self.0.instance(&context).await?;
-        let mut processes: Vec<_> = instance
-            .jobs
-            .running
-            .lock()
-            .iter()
-            .map(|(pid, job)| wire::ProcessInfo {
-                config: job.config.clone().into(),
-                pid: *pid,
-                tag: job.tag.clone(),
-                ..Default::default()
-            })
-            .collect();
-        processes.sort_by_key(|process| process.pid);
-        Response::ok(wire::ListResponse { processes, ..Default::default() })
-    }
-
-    async fn connect(
-        &self,
-        context: RequestContext,
-        request: ServiceRequest<'_, wire::ConnectRequest>,
-    ) -> ServiceResult<
-        ServiceStream<impl connectrpc::Encodable<wire::ConnectResponse> + Send + use<I>>,
-    > {
-        let selector = request.to_owned_message().process.into_option();
-        let job = self.job(&context, selector.as_ref()).await?;
-        let (sender, events) = mpsc::channel(BACKLOG);
-        job.readers.lock().push(sender);
-        let follow = Follow {
-            job,
-            events,
-            kill: KillOnDrop(None),
-            keepalive: keepalive(&context),
-            deadline: None,
-            first: true,
-            ended: false,
-        };
-        let items = follow.stream().map(|item| {
-            item.map(|event| wire::ConnectResponse { event: event.into(), ..Default::default() })
-        });
-        Response::ok(Box::pin(items) as ServiceStream<wire::ConnectResponse>)
-    }
-
-    async fn start(
-        &self,
-        context: RequestContext,
-        request: ServiceRequest<'_, wire::StartRequest>,
-    ) -> ServiceResult<ServiceStream<impl connectrpc::Encodable<wire::StartResponse> + Send + use<I>>>
-    {
-        let deadline = context.deadline().map(tokio::time::Instant::from_std);
-        let mode = if context.header(denizen_envd::FOREGROUND).is_some() {
-            Mode::Foreground
-        } else if context.header(denizen_envd::DETACH).is_some() {
-            Mode::Detached
-        } else {
-            Mode::Background
-        };
-        let instance = self.0.instance(&context).await?;
-        let (job, events) = start(&instance, request.to_owned_message(), mode).await?;
-        let kill = KillOnDrop((mode == Mode::Foreground).then(|| job.clone()));
-        let follow = Follow {
-            job,
-            events,
-            kill,
-            keepalive: keepalive(&context),
-            deadline,
-            first: true,
-            ended: false,
-        };
-        let items = follow.stream().map(|item| {
-            item.map(|event| wire::StartResponse { event: event.into(), ..Default::default() })
-        });
-        Response::ok(Box::pin(items) as ServiceStream<wire::StartResponse>)
-    }
-
-    async fn update<'a>(
-        &'a self,
-        context: RequestContext,
-        request: ServiceRequest<'_, wire::UpdateRequest>,
-    ) -> ServiceResult<impl connectrpc::Encodable<wire::UpdateResponse> + Send + use<'a, I>> {
-        let request = request.to_owned_message();
-        let job = self.job(&context, request.process.as_option()).await?;
-        if let Some(size) = request.pty.as_option().and_then(|pty| pty.size.as_option()) {
-            let (columns, rows) = cells(size);
-            let resized = job.child.resize(columns, rows);
-            resized.map_err(|error| ConnectError::failed_precondition(error.to_string()))?;
+/// An error of the file system in the words of Connect.
+fn refused(path: &Path, error: &std::io::Error) -> ConnectError {
+    use std::io::ErrorKind;
+    let text = format!("{}: {error}", path.display());
+    match error.kind() {
+        ErrorKind::NotFound => ConnectError::not_found(text),
+        ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => {
+            ConnectError::permission_denied(text)
         }
-        Response::ok(wire::UpdateResponse::default())
-    }
-
-    async fn stream_input<'a>(
-        &'a self,
-        context: RequestContext,
-        mut requests: InboundStream<wire::StreamInputRequest>,
-    ) -> ServiceResult<impl connectrpc::Encodable<wire::StreamInputResponse> + Send + use<'a, I>>
-    {
-        use oneof::stream_input_request::Event as Piece;
-        let mut job = None;
-        while let Some(request) = requests.next().await {
-            match request?.to_owned_message().event {
-                Some(Piece::Start(start)) => {
-                    job = Some(self.job(&context, start.process.as_option()).await?);
-                }
-                Some(Piece::Data(piece)) => match &job {
-                    Some(job) => feed(job, piece.input.as_option()).await?,
-                    None => return Err(ConnectError::invalid_argument("begin with start")),
-                },
-                Some(Piece::Keepalive(_)) | None => {}
-            }
+        ErrorKind::AlreadyExists => ConnectError::already_exists(text),
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge => {
+            ConnectError::resource_exhausted(text)
         }
-        Response::ok(wire::StreamInputResponse::default())
-    }
-
-    async fn send_input<'a>(
-        &'a self,
-        context: RequestContext,
-        request: ServiceRequest<'_, wire::SendInputRequest>,
-    ) -> ServiceResult<impl connectrpc::Encodable<wire::SendInputResponse> + Send + use<'a, I>>
-    {
-        let request = request.to_owned_message();
-        let job = self.job(&context, request.process.as_option()).await?;
-        feed(&job, request.input.as_option()).await?;
-        Response::ok(wire::SendInputResponse::default())
-    }
-
-    async fn send_signal<'a>(
-        &'a self,
-        context: RequestContext,
-        request: ServiceRequest<'_, wire::SendSignalRequest>,
-    ) -> ServiceResult<impl connectrpc::Encodable<wire::SendSignalResponse> + Send + use<'a, I>>
-    {
-        let request = request.to_owned_message();
-        let job = self.job(&context, request.process.as_option()).await?;
-        let signal = request.signal.to_i32();
-        let sent = if signal == wire::Signal::SIGNAL_SIGKILL as i32 {
-            job.child.kill_tree().await
-        } else {
-            job.child.signal(signal, Scope::Group)
-        };
-        sent.map_err(|error| ConnectError::failed_precondition(error.to_string()))?;
-        Response::ok(wire::SendSignalResponse::default())
-    }
-
-    async fn close_stdin<'a>(
-        &'a self,
-        context: RequestContext,
-        request: ServiceRequest<'_, wire::CloseStdinRequest>,
-    ) -> ServiceResult<impl connectrpc::Encodable<wire::CloseStdinResponse> + Send + use<'a, I>>
-    {
-        let request = request.to_owned_message();
-        let job = self.job(&context, request.process.as_option()).await?;
-        if job.terminal {
-            let problem = "a terminal has no end of file: send the byte 4 instead";
-            return Err(ConnectError::failed_precondition(problem));
-        }
-        *job.stdin.lock().await = None;
-        Response::ok(wire::CloseStdinResponse::default())
+        ErrorKind::NotADirectory
+        | ErrorKind::IsADirectory
+        | ErrorKind::DirectoryNotEmpty
+        | ErrorKind::InvalidInput
+        | ErrorKind::InvalidFilename
+        | ErrorKind::CrossesDevices => ConnectError::invalid_argument(text),
+        _ => ConnectError::internal(text),
     }
 }

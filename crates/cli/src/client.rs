@@ -4,15 +4,16 @@ use std::fs::OpenOptions;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use bytes::Bytes;
 use connectrpc::client::{ClientConfig, Http2Connection, SharedHttp2Connection};
+use denizen_envd::filesystem::FilesystemClient;
 use denizen_envd::process::ProcessClient;
 use futures::TryStreamExt;
-use http_body_util::{BodyExt, Full, StreamBody, combinators::BoxBody};
-use hyper::body::{Frame, Incoming};
+use http_body_util::{BodyExt, Full, combinators::BoxBody};
+use hyper::body::Incoming;
 use hyper::{Request, Response};
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncWrite, AsyncWriteExt};
@@ -59,17 +60,30 @@ impl Client {
         client.json("POST", "/v1/shutdown").await.map(drop)
     }
 
-    /// A client of the session's processes.
+    /// A client of sessions' processes.
     pub fn processes(&self) -> Processes {
-        let authority = hyper::Uri::from_static("http://denizen");
-        let connection = Http2Connection::lazy_unix(&self.socket, authority.clone()).shared(16);
-        ProcessClient::new(connection, ClientConfig::new(authority))
+        let (connection, config) = self.envd();
+        ProcessClient::new(connection, config)
     }
 
-    async fn request(
+    /// A client of sessions' files.
+    pub fn files(&self) -> FilesystemClient<SharedHttp2Connection> {
+        let (connection, config) = self.envd();
+        FilesystemClient::new(connection, config)
+    }
+
+    fn envd(&self) -> (SharedHttp2Connection, ClientConfig) {
+        let authority = hyper::Uri::from_static("http://denizen");
+        let connection = Http2Connection::lazy_unix(&self.socket, authority.clone()).shared(16);
+        (connection, ClientConfig::new(authority))
+    }
+
+    /// Asks for anything; a session is named for what is envd's.
+    pub async fn request(
         &self,
         method: &str,
         path: &str,
+        session: Option<&str>,
         body: BoxBody<Bytes, std::io::Error>,
     ) -> Result<Response<Incoming>> {
         let failed = |error: &dyn std::fmt::Display| {
@@ -79,12 +93,11 @@ impl Client {
         let handshake = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await;
         let (mut sender, connection) = handshake.map_err(|error| failed(&error))?;
         tokio::spawn(connection);
-        let request = Request::builder()
-            .method(method)
-            .uri(path)
-            .header("host", "denizen")
-            .body(body)
-            .map_err(|error| failed(&error))?;
+        let mut request = Request::builder().method(method).uri(path).header("host", "denizen");
+        if let Some(session) = session {
+            request = request.header(denizen_server::SESSION, session);
+        }
+        let request = request.body(body).map_err(|error| failed(&error))?;
         let response = sender.send_request(request).await.map_err(|error| failed(&error))?;
         if response.status().is_success() {
             return Ok(response);
@@ -101,7 +114,7 @@ impl Client {
 
     /// Asks for JSON; nothing is null.
     pub async fn json(&self, method: &str, path: &str) -> Result<serde_json::Value> {
-        let response = self.request(method, path, empty()).await?;
+        let response = self.request(method, path, None, empty()).await?;
         let body = response.into_body().collect().await;
         let body = body.map_err(|error| Failure::new(error.to_string()))?.to_bytes();
         if body.is_empty() {
@@ -112,94 +125,23 @@ impl Client {
 
     /// Asks for a stream of lines.
     pub async fn lines(&self, path: &str) -> Result<Lines> {
-        let body = self.request("GET", path, empty()).await?.into_body();
+        let body = self.request("GET", path, None, empty()).await?.into_body();
         Ok(Lines { body, buffer: Vec::new() })
     }
 
-    /// Copies what the daemon answers to `into`; gives the file mode it was sent with.
-    pub async fn download(
-        &self,
-        path: &str,
-        into: &mut (impl AsyncWrite + Unpin),
-    ) -> Result<Option<u32>> {
-        let response = self.request("GET", path, empty()).await?;
-        let mode = response.headers().get("denizen-mode");
-        let mode = mode.and_then(|mode| mode.to_str().ok()?.parse().ok());
-        let mut body = response.into_body();
-        let failed = |error: &dyn std::fmt::Display| Failure::new(error.to_string());
-        while let Some(frame) = body.frame().await {
-            let frame = frame.map_err(|error| failed(&error))?;
-            if let Some(bytes) = frame.data_ref() {
-                into.write_all(bytes).await.map_err(|error| failed(&error))?;
-            }
-        }
-        into.flush().await.map_err(|error| failed(&error))?;
-        Ok(mode)
-    }
-
-    /// Copies a file in or out.
-    pub async fn copy(&self, from: &str, to: &str) -> Result<()> {
-        match (from.split_once(':'), to.split_once(':')) {
-            (None, Some((session, path))) => self.copy_in(Path::new(from), session, path).await,
-            (Some((session, path)), None) => self.copy_out(session, path, Path::new(to)).await,
-            _ => Err(Failure::new("one side has to be a file here, the other SESSION:PATH")),
-        }
-    }
-
-    async fn copy_in(&self, from: &Path, session: &str, to: &str) -> Result<()> {
-        let failed = |error: std::io::Error| Failure::new(format!("{}: {error}", from.display()));
-        let file = tokio::fs::File::open(from).await.map_err(failed)?;
-        let metadata = file.metadata().await.map_err(failed)?;
-        if !metadata.is_file() {
-            return Err(Failure::new(format!("{} is not a regular file", from.display())));
-        }
-        let mut to = to.trim_start_matches("./").to_owned();
-        if to.is_empty() || to == "." || to.ends_with('/') {
-            let name = from.file_name().unwrap_or_default().to_string_lossy();
-            to = format!("{}{name}", to.trim_start_matches('.'));
-        }
-        let mode = std::os::unix::fs::PermissionsExt::mode(&metadata.permissions()) & 0o7777;
-        let pieces = tokio_util::io::ReaderStream::new(file).map_ok(Frame::data);
-        let path = path(session, &format!("/files?path={}&mode={mode}", escape(&to)));
-        self.request("PUT", &path, BodyExt::boxed(StreamBody::new(pieces))).await.map(drop)
-    }
-
-    async fn copy_out(&self, session: &str, from: &str, to: &Path) -> Result<()> {
-        let name = Path::new(from).file_name().unwrap_or_default();
-        let to = if to.is_dir() { to.join(name) } else { to.to_owned() };
-        let failed = |error: std::io::Error| Failure::new(format!("{}: {error}", to.display()));
-        let path = path(session, &format!("/files?path={}", escape(from)));
-        // Beside it and renamed: a copy that breaks off leaves the old file whole.
-        let mut hidden = std::ffi::OsString::from(format!(".denizen-{}-", std::process::id()));
-        hidden.push(to.file_name().unwrap_or_default());
-        let partial = to.with_file_name(hidden);
-        let mut file = tokio::fs::File::create(&partial).await.map_err(failed)?;
-        let copied = match self.download(&path, &mut file).await {
-            Ok(mode) => set_mode(&file, mode).await.map_err(failed),
-            Err(error) => Err(error),
-        };
-        let done = match copied {
-            Ok(()) => tokio::fs::rename(&partial, &to).await.map_err(failed),
-            Err(error) => Err(error),
-        };
-        if done.is_err() {
-            let _ = tokio::fs::remove_file(&partial).await;
-        }
-        done
+    /// Copies what the daemon answers to `into`.
+    pub async fn download(&self, path: &str, into: &mut (impl AsyncWrite + Unpin)) -> Result<()> {
+        let response = self.request("GET", path, None, empty()).await?;
+        let body = response.into_body().into_data_stream().map_err(std::io::Error::other);
+        let mut body = tokio_util::io::StreamReader::new(body);
+        let copied = tokio::io::copy(&mut body, into).await;
+        copied.map_err(|error| Failure::new(error.to_string()))?;
+        into.flush().await.map_err(|error| Failure::new(error.to_string()))
     }
 }
 
-async fn set_mode(file: &tokio::fs::File, mode: Option<u32>) -> std::io::Result<()> {
-    match mode {
-        Some(mode) => {
-            let mode = std::os::unix::fs::PermissionsExt::from_mode(mode & 0o7777);
-            file.set_permissions(mode).await
-        }
-        None => Ok(()),
-    }
-}
-
-fn empty() -> BoxBody<Bytes, std::io::Error> {
+/// No content.
+pub fn empty() -> BoxBody<Bytes, std::io::Error> {
     Full::new(Bytes::new()).map_err(|never| match never {}).boxed()
 }
 

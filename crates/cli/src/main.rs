@@ -4,6 +4,7 @@
 mod client;
 mod command;
 mod config;
+mod copy;
 mod doctor;
 mod show;
 
@@ -117,7 +118,7 @@ enum Verb {
         #[arg(long)]
         force: bool,
     },
-    /// Copy a file into or out of a session: one side is SESSION:PATH
+    /// Copy a file or folder into or out of a session: one side is SESSION:PATH
     Cp {
         /// Where from
         from: String,
@@ -276,7 +277,7 @@ async fn act(cli: Cli, settings: config::Settings) -> Result<i32> {
                 client.json("DELETE", &path).await?;
             }
         }
-        Verb::Cp { from, to } => client.copy(&from, &to).await?,
+        Verb::Cp { from, to } => copy::run(&client, &from, &to).await?,
         Verb::Serve { .. }
         | Verb::Shutdown
         | Verb::Doctor

@@ -1,6 +1,6 @@
 //! `/v1`: sessions as resources, in JSON.
 
-use std::path::{Component, Path as FsPath, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use axum::body::Body;
@@ -12,7 +12,6 @@ use axum::{Json, Router};
 use denizen::{Error, MicroVmManager};
 use futures::{StreamExt, stream};
 use serde::{Deserialize, Serialize};
-use tokio::io::AsyncWriteExt;
 use tokio::sync::Notify;
 use uuid::Uuid;
 
@@ -38,7 +37,6 @@ pub(crate) fn router(pool: Arc<MicroVmManager>, leases: Arc<Leases>, stop: Arc<N
         .route("/v1/sessions/{session}/backups", get(backups))
         .route("/v1/sessions/{session}/restore", post(restore))
         .route("/v1/sessions/{session}/fork", post(fork))
-        .route("/v1/sessions/{session}/files", get(download).put(upload))
         .route("/v1/sessions/{session}/logs/{job}", get(log))
         .with_state(Api { pool, leases, stop })
 }
@@ -75,16 +73,6 @@ impl From<Error> for Refused {
         };
         Self { status, code, message: error.to_string() }
     }
-}
-
-fn io_refused(path: &FsPath, error: &std::io::Error) -> Refused {
-    let (status, code) = match error.kind() {
-        std::io::ErrorKind::NotFound => (StatusCode::NOT_FOUND, "no_such_file"),
-        std::io::ErrorKind::PermissionDenied => (StatusCode::FORBIDDEN, "not_permitted"),
-        std::io::ErrorKind::StorageFull => (StatusCode::INSUFFICIENT_STORAGE, "disk_full"),
-        _ => (StatusCode::BAD_REQUEST, "failed"),
-    };
-    Refused { status, code, message: format!("{}: {error}", path.display()) }
 }
 
 type Answer<T> = Result<T, Refused>;
@@ -218,87 +206,6 @@ async fn events(State(api): State<Api>) -> Answer<Response> {
         Some((Ok::<_, std::convert::Infallible>(line), events))
     });
     Ok(([("content-type", "application/x-ndjson")], Body::from_stream(lines)).into_response())
-}
-
-#[derive(Deserialize)]
-struct FileQuery {
-    path: PathBuf,
-    mode: Option<u32>,
-}
-
-/// A path in the session's volume: relative, and without a way up.
-fn inside(workdir: &FsPath, path: &FsPath) -> Answer<PathBuf> {
-    let plain =
-        path.components().all(|part| matches!(part, Component::Normal(_) | Component::CurDir));
-    if plain && path.file_name().is_some() {
-        return Ok(workdir.join(path));
-    }
-    let message = format!("{} is not a file's path within the session", path.display());
-    Err(Refused { status: StatusCode::BAD_REQUEST, code: "bad_path", message })
-}
-
-async fn download(
-    State(api): State<Api>,
-    Path(session): Path<String>,
-    Query(query): Query<FileQuery>,
-) -> Answer<Response> {
-    let id = api.leases.find(&session)?;
-    let lease = api.leases.take(id).await?;
-    let path = inside(lease.guard.workdir(), &query.path)?;
-    let refused = |error| io_refused(&query.path, &error);
-    let file = tokio::fs::File::open(&path).await.map_err(refused)?;
-    let metadata = file.metadata().await.map_err(refused)?;
-    if !metadata.is_file() {
-        let message = format!("{} is not a regular file", query.path.display());
-        return Err(Refused { status: StatusCode::BAD_REQUEST, code: "not_a_file", message });
-    }
-    let mode = std::os::unix::fs::PermissionsExt::mode(&metadata.permissions()) & 0o7777;
-    // The session stays in use until the last byte is out.
-    let bytes = tokio_util::io::ReaderStream::new(file).map(move |piece| {
-        let _ = &lease;
-        piece
-    });
-    Ok(([("denizen-mode", mode.to_string())], Body::from_stream(bytes)).into_response())
-}
-
-async fn upload(
-    State(api): State<Api>,
-    Path(session): Path<String>,
-    Query(query): Query<FileQuery>,
-    body: Body,
-) -> Answer<StatusCode> {
-    let id = api.leases.find_or_name(&session).await?;
-    let lease = api.leases.take(id).await?;
-    let path = inside(lease.guard.workdir(), &query.path)?;
-    let refused = |error| io_refused(&query.path, &error);
-    if let Some(parent) = path.parent() {
-        tokio::fs::create_dir_all(parent).await.map_err(refused)?;
-    }
-    // Beside it and renamed: an upload that breaks off leaves the old file whole.
-    let partial = path.with_file_name(format!(".denizen-{}.partial", Uuid::new_v4()));
-    let result = receive(body, &partial, query.mode).await;
-    let result = match result {
-        Ok(()) => tokio::fs::rename(&partial, &path).await,
-        Err(error) => Err(error),
-    };
-    if let Err(error) = result {
-        let _ = tokio::fs::remove_file(&partial).await;
-        return Err(refused(error));
-    }
-    Ok(StatusCode::NO_CONTENT)
-}
-
-async fn receive(body: Body, path: &FsPath, mode: Option<u32>) -> std::io::Result<()> {
-    let mut file = tokio::fs::File::create_new(path).await?;
-    if let Some(mode) = mode {
-        let mode = std::os::unix::fs::PermissionsExt::from_mode(mode & 0o7777);
-        file.set_permissions(mode).await?;
-    }
-    let mut pieces = body.into_data_stream();
-    while let Some(piece) = pieces.next().await {
-        file.write_all(&piece.map_err(std::io::Error::other)?).await?;
-    }
-    file.sync_all().await
 }
 
 /// What a detached command has printed, as far as its bounded log goes back.

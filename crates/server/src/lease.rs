@@ -7,9 +7,10 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Weak};
 
-use connectrpc::{ConnectError, RequestContext};
+use axum::http::HeaderMap;
+use connectrpc::ConnectError;
 use denizen::{Error, MicroVmManager, SessionName, VmExecutionGuard};
-use denizen_agent::envd::{Instance, Instances, Jobs};
+use denizen_agent::envd::{Instance, Instances, Jobs, Watchers};
 use parking_lot::Mutex;
 use tokio::time::Instant;
 use uuid::Uuid;
@@ -20,6 +21,7 @@ use crate::SESSION;
 pub(crate) struct Lease {
     pub(crate) guard: VmExecutionGuard,
     pub(crate) jobs: Arc<Jobs>,
+    watchers: Arc<Watchers>,
 }
 
 #[derive(Default)]
@@ -27,6 +29,7 @@ struct Slot {
     /// Held while the guard is being acquired, so that it is acquired once.
     lease: tokio::sync::Mutex<Weak<Lease>>,
     jobs: Mutex<Option<Arc<Jobs>>>,
+    watchers: Arc<Watchers>,
 }
 
 /// All leases of the daemon.
@@ -70,7 +73,8 @@ impl Leases {
         let guard = self.pool.acquire(id).await?;
         let logs = self.pool.session_folder(id)?.join("logs");
         let jobs = slot.jobs.lock().get_or_insert_with(|| Arc::new(Jobs::new(logs))).clone();
-        let lease = Arc::new(Lease { guard, jobs });
+        let watchers = slot.watchers.clone();
+        let lease = Arc::new(Lease { guard, jobs, watchers });
         *shared = Arc::downgrade(&lease);
         drop(shared);
         self.forget_unused();
@@ -82,6 +86,7 @@ impl Leases {
     pub(crate) async fn kill(&self, id: Uuid) {
         let slot = self.slots.lock().get(&id).cloned();
         if let Some(slot) = slot {
+            slot.watchers.clear();
             let jobs = slot.jobs.lock().clone();
             if let Some(jobs) = jobs {
                 jobs.kill_all().await;
@@ -106,7 +111,9 @@ impl Leases {
     }
 
     fn forget_unused(&self) {
-        self.slots.lock().retain(|_, slot| Arc::strong_count(slot) > 1 || slot.is_used());
+        self.slots.lock().retain(|_, slot| {
+            Arc::strong_count(slot) > 1 || slot.is_used() || !slot.watchers.is_empty()
+        });
     }
 }
 
@@ -121,8 +128,8 @@ impl Slot {
 pub(crate) struct Resolver(pub(crate) Arc<Leases>);
 
 impl Instances for Resolver {
-    async fn instance(&self, context: &RequestContext) -> Result<Instance, ConnectError> {
-        let header = context.header(SESSION).or_else(|| context.header("e2b-sandbox-id"));
+    async fn instance(&self, headers: &HeaderMap) -> Result<Instance, ConnectError> {
+        let header = headers.get(SESSION).or_else(|| headers.get("e2b-sandbox-id"));
         let session = header.and_then(|value| value.to_str().ok()).ok_or_else(|| {
             ConnectError::invalid_argument(format!("which session? set the header {SESSION}"))
         })?;
@@ -134,6 +141,7 @@ impl Instances for Resolver {
             workdir: lease.guard.workdir().to_owned(),
             env: lease.guard.base_environment(),
             jobs: lease.jobs.clone(),
+            watchers: lease.watchers.clone(),
             lease,
         })
     }

@@ -1,7 +1,7 @@
 //! The daemon: one pool of sessions, offered over HTTP on a Unix socket.
 //!
-//! `/v1/…` is about sessions (`api`); `/process.Process/…` is envd's protocol, for the
-//! session that the header [`SESSION`] names (`lease`). The daemon must never decide
+//! `/v1/…` is about sessions (`api`); all else is envd's protocol, for the session that the
+//! header [`SESSION`] names (`lease`). The daemon must never decide
 //! anything about a session's life: it asks the pool, as any caller of the library does.
 
 mod api;
@@ -13,8 +13,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use denizen::MicroVmManager;
-use denizen_agent::envd::ProcessService;
-use denizen_envd::process::ProcessExt;
+use denizen_agent::envd;
 
 use crate::lease::Leases;
 use crate::listener::OwnListener;
@@ -80,9 +79,8 @@ impl Daemon {
         let Self { pool, listener, leases, idle_exit } = self;
         let path = listener.path().to_owned();
         let asked = Arc::new(tokio::sync::Notify::new());
-        let processes = ProcessService::new(lease::Resolver(leases.clone()));
-        let rpc = processes.register(connectrpc::Router::new()).into_axum_service();
-        let app = api::router(pool.clone(), leases.clone(), asked.clone()).fallback_service(rpc);
+        let envd = envd::router(Arc::new(lease::Resolver(leases.clone())));
+        let app = api::router(pool.clone(), leases.clone(), asked.clone()).merge(envd);
         let server = tokio::spawn(async move { axum::serve(listener, app).await });
         tokio::select! {
             () = stop => tracing::info!("asked to stop"),

@@ -1,0 +1,293 @@
+//! The part of the protocol that is plain HTTP: content of files, and how the instance is.
+//!
+//! Own additions, which clients of envd do not ask for: `mode` sets a file's permission bits,
+//! and `format=tar` moves a whole folder ([`denizen_envd::folder`]).
+
+use std::fs::{File, OpenOptions, Permissions};
+use std::io;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use axum::body::Body;
+use axum::extract::{FromRequest, Multipart, Query, Request, State};
+use axum::http::{HeaderMap, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use bytes::Bytes;
+use connectrpc::{ConnectError, ErrorCode};
+use denizen_envd::{MODE, folder};
+use futures::{Stream, StreamExt, TryStreamExt};
+use serde::{Deserialize, Serialize};
+use tempfile::NamedTempFile;
+use tokio_util::io::{ReaderStream, StreamReader};
+
+use super::{Instance, Instances, blocking, refused};
+
+pub(super) fn router<I: Instances>(instances: Arc<I>) -> Router {
+    Router::new()
+        .route("/health", get(|| async { StatusCode::NO_CONTENT }))
+        .route("/files", get(download::<I>).post(upload::<I>))
+        .route("/envs", get(envs::<I>))
+        .route("/metrics", get(metrics::<I>))
+        .route("/init", post(init::<I>))
+        // Files are as large as they are.
+        .layer(axum::extract::DefaultBodyLimit::disable())
+        .with_state(instances)
+}
+
+/// A [`ConnectError`] as plain HTTP has it: `{"code": 404, "message": "…"}`.
+struct Refused(ConnectError);
+
+impl From<ConnectError> for Refused {
+    fn from(error: ConnectError) -> Self {
+        Self(error)
+    }
+}
+
+impl IntoResponse for Refused {
+    fn into_response(self) -> Response {
+        let Self(error) = self;
+        let status = match error.code {
+            ErrorCode::NotFound => StatusCode::NOT_FOUND,
+            ErrorCode::InvalidArgument | ErrorCode::AlreadyExists => StatusCode::BAD_REQUEST,
+            ErrorCode::PermissionDenied => StatusCode::FORBIDDEN,
+            ErrorCode::FailedPrecondition => StatusCode::CONFLICT,
+            ErrorCode::ResourceExhausted => StatusCode::INSUFFICIENT_STORAGE,
+            ErrorCode::Aborted | ErrorCode::Unavailable => StatusCode::SERVICE_UNAVAILABLE,
+            _ => StatusCode::INTERNAL_SERVER_ERROR,
+        };
+        let message = error.message.unwrap_or_default();
+        let body = serde_json::json!({ "code": status.as_u16(), "message": message });
+        (status, Json(body)).into_response()
+    }
+}
+
+type Answer<T> = Result<T, Refused>;
+
+#[derive(Deserialize)]
+struct FileQuery {
+    path: Option<String>,
+    mode: Option<u32>,
+    format: Option<Format>,
+}
+
+#[derive(Clone, Copy, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "lowercase")]
+enum Format {
+    Tar,
+}
+
+impl FileQuery {
+    fn path(&self, instance: &Instance) -> Result<PathBuf, ConnectError> {
+        let path = self.path.as_deref().filter(|path| !path.is_empty());
+        let missing = || ConnectError::invalid_argument("which file? set the parameter path");
+        Ok(instance.resolve(path.ok_or_else(missing)?))
+    }
+}
+
+async fn download<I: Instances>(
+    State(instances): State<Arc<I>>,
+    Query(query): Query<FileQuery>,
+    headers: HeaderMap,
+) -> Answer<Response> {
+    let instance = instances.instance(&headers).await?;
+    let path = query.path(&instance)?;
+    if query.format == Some(Format::Tar) {
+        return Ok(download_folder(instance, path).await?.into_response());
+    }
+    let (file, metadata) = blocking(move || open(&path)).await?;
+    let headers = [
+        (header::CONTENT_TYPE.as_str(), "application/octet-stream".to_owned()),
+        (header::CONTENT_LENGTH.as_str(), metadata.len().to_string()),
+        (MODE, (metadata.permissions().mode() & 0o7777).to_string()),
+    ];
+    // No more than was promised, though the file may grow.
+    let file = tokio::io::AsyncReadExt::take(tokio::fs::File::from_std(file), metadata.len());
+    let body = holding(instance, ReaderStream::new(file));
+    Ok((headers, Body::from_stream(body)).into_response())
+}
+
+/// The instance stays in use until the last byte is out.
+fn holding<T>(instance: Instance, stream: impl Stream<Item = T>) -> impl Stream<Item = T> {
+    stream.map(move |item| {
+        let _ = &instance;
+        item
+    })
+}
+
+fn open(path: &Path) -> Result<(File, std::fs::Metadata), ConnectError> {
+    // Not waiting for a writer of a fifo, which is refused below.
+    let nonblock = i32::try_from(rustix::fs::OFlags::NONBLOCK.bits()).unwrap_or(0);
+    let file = OpenOptions::new().read(true).custom_flags(nonblock).open(path);
+    let file = file.map_err(|error| refused(path, &error))?;
+    let metadata = file.metadata().map_err(|error| refused(path, &error))?;
+    if metadata.is_file() {
+        return Ok((file, metadata));
+    }
+    let what = if metadata.is_dir() { "a folder" } else { "not a regular file" };
+    Err(ConnectError::invalid_argument(format!("{} is {what}", path.display())))
+}
+
+async fn download_folder(instance: Instance, path: PathBuf) -> Result<Body, ConnectError> {
+    let root = path.clone();
+    let is_folder = blocking(move || {
+        std::fs::metadata(&root).map(|it| it.is_dir()).map_err(|error| refused(&root, &error))
+    });
+    if !is_folder.await? {
+        let text = format!("{} is not a folder", path.display());
+        return Err(ConnectError::invalid_argument(text));
+    }
+    Ok(Body::from_stream(holding(instance, folder::send(path))))
+}
+
+#[derive(Serialize)]
+struct Uploaded {
+    name: String,
+    r#type: &'static str,
+    path: String,
+}
+
+async fn upload<I: Instances>(
+    State(instances): State<Arc<I>>,
+    Query(query): Query<FileQuery>,
+    request: Request,
+) -> Answer<Response> {
+    let instance = instances.instance(request.headers()).await?;
+    let broken = |error: &dyn std::fmt::Display| {
+        ConnectError::invalid_argument(format!("the upload broke off: {error}"))
+    };
+    let content_type = request.headers().get(header::CONTENT_TYPE);
+    let multipart = content_type
+        .and_then(|value| value.to_str().ok())
+        .is_some_and(|value| value.starts_with("multipart/form-data"));
+    let mut done = Vec::new();
+    if query.format == Some(Format::Tar) {
+        let path = query.path(&instance)?;
+        let body = request.into_body().into_data_stream().map_err(io::Error::other);
+        let received = folder::receive(body, path.clone()).await;
+        received.map_err(|error| refused(&path, &error))?;
+        done.push(uploaded(&path, "dir"));
+    } else if multipart {
+        let parts = Multipart::from_request(request, &()).await;
+        let mut parts = parts.map_err(|error| broken(&error))?;
+        while let Some(part) = parts.next_field().await.map_err(|error| broken(&error))? {
+            let Some(name) = part.file_name().map(str::to_owned) else { continue };
+            let path = if query.path.as_deref().is_some_and(|path| !path.is_empty()) {
+                query.path(&instance)?
+            } else {
+                instance.resolve(&name)
+            };
+            receive(part.map_err(io::Error::other), &path, query.mode).await?;
+            done.push(uploaded(&path, "file"));
+        }
+    } else {
+        let path = query.path(&instance)?;
+        let body = request.into_body().into_data_stream().map_err(io::Error::other);
+        receive(body, &path, query.mode).await?;
+        done.push(uploaded(&path, "file"));
+    }
+    Ok(Json(done).into_response())
+}
+
+fn uploaded(path: &Path, kind: &'static str) -> Uploaded {
+    let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    Uploaded { name, r#type: kind, path: path.to_string_lossy().into_owned() }
+}
+
+/// Writes beside the file and renames: an upload that breaks off leaves the old one whole.
+async fn receive(
+    body: impl Stream<Item = io::Result<Bytes>> + Send,
+    path: &Path,
+    mode: Option<u32>,
+) -> Result<(), ConnectError> {
+    let target = path.to_owned();
+    let (partial, target) = blocking(move || prepare(target, mode)).await?;
+    let (file, partial) = partial.into_parts();
+    let mut file = tokio::fs::File::from_std(file);
+    let body = std::pin::pin!(body);
+    let mut body = StreamReader::new(body);
+    let copied = tokio::io::copy(&mut body, &mut file).await;
+    copied.map_err(|error| refused(path, &error))?;
+    file.sync_all().await.map_err(|error| refused(path, &error))?;
+    drop(file);
+    blocking(move || partial.persist(&target).map_err(|error| refused(&target, &error.error))).await
+}
+
+/// A file to write into, and the name it will have: that of the file itself if it is reached
+/// through a symlink.
+fn prepare(path: PathBuf, mode: Option<u32>) -> Result<(NamedTempFile, PathBuf), ConnectError> {
+    let path = std::fs::canonicalize(&path).unwrap_or(path);
+    let there = std::fs::metadata(&path).ok();
+    if there.as_ref().is_some_and(std::fs::Metadata::is_dir) {
+        let text = format!("{} is a folder", path.display());
+        return Err(ConnectError::invalid_argument(text));
+    }
+    let failed = |error: io::Error| refused(&path, &error);
+    let folder = path.parent().unwrap_or(&path);
+    std::fs::create_dir_all(folder).map_err(failed)?;
+    let mode = mode.or(there.map(|there| there.permissions().mode())).unwrap_or(0o644);
+    let partial = tempfile::Builder::new()
+        .prefix(".denizen-")
+        .suffix(".partial")
+        .tempfile_in(folder)
+        .map_err(failed)?;
+    let mode = Permissions::from_mode(mode & 0o7777);
+    partial.as_file().set_permissions(mode).map_err(failed)?;
+    Ok((partial, path))
+}
+
+async fn envs<I: Instances>(
+    State(instances): State<Arc<I>>,
+    headers: HeaderMap,
+) -> Answer<Response> {
+    Ok(Json(instances.instance(&headers).await?.env).into_response())
+}
+
+/// What envd's clients send to a new sandbox. Times and variables are the daemon's business
+/// here: a request that would change them is refused, not forgotten.
+async fn init<I: Instances>(
+    State(instances): State<Arc<I>>,
+    headers: HeaderMap,
+    body: Bytes,
+) -> Answer<StatusCode> {
+    instances.instance(&headers).await?;
+    let body: &[u8] = if body.is_empty() { b"null" } else { &body };
+    let asked: serde_json::Value = serde_json::from_slice(body)
+        .map_err(|error| ConnectError::invalid_argument(error.to_string()))?;
+    let variables = asked.get("envVars").and_then(|vars| vars.as_object());
+    if variables.is_some_and(|vars| !vars.is_empty()) {
+        let text = "variables are set in the pool's configuration or with each command";
+        return Err(ConnectError::invalid_argument(text).into());
+    }
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// Memory and disk as the instance sees them.
+async fn metrics<I: Instances>(
+    State(instances): State<Arc<I>>,
+    headers: HeaderMap,
+) -> Answer<Response> {
+    let instance = instances.instance(&headers).await?;
+    let body = blocking(move || {
+        let disk = rustix::fs::statvfs(&instance.workdir)
+            .map_err(|error| refused(&instance.workdir, &error.into()))?;
+        let memory = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+        let kib = |name: &str| {
+            let line = memory.lines().find_map(|line| line.strip_prefix(name));
+            line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok()).unwrap_or(0)
+        };
+        let total = kib("MemTotal:") * 1024;
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        Ok(serde_json::json!({
+            "ts": now.unwrap_or_default().as_secs(),
+            "cpu_count": std::thread::available_parallelism().map_or(1, usize::from),
+            "mem_total": total,
+            "mem_used": total.saturating_sub(kib("MemAvailable:") * 1024),
+            "disk_total": disk.f_blocks * disk.f_frsize,
+            "disk_used": disk.f_blocks.saturating_sub(disk.f_bfree) * disk.f_frsize,
+        }))
+    });
+    Ok(Json(body.await?).into_response())
+}
