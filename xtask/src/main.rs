@@ -1,5 +1,7 @@
 //! What a contributor runs: `cargo xtask test` installs what the tests need and runs all of
-//! them.
+//! them; `cargo xtask bench [SEED]` writes `docs/benchmarks.md`.
+
+mod bench;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
@@ -8,7 +10,8 @@ fn main() -> ExitCode {
     let mut args = std::env::args().skip(1);
     let result = match args.next().as_deref() {
         Some("test") => test(),
-        _ => Err("usage: cargo xtask test".to_owned()),
+        Some("bench") => bench::run(args.next().as_deref()),
+        _ => Err("usage: cargo xtask test | bench [SEED]".to_owned()),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -1,0 +1,153 @@
+//! `cargo xtask bench`: measures denizen beside what one would use instead, in one run, and
+//! writes `docs/benchmarks.md`. Peers are built in a temporary crate, so that nothing of theirs
+//! is here.
+
+use std::fmt::Write as _;
+use std::path::Path;
+use std::process::Command;
+
+use crate::root;
+
+/// Rows, and what each is allowed: a ratio to the peer, or nanoseconds or bytes.
+const LIMITS: [(&str, &str, Limit); 6] = [
+    ("warm acquire and release", "the seed", Limit::Ratio(1.0)),
+    ("maintenance pass, 5000 sessions", "the seed", Limit::Most(50_000.0)),
+    ("maintenance pass, 100000 sessions", "the seed with 5000", Limit::Most(50_000.0)),
+    ("/bin/true in a warm host session", "std::process::Command", Limit::Ratio(1.1)),
+    ("start with 10,000 sessions, to the first guard", "", Limit::Most(1e9)),
+    ("resident memory then (bytes)", "", Limit::Most(64.0 * 1024.0 * 1024.0)),
+];
+
+#[derive(Clone, Copy)]
+enum Limit {
+    Ratio(f64),
+    Most(f64),
+}
+
+/// Measures everything. The seed's file is a peer where it is given.
+pub fn run(seed: Option<&str>) -> Result<(), String> {
+    let failed = |error: std::io::Error| error.to_string();
+    let work = root().join("target/bench");
+    let source = work.join("src");
+    std::fs::create_dir_all(&source).map_err(failed)?;
+    std::fs::create_dir_all(work.join("config/src")).map_err(failed)?;
+    let denizen = root().join("crates/denizen");
+    let denizen = denizen.display();
+    let package = "version = \"0.0.0\"\nedition = \"2024\"\n";
+    let manifest = format!(
+        "[workspace]\n[package]\nname = \"peers\"\n{package}\
+         [features]\nseed = []\n\
+         [profile.release]\nlto = \"thin\"\ncodegen-units = 4\n\
+         [dependencies]\ndenizen = {{ path = {denizen:?} }}\n\
+         smith_config = {{ path = \"config\" }}\nanyhow = \"1\"\nchrono = \"0.4\"\n\
+         dashmap = \"6\"\nparking_lot = \"0.12\"\ntar = \"0.4\"\ntokio = {{ version = \"1\", \
+         features = [\"full\"] }}\ntracing = \"0.1\"\nuuid = {{ version = \"1\", features = \
+         [\"v4\"] }}\nzstd = \"0.13\"\n",
+        denizen = denizen.to_string(),
+    );
+    let config = format!(
+        "[package]\nname = \"smith_config\"\n{package}[dependencies]\ndenizen = {{ path = {:?} }}\n",
+        denizen.to_string()
+    );
+    std::fs::write(work.join("Cargo.toml"), manifest).map_err(failed)?;
+    std::fs::write(work.join("config/Cargo.toml"), config).map_err(failed)?;
+    let executor = "pub mod executor { pub use denizen::VmPoolConfig; }\n";
+    std::fs::write(work.join("config/src/lib.rs"), executor).map_err(failed)?;
+    std::fs::write(source.join("main.rs"), include_str!("../bench/main.rs")).map_err(failed)?;
+    let mut build = vec!["build", "--release", "--quiet"];
+    if let Some(seed) = seed {
+        std::fs::copy(seed, source.join("seed.rs")).map_err(|error| format!("{seed}: {error}"))?;
+        build.extend(["--features", "seed"]);
+    }
+    eprintln!("+ cargo {}", build.join(" "));
+    let built = Command::new("cargo").args(&build).current_dir(&work).status().map_err(failed)?;
+    if !built.success() {
+        return Err("the peers do not build".to_owned());
+    }
+    let mut lines = Vec::new();
+    for row in ["warm", "pass", "exec"] {
+        lines.extend(measure(&work, row, &work.join(format!("run-{row}")))?);
+    }
+    let known = work.join("run-start");
+    measure_in(&work, "make", &known)?;
+    // Finds the folders and writes them down; what is measured is the start after it.
+    measure_in(&work, "start", &known)?;
+    lines.extend(measure_in(&work, "start", &known)?);
+    std::fs::remove_dir_all(&known).map_err(failed)?;
+    let page = page(&lines)?;
+    print!("{page}");
+    std::fs::create_dir_all(root().join("docs")).map_err(failed)?;
+    std::fs::write(root().join("docs/benchmarks.md"), page).map_err(failed)
+}
+
+/// A row in a folder of its own.
+fn measure(work: &Path, row: &str, folder: &Path) -> Result<Vec<String>, String> {
+    let lines = measure_in(work, row, folder)?;
+    std::fs::remove_dir_all(folder).map_err(|error| error.to_string())?;
+    Ok(lines)
+}
+
+fn measure_in(work: &Path, row: &str, folder: &Path) -> Result<Vec<String>, String> {
+    std::fs::create_dir_all(folder).map_err(|error| error.to_string())?;
+    eprintln!("+ peers {row}");
+    let peers = work.join("target/release/peers");
+    let output = Command::new(peers).arg(row).arg(folder).output();
+    let output = output.map_err(|error| error.to_string())?;
+    if !output.status.success() {
+        return Err(format!("{row}: {}", String::from_utf8_lossy(&output.stderr)));
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).lines().map(str::to_owned).collect())
+}
+
+fn page(lines: &[String]) -> Result<String, String> {
+    let mut page = String::from(
+        "# Benchmarks\n\nWritten by `cargo xtask bench`; medians of one run on one machine, both \
+         sides in turns. Read the ratios.\n\n\
+         | work | beside | denizen | peer | ratio | wanted | |\n|---|---|---|---|---|---|---|\n",
+    );
+    for line in lines {
+        let mut fields = line.split('\t');
+        let mut field = || fields.next().unwrap_or_default();
+        let (name, ours, peer) = (field(), field(), field());
+        let ours: f64 = ours.parse().map_err(|error| format!("{line}: {error}"))?;
+        let peer: Option<f64> = peer.parse().ok();
+        let (_, beside, limit) = LIMITS
+            .iter()
+            .find(|(row, _, _)| *row == name)
+            .ok_or_else(|| format!("what is wanted of {name:?} is not written down"))?;
+        let show = |value: f64| {
+            if name.ends_with("(bytes)") {
+                format!("{:.1} MiB", value / 1048576.0)
+            } else {
+                time(value)
+            }
+        };
+        let ratio = peer.map(|peer| ours / peer);
+        let (wanted, held) = match limit {
+            Limit::Ratio(most) => (format!("≤ {most}×"), ratio.map(|ratio| ratio <= *most)),
+            Limit::Most(most) => (format!("≤ {}", show(*most)), Some(ours <= *most)),
+        };
+        let held = match held {
+            Some(true) => "held",
+            Some(false) => "**missed**",
+            None => "not compared",
+        };
+        let ratio = ratio.map_or("–".to_owned(), |ratio| format!("{ratio:.3}×"));
+        let peer = peer.map_or("–".to_owned(), show);
+        let beside = if beside.is_empty() { "–" } else { beside };
+        let ours = show(ours);
+        let line = format!("| {name} | {beside} | {ours} | {peer} | {ratio} | {wanted} | {held} |");
+        // Writing to a string cannot fail.
+        let _ = writeln!(page, "{line}");
+    }
+    Ok(page)
+}
+
+fn time(nanoseconds: f64) -> String {
+    match nanoseconds {
+        n if n < 1e3 => format!("{n:.0} ns"),
+        n if n < 1e6 => format!("{:.1} µs", n / 1e3),
+        n if n < 1e9 => format!("{:.2} ms", n / 1e6),
+        n => format!("{:.2} s", n / 1e9),
+    }
+}
