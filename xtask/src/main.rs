@@ -45,11 +45,12 @@ fn has(program: &str, arg: &str) -> bool {
 }
 
 /// Programs that the tests run, with the Debian package that has each.
-const NEEDED: [(&str, &str); 5] = [
+const NEEDED: [(&str, &str); 6] = [
     ("sqlite3", "sqlite3"),
     ("tar", "tar"),
     ("zstd", "zstd"),
     ("setsid", "util-linux"),
+    ("mount", "mount"),
     ("script", "bsdutils"),
 ];
 

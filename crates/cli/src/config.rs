@@ -1,6 +1,7 @@
 //! Where the program's settings come from: flags before `DENIZEN_*` variables before the
 //! configuration file before defaults.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -87,6 +88,51 @@ pub struct Options {
         hide_short_help = true
     )]
     nix_profile: Option<String>,
+    /// What the shell is started with before the line it is to run, as a TOML array
+    #[arg(
+        long,
+        global = true,
+        env = "DENIZEN_SHELL_ARGS",
+        value_name = "ARRAY",
+        hide_short_help = true
+    )]
+    shell_args: Option<Toml<Vec<String>>>,
+    /// The environment of all sessions, as a TOML inline table
+    #[arg(
+        long,
+        global = true,
+        env = "DENIZEN_SESSION_ENV",
+        value_name = "TABLE",
+        hide_short_help = true
+    )]
+    session_env: Option<Toml<HashMap<String, String>>>,
+    /// The command that prepares a new session, as a TOML array
+    #[arg(
+        long,
+        global = true,
+        env = "DENIZEN_BOOTSTRAP_COMMAND",
+        value_name = "ARRAY",
+        hide_short_help = true
+    )]
+    bootstrap_command: Option<Toml<Vec<String>>>,
+}
+
+/// A setting with parts, written as the configuration file would have it.
+#[derive(Clone, Debug)]
+struct Toml<T>(T);
+
+impl<T: serde::de::DeserializeOwned> std::str::FromStr for Toml<T> {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        #[derive(Deserialize)]
+        struct Only<T> {
+            value: T,
+        }
+        let only: Only<T> = toml::from_str(&format!("value = {text}"))
+            .map_err(|error| error.message().to_owned())?;
+        Ok(Self(only.value))
+    }
 }
 
 /// The configuration file: the pool's fields and the daemon's own.
@@ -155,6 +201,15 @@ pub fn load(options: &Options) -> Result<Settings> {
     }
     take!(volume_root, shell, max_vms, idle_shutdown_seconds, prune_after_seconds);
     take!(backup_after_seconds, backup_destination, nix_profile);
+    if let Some(Toml(args)) = &options.shell_args {
+        pool.shell_args.clone_from(args);
+    }
+    if let Some(Toml(env)) = &options.session_env {
+        pool.env.extend(env.clone());
+    }
+    if let Some(Toml(command)) = &options.bootstrap_command {
+        pool.bootstrap_command = Some(command.clone());
+    }
     // The daemon stands elsewhere.
     pool.volume_root = absolute(&pool.volume_root)?;
     pool.backup_destination = pool.backup_destination.as_deref().map(absolute).transpose()?;

@@ -228,6 +228,21 @@ fn files_in_and_out() {
 }
 
 #[test]
+fn settings_with_parts_are_flags_too() {
+    let user = User::new();
+    let flags = ["--shell-args", "[\"-c\"]", "--session-env", "{ A = \"b\" }"];
+    let more = ["--bootstrap-command", "[\"touch\", \"made\"]", "config", "--json"];
+    let output = user.run(&[&flags[..], &more].concat());
+    let config: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(config["pool"]["shell_args"], serde_json::json!(["-c"]));
+    assert_eq!(config["pool"]["env"], serde_json::json!({ "A": "b" }));
+    assert_eq!(config["pool"]["bootstrap_command"], serde_json::json!(["touch", "made"]));
+    let wrong = user.run(&["--shell-args", "-c", "config"]);
+    assert_eq!(wrong.status.code(), Some(125));
+    assert!(text(&wrong.stderr).contains("--shell-args"), "{}", text(&wrong.stderr));
+}
+
+#[test]
 fn folders_are_copied_whole() {
     let user = User::new();
     let here = user.state.path().join("tree");

@@ -14,7 +14,9 @@
 #[cfg(test)]
 mod simulation;
 
-use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeSet, VecDeque};
+
+use foldhash::{HashMap, HashMapExt};
 use std::time::Duration;
 
 use uuid::Uuid;

@@ -87,7 +87,7 @@ enum Order {
 
 struct State {
     core: Lifecycle,
-    places: HashMap<Uuid, Arc<Place>>,
+    places: foldhash::HashMap<Uuid, Arc<Place>>,
     waiters: HashMap<WaiterId, oneshot::Sender<Answer>>,
     next_waiter: WaiterId,
     /// Flags of operations that may be given up.
