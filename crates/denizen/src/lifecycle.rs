@@ -15,10 +15,10 @@
 mod simulation;
 
 use std::collections::{BTreeSet, VecDeque};
-
-use foldhash::{HashMap, HashMapExt};
 use std::time::Duration;
 
+// Seeded as std's are, and a third of their price on the way of a warm acquire.
+use foldhash::{HashMap, HashMapExt};
 use uuid::Uuid;
 
 /// First wait after a failed operation; doubled with every further failure.

@@ -166,7 +166,7 @@ impl Pool {
         let names: HashMap<Uuid, SessionName> = names.map(|(name, id)| (id, name)).collect();
         let state = State {
             core: Lifecycle::new(policy),
-            places: HashMap::new(),
+            places: foldhash::HashMap::default(),
             waiters: HashMap::new(),
             next_waiter: 1,
             interrupts: HashMap::new(),
