@@ -117,7 +117,7 @@ fn page(lines: &[String]) -> Result<String, String> {
             .ok_or_else(|| format!("what is wanted of {name:?} is not written down"))?;
         let show = |value: f64| {
             if name.ends_with("(bytes)") {
-                format!("{:.1} MiB", value / 1048576.0)
+                format!("{:.1} MiB", value / 1_048_576.0)
             } else {
                 time(value)
             }

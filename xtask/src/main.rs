@@ -65,8 +65,10 @@ fn install() -> Result<(), String> {
         let install = ["install", "-y", "-qq", "--no-install-recommends"];
         run("apt-get", &[&install[..], &missing].concat())?;
     }
-    if !has("cargo-nextest", "--version") {
-        run("cargo", &["install", "cargo-nextest", "--locked"])?;
+    for tool in ["cargo-nextest", "cargo-deny"] {
+        if !has(tool, "--version") {
+            run("cargo", &["install", tool, "--locked"])?;
+        }
     }
     Ok(())
 }
@@ -74,6 +76,8 @@ fn install() -> Result<(), String> {
 fn test() -> Result<(), String> {
     install()?;
     run("cargo", &["fmt", "--all", "--check"])?;
+    // Advisories would have to be fetched; what we are built from is known here.
+    run("cargo", &["deny", "check", "licenses", "bans", "sources"])?;
     let lint = ["clippy", "--workspace", "--lib", "--bins", "--all-features"];
     run("cargo", &[&lint[..], &["--", "-D", "warnings"]].concat())?;
     run("cargo", &["test", "--workspace", "--doc", "--all-features"])?;

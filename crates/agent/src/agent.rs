@@ -1,14 +1,13 @@
 //! The session's process service: one [`Init`] launched when it is first needed, and
 //! again after it died. It must never run two of them at once.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::Mutex;
 
 use crate::child::{Child, Spec};
-use crate::init::{Init, Process};
+use crate::init::{Init, Launch, Process};
 use crate::{Result, child};
 
 /// Starts a session's commands and knows all its processes. Clones are the same agent;
@@ -21,7 +20,7 @@ pub struct Agent {
 #[derive(Debug, Default)]
 struct Inner {
     init: Mutex<Option<Init>>,
-    program_file: Option<PathBuf>,
+    launch: Launch,
 }
 
 impl Agent {
@@ -30,10 +29,9 @@ impl Agent {
         Self::default()
     }
 
-    /// The same, with a place to put the init program in case this machine forbids to
-    /// execute memory files (`vm.memfd_noexec`). The file is written only then.
-    pub fn with_program_file(path: impl Into<PathBuf>) -> Self {
-        Self { inner: Arc::new(Inner { init: Mutex::new(None), program_file: Some(path.into()) }) }
+    /// The same, its init launched in this way.
+    pub fn with(launch: Launch) -> Self {
+        Self { inner: Arc::new(Inner { init: Mutex::new(None), launch }) }
     }
 
     /// Starts a command; launches the session's init first if there is none alive.
@@ -47,7 +45,7 @@ impl Agent {
                 _ => {
                     // The dead one goes first, so that there are never two.
                     *slot = None;
-                    let init = Init::launch(self.inner.program_file.as_deref()).await?;
+                    let init = Init::launch(&self.inner.launch).await?;
                     slot.insert(init).remote()
                 }
             }

@@ -65,6 +65,17 @@ pub struct Spawn {
     pub controlling_terminal: bool,
 }
 
+/// How an init is launched.
+#[derive(Debug, Clone, Default)]
+pub struct Launch {
+    /// Where to put the program in case this machine forbids to execute memory files
+    /// (`vm.memfd_noexec`). Written only then.
+    pub program_file: Option<PathBuf>,
+    /// Where to write down, before the program runs, what [`sweep`](crate::sweep()) needs to
+    /// end what it ran, should both this process and init be killed.
+    pub record: Option<PathBuf>,
+}
+
 /// A running `denizen-init`. Dropping it kills all that it runs, and it ends; this works
 /// without a runtime and leaves no zombie.
 #[derive(Debug)]
@@ -118,17 +129,16 @@ pub(crate) enum Ended {
 }
 
 impl Init {
-    /// Starts the program from memory; if the machine forbids that, from `file`, which is
-    /// written if need be.
+    /// Starts the program from memory; if the machine forbids that, from a file.
     ///
     /// Cancel-safe: an init that nobody waited for ends by itself.
-    pub async fn launch(file: Option<&Path>) -> Result<Self> {
-        let file = file.map(Path::to_owned);
+    pub async fn launch(launch: &Launch) -> Result<Self> {
+        let launch = launch.clone();
         let (sender, receiver) = oneshot::channel();
         std::thread::Builder::new()
             .name("denizen-init".into())
             .stack_size(256 * 1024)
-            .spawn(move || match start(file.as_deref()) {
+            .spawn(move || match start(&launch) {
                 Err(source) => drop(sender.send(Err(Error::Launch { source }))),
                 Ok((shared, child)) => {
                     let remote = Remote { shared: Arc::clone(&shared) };
@@ -501,12 +511,15 @@ fn send_packet(
     }
 }
 
-fn start(file: Option<&Path>) -> io::Result<(Arc<Shared>, std::process::Child)> {
+fn start(launch: &Launch) -> io::Result<(Arc<Shared>, std::process::Child)> {
     let (ours, theirs) =
         socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
     let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
     // Part of the mark on its processes. 31 bits: it must not look like "unlimited".
     let nonce = u32::try_from(RandomState::new().hash_one(0u8) >> 33).unwrap_or(1).max(1);
+    if let Some(record) = &launch.record {
+        std::fs::write(record, format!("{nonce}\n"))?;
+    }
     let socket = theirs.try_clone()?;
     let run = |path: &Path, socket: OwnedFd| {
         Command::new(path)
@@ -518,15 +531,16 @@ fn start(file: Option<&Path>) -> io::Result<(Arc<Shared>, std::process::Child)> 
             .stderr(Stdio::null())
             .spawn()
     };
-    let child = match (program::in_memory().and_then(|path| run(&path, socket)), file) {
-        (Ok(child), _) => child,
-        (Err(error), None) => return Err(error),
-        (Err(error), Some(file)) => {
-            tracing::debug!(%error, ?file, "init cannot be run from memory; using a file");
-            program::to_file(file)?;
-            run(file, theirs)?
-        }
-    };
+    let child =
+        match (program::in_memory().and_then(|path| run(&path, socket)), &launch.program_file) {
+            (Ok(child), _) => child,
+            (Err(error), None) => return Err(error),
+            (Err(error), Some(file)) => {
+                tracing::debug!(%error, ?file, "init cannot be run from memory; using a file");
+                program::to_file(file)?;
+                run(file, theirs)?
+            }
+        };
     let shared = Shared {
         socket: ours,
         wake,
@@ -567,7 +581,7 @@ fn serve(shared: &Shared, mut child: std::process::Child) {
     let status = child.wait();
     if !closed || !status.as_ref().is_ok_and(std::process::ExitStatus::success) {
         tracing::warn!(pid = shared.pid, ?status, "the session's init died; killing what it ran");
-        sweep::sweep(shared.nonce);
+        sweep::sweep(&[shared.nonce]);
     }
     let state = std::mem::take(&mut *shared.state.lock());
     shared.state.lock().dead = true;

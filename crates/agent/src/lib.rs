@@ -40,8 +40,9 @@ mod sweep;
 pub use agent::Agent;
 pub use child::{Child, Exit, Scope, Spec, Stdin, Stdio};
 pub use error::Error;
-pub use init::Process;
+pub use init::{Launch, Process};
 pub use output::{Chunk, Output, Reader, Stream};
+pub use sweep::{recorded, sweep};
 
 /// The result of everything in this crate that can fail.
 pub type Result<T, E = Error> = std::result::Result<T, E>;

@@ -10,7 +10,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
 use common::{collect, run, sh, until, until_gone, with_stdin};
-use denizen_agent::{Agent, Error, Exit, Scope, Spec, Stream};
+use denizen_agent::{Agent, Error, Exit, Launch, Scope, Spec, Stream};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 #[tokio::test]
@@ -382,7 +382,7 @@ async fn one_agent_serves_several_runtimes() {
 async fn init_can_run_from_a_file() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("init");
-    let agent = Agent::with_program_file(&file);
+    let agent = Agent::with(Launch { program_file: Some(file.clone()), ..Launch::default() });
     // Memory files work here, so the file is not needed and not made.
     assert_eq!(run(&agent, "echo fine").await, "fine");
     assert!(!file.exists());

@@ -55,7 +55,9 @@ impl Drop for User {
     fn drop(&mut self) {
         if let Some(pid) = self.daemon_pid() {
             self.run(&["shutdown"]);
-            until("the daemon leaves", || !Path::new(&format!("/proc/{pid}")).exists());
+            // One that has ended and was not yet reaped has no command line.
+            let line = format!("/proc/{pid}/cmdline");
+            until("the daemon leaves", || std::fs::read(&line).unwrap_or_default().is_empty());
         }
     }
 }
@@ -193,6 +195,39 @@ fn kill_9_of_the_daemon_leaves_no_process_and_loses_no_session() {
     assert_eq!(text(&user.exec("a", "cat file").stdout), "kept\n");
 }
 
+/// The worst that can happen to a session's processes: nobody is left who knows of them.
+#[test]
+fn kill_9_of_daemon_and_init_is_swept_up_by_the_next_start() {
+    use rustix::process::{Pid, Signal, kill_process};
+    let user = User::new();
+    let line = "(setsid sleep 718331 &); exec sleep 718332";
+    let started = user.run(&["exec", "-d", "a", "--", "sh", "-c", line]);
+    assert!(started.status.success(), "{started:?}");
+    until("the tree runs", || running("sleep 71833").len() == 2);
+    let daemon = user.daemon_pid().unwrap();
+    let children = std::fs::read_to_string(format!("/proc/{daemon}/task/{daemon}/children"));
+    let daemon = Pid::from_raw(daemon).unwrap();
+    // Stopped first, so that it cannot see its init die.
+    kill_process(daemon, Signal::STOP).unwrap();
+    let threads = std::fs::read_dir(format!("/proc/{}/task", daemon.as_raw_nonzero())).unwrap();
+    let inits: Vec<Pid> = threads
+        .filter_map(|thread| std::fs::read_to_string(thread.unwrap().path().join("children")).ok())
+        .chain(children)
+        .flat_map(|list| list.split_whitespace().map(str::to_owned).collect::<Vec<_>>())
+        .filter_map(|pid| Pid::from_raw(pid.parse().ok()?))
+        .collect();
+    assert!(!inits.is_empty());
+    for init in inits {
+        // One may be on the list twice.
+        let _ = kill_process(init, Signal::KILL);
+    }
+    kill_process(daemon, Signal::KILL).unwrap();
+    until("the daemon is gone", || user.daemon_pid().is_none());
+    assert_eq!(running("sleep 71833").len(), 2, "they have got away");
+    assert_eq!(text(&user.exec("a", "echo back").stdout), "back\n");
+    assert!(running("sleep 71833").is_empty());
+}
+
 #[test]
 fn a_detached_command_goes_on_and_can_be_read_later() {
     let user = User::new();
@@ -237,7 +272,7 @@ fn settings_with_parts_are_flags_too() {
     assert_eq!(config["pool"]["shell_args"], serde_json::json!(["-c"]));
     assert_eq!(config["pool"]["env"], serde_json::json!({ "A": "b" }));
     assert_eq!(config["pool"]["bootstrap_command"], serde_json::json!(["touch", "made"]));
-    let wrong = user.run(&["--shell-args", "-c", "config"]);
+    let wrong = user.run(&["--shell-args=-c", "config"]);
     assert_eq!(wrong.status.code(), Some(125));
     assert!(text(&wrong.stderr).contains("--shell-args"), "{}", text(&wrong.stderr));
 }

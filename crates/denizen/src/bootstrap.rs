@@ -6,40 +6,46 @@
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::ffi::{OsStr, OsString};
-use std::path::Path;
 
 use denizen_agent::{Agent, Exit, Spec, Stdio};
-use uuid::Uuid;
 
 use crate::config::VmPoolRuntimeConfig;
 use crate::error::{Error, Result};
+use crate::isolation::Site;
 
 /// How much of a failed command's output an error keeps, in bytes.
 const TAIL: usize = 4096;
 
-/// Runs the bootstrap command and builds the Nix profile, if the pool has them.
+/// Runs the bootstrap command and builds the Nix profile, if the pool has them, in an instance
+/// of the new session, and ends the instance.
 ///
 /// Not cancel-safe: dropped, it ends what it runs and leaves the volume as it is then.
-pub(crate) async fn run(config: &VmPoolRuntimeConfig, id: Uuid, volume: &Path) -> Result<()> {
+pub(crate) async fn run(config: &VmPoolRuntimeConfig, agent: Agent, site: &Site) -> Result<()> {
     if let Some(command) = &config.bootstrap_command {
-        one(&config.env, id, volume, command).await?;
+        one(&config.env, &agent, site, command).await?;
     }
     if let Some(profile) = &config.nix_profile {
         let command = ["nix", "develop", profile, "--command", "true"].map(str::to_owned);
-        one(&config.env, id, volume, &command).await?;
+        one(&config.env, &agent, site, &command).await?;
     }
-    Ok(())
+    // Whatever it left running would belong to nobody's use of the session.
+    Ok(agent.shutdown(std::time::Duration::ZERO).await?)
+}
+
+/// Whether there is anything to be run.
+pub(crate) fn is_wanted(config: &VmPoolRuntimeConfig) -> bool {
+    config.bootstrap_command.is_some() || config.nix_profile.is_some()
 }
 
 async fn one(
     env: &HashMap<String, String>,
-    id: Uuid,
-    volume: &Path,
+    agent: &Agent,
+    site: &Site,
     command: &[String],
 ) -> Result<()> {
     let Some((program, args)) = command.split_first() else { return Ok(()) };
     let failed = |problem: String, output: &VecDeque<u8>| Error::Bootstrap {
-        session: id,
+        session: site.id,
         command: command.join(" "),
         problem,
         output: String::from_utf8_lossy(&output.iter().copied().collect::<Vec<u8>>()).into_owned(),
@@ -47,12 +53,11 @@ async fn one(
     let mut environment: BTreeMap<OsString, OsString> = std::env::vars_os().collect();
     environment.extend(env.iter().map(|(name, value)| (name.into(), value.into())));
 
-    let agent = Agent::new();
     let spec = Spec {
         program: OsStr::new(program).to_owned(),
         args: args.iter().map(OsString::from).collect(),
         env: environment,
-        cwd: volume.to_owned(),
+        cwd: site.volume.clone(),
         stdio: Stdio::Pipes { stdin: false },
     };
     let mut tail = VecDeque::new();
@@ -67,8 +72,6 @@ async fn one(
         }
     }
     let exit = child.wait().await?;
-    // Whatever it left running would belong to no session.
-    agent.shutdown(std::time::Duration::ZERO).await?;
     match exit {
         Exit::Code(0) => Ok(()),
         Exit::Code(code) => Err(failed(format!("exited with status {code}"), &tail)),

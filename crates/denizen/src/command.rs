@@ -192,14 +192,13 @@ impl<'g> Command<'g> {
         let guard = self.guard;
         let missing = |guard: &VmExecutionGuard| Error::VolumeMissing {
             session: guard.session_id(),
-            path: guard.workdir().to_owned(),
+            path: guard.volume().to_owned(),
             backup: None,
         };
         let mut child = match guard.agent()?.spawn(self.spec).await {
             Ok(child) => child,
-            Err(denizen_agent::Error::WorkingDirectory { .. }) if !guard.workdir().exists() => {
-                return Err(missing(guard));
-            }
+            // Whatever it was that failed without them.
+            Err(_) if !guard.volume().exists() => return Err(missing(guard)),
             Err(error) => return Err(error.into()),
         };
         let output = child.take_output();

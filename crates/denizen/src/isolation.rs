@@ -8,7 +8,7 @@ mod host;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use denizen_agent::Agent;
+use denizen_agent::{Agent, Launch};
 use uuid::Uuid;
 
 use crate::error::Result;
@@ -42,8 +42,26 @@ impl Isolation {
 #[derive(Clone, Debug)]
 pub(crate) struct Site {
     pub(crate) id: Uuid,
+    /// The folder that belongs to the session.
+    pub(crate) home: PathBuf,
     /// The session's persistent files, where commands start.
     pub(crate) volume: PathBuf,
+}
+
+impl Site {
+    /// How its init is launched: leaving a number to end it by, should all else die.
+    pub(crate) fn launch(&self) -> Launch {
+        Launch { record: Some(self.record()), ..Launch::default() }
+    }
+
+    /// The number that the last init of the session has left.
+    pub(crate) fn recorded_init(&self) -> Option<u32> {
+        denizen_agent::recorded(&self.record())
+    }
+
+    fn record(&self) -> PathBuf {
+        self.home.join("init")
+    }
 }
 
 /// Makes instances of one isolation.

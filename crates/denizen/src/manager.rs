@@ -205,6 +205,15 @@ impl MicroVmManager {
         self.pool()?.ask(session_id, Want::Stopped { force }).await.map(drop)
     }
 
+    /// Waits until nobody holds a guard of the session; at once if it is not known. Cancel-safe.
+    ///
+    /// # Errors
+    /// [`Error::Disabled`].
+    pub async fn released(&self, session_id: Uuid) -> Result<()> {
+        self.pool()?.released(session_id).await;
+        Ok(())
+    }
+
     /// Saves a session now; stops it for that. Nothing to save is fine. Cancel-safe: what has
     /// begun goes on.
     ///
@@ -323,6 +332,11 @@ impl VmExecutionGuard {
 
     /// Where commands start: `<volume_root>/<uuid>/volume` under `host` isolation.
     pub fn workdir(&self) -> &Path {
+        &self.hold.place.site.volume
+    }
+
+    /// The session's persistent files as the host sees them.
+    pub(crate) fn volume(&self) -> &Path {
         &self.hold.place.site.volume
     }
 

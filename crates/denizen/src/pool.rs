@@ -73,7 +73,13 @@ pub(crate) struct Hold {
 impl Drop for Hold {
     fn drop(&mut self) {
         let id = self.place.site.id;
-        self.pool.apply(|state, now, out| state.core.release(now, id, out));
+        let watched = self.pool.apply(|state, now, out| {
+            state.core.release(now, id, out);
+            state.watching > 0
+        });
+        if watched {
+            self.pool.changed.notify_waiters();
+        }
     }
 }
 
@@ -101,6 +107,8 @@ struct State {
     /// When the timer will look next.
     armed: Option<PoolTime>,
     closing: bool,
+    /// How many callers wait in [`Pool::until`].
+    watching: usize,
 }
 
 pub(crate) struct Pool {
@@ -135,6 +143,12 @@ impl Pool {
         }
         let volumes = Volumes::open(&config.volume_root)?;
         let (mut registry, remembered) = Registry::open(volumes.root(), volumes.own())?;
+        // Of sessions whose owner and init were both killed, processes may be alive.
+        let left_running = remembered.rows.iter().filter_map(|row| match row.phase {
+            Phase::Active | Phase::Creating => volumes.site(row.id).recorded_init(),
+            _ => None,
+        });
+        denizen_agent::sweep(&left_running.collect::<Vec<_>>());
         let clock = PoolClock::resume(settings.clock.clone(), remembered.time.as_ref());
         let known: HashSet<Uuid> = remembered.rows.iter().map(|row| row.id).collect();
         let stray_names = remembered.names.iter().filter(|(_, id)| !known.contains(id));
@@ -176,6 +190,7 @@ impl Pool {
             failures: HashMap::new(),
             armed: None,
             closing: false,
+            watching: 0,
         };
         let pool = Arc::new(Self {
             driver: settings.isolation.driver(),
@@ -374,8 +389,7 @@ impl Pool {
 
     fn place(&self, state: &mut State, id: Uuid) -> Arc<Place> {
         let place = state.places.entry(id).or_insert_with(|| {
-            let site = Site { id, volume: self.volumes.home(id).join("volume") };
-            Arc::new(Place { site, instance: Mutex::new(None) })
+            Arc::new(Place { site: self.volumes.site(id), instance: Mutex::new(None) })
         });
         place.clone()
     }
@@ -559,8 +573,16 @@ impl Pool {
         self.until(|state| state.core.housekeeping() == 0).await;
     }
 
-    /// Waits until the condition holds.
+    /// Waits until the condition holds. Cancel-safe.
     async fn until(&self, condition: impl Fn(&State) -> bool) {
+        struct Watch<'a>(&'a Pool);
+        impl Drop for Watch<'_> {
+            fn drop(&mut self) {
+                self.0.state.lock().watching -= 1;
+            }
+        }
+        self.state.lock().watching += 1;
+        let _watch = Watch(self);
         loop {
             let changed = self.changed.notified();
             tokio::pin!(changed);
@@ -570,6 +592,11 @@ impl Pool {
             }
             changed.await;
         }
+    }
+
+    /// Waits until nobody holds the session. Cancel-safe.
+    pub(crate) async fn released(&self, id: Uuid) {
+        self.until(|state| state.core.view(id).is_none_or(|view| !view.held)).await;
     }
 
     /// Lets nobody in any more, waits for guards and operations, ends all instances.

@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 use uuid::Uuid;
 
 use crate::error::{Error, Result};
+use crate::isolation::Site;
 use crate::lifecycle::Found;
 
 /// Marks a volume whose making has not ended.
@@ -53,6 +54,11 @@ impl Volumes {
     /// The folder that belongs to a session.
     pub(crate) fn home(&self, id: Uuid) -> PathBuf {
         self.root.join(id.to_string())
+    }
+
+    /// Where a session's instance finds its files.
+    pub(crate) fn site(&self, id: Uuid) -> Site {
+        Site { id, home: self.home(id), volume: self.home(id).join("volume") }
     }
 
     /// What is there of a session's volume.

@@ -357,3 +357,21 @@ async fn a_wall_clock_that_jumps_a_year_prunes_nothing() {
     world.pass(&pool, PRUNE).await;
     assert!(!Path::exists(&volume), "and it is not stuck either");
 }
+
+#[tokio::test]
+async fn shutdown_waits_for_the_last_guard_and_no_longer() {
+    let world = World::new();
+    let pool = world.open();
+    let guard = pool.acquire(Uuid::new_v4()).await.unwrap();
+    let shutdown = {
+        let pool = pool.clone();
+        tokio::spawn(async move { pool.shutdown().await })
+    };
+    while !matches!(pool.acquire(Uuid::new_v4()).await, Err(Error::ShuttingDown)) {
+        tokio::task::yield_now().await;
+    }
+    assert!(!shutdown.is_finished());
+    guard.command("true").output().await.unwrap();
+    drop(guard);
+    shutdown.await.unwrap().unwrap();
+}

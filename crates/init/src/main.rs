@@ -29,7 +29,8 @@
 //! empty environment, a command is started with a soft `RLIMIT_LOCKS` of
 //! `NONCE << 32 | id`. Linux has not looked at that limit since 2.4.25, but it keeps it,
 //! passes it on by fork and execve, and shows it (prlimit(2)). `DENIZEN_COMMAND` holds
-//! the same number for those that reset their limits.
+//! the same number for those that reset their limits. Init itself has the mark with the id 0,
+//! so that all of an instance can be found by its number when init and owner were both killed.
 
 #![deny(unsafe_code)]
 
@@ -62,8 +63,8 @@ const REMEMBERED: usize = 1024;
 const ROUNDS: usize = 256;
 
 fn main() {
-    let nonce = std::env::args().nth(1).and_then(|text| text.parse().ok()).unwrap_or(0);
-    let Ok(signals) = sys::become_init() else {
+    let nonce: u32 = std::env::args().nth(1).and_then(|text| text.parse().ok()).unwrap_or(0);
+    let Ok(signals) = sys::become_init(u64::from(nonce) << 32) else {
         std::process::exit(1);
     };
     Init::new(nonce, signals).run();

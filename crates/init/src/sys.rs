@@ -154,8 +154,9 @@ fn outcome(result: c_int) -> i32 {
     if result == 0 { 0 } else { errno() }
 }
 
-/// Becomes what an init has to be; gives the descriptor that tells of ended children.
-pub fn become_init() -> Result<OwnedFd, Error> {
+/// Becomes what an init has to be, with a soft `RLIMIT_LOCKS` of `mark`; gives the descriptor
+/// that tells of ended children.
+pub fn become_init(mark: u64) -> Result<OwnedFd, Error> {
     let mut children = SigSet([0; 16]);
     children.0[0] = 1 << (SIGCHLD - 1);
     // SAFETY: all of these take plain numbers, or pointers to values that live until the
@@ -180,6 +181,11 @@ pub fn become_init() -> Result<OwnedFd, Error> {
         }
         fcntl(CONTROL, 2, 1);
         chdir(c"/".as_ptr());
+        // Best effort: see the table of messages.
+        let mut limit = RLimit::default();
+        prlimit(0, RLIMIT_LOCKS, std::ptr::null(), &raw mut limit);
+        limit.soft = mark;
+        prlimit(0, RLIMIT_LOCKS, &raw const limit, null_mut());
         signalfd(-1, &raw const children, 0x80000 | 0x800)
     };
     if fd < 0 {

@@ -125,10 +125,12 @@ async fn halt(
 async fn stop(api: &Api, id: Uuid, force: bool) -> Result<(), Error> {
     loop {
         match api.pool.stop(id, force).await {
-            Err(Error::InUse { .. }) if force => api.leases.kill(id).await,
+            Err(Error::InUse { .. }) if force => {
+                api.leases.kill(id).await;
+                api.pool.released(id).await?;
+            }
             done => return done,
         }
-        tokio::task::yield_now().await;
     }
 }
 

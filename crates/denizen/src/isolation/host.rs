@@ -13,6 +13,6 @@ impl Driver for Host {
         std::fs::read_dir(&site.volume)
             .map_err(|source| Error::volume("open", &site.volume, source))?;
         tracing::debug!(session = %site.id, "host instance ready");
-        Ok(Agent::new())
+        Ok(Agent::with(site.launch()))
     }
 }

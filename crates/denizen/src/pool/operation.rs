@@ -57,8 +57,9 @@ async fn create(pool: &Arc<Pool>, place: &Place) -> Result {
     };
     let made = async {
         let copied = make.await?;
-        if !copied {
-            bootstrap::run(&pool.config, id, &place.site.volume).await?;
+        if !copied && bootstrap::is_wanted(&pool.config) {
+            let agent = pool.driver.start(&place.site)?;
+            bootstrap::run(&pool.config, agent, &place.site).await?;
         }
         let volumes = pool.volumes.clone();
         blocking(move || volumes.complete(id)).await
