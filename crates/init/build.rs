@@ -10,7 +10,15 @@ use std::process::Command;
 fn main() {
     println!("cargo::rerun-if-changed=src");
     println!("cargo::rerun-if-env-changed=RUSTC_LINKER");
-    if let Err(message) = compile() {
+    // It starts faster without a loader, and runs where there is no libc to load. Where the
+    // static libc is not installed, all but a static owner can do without.
+    let features = env::var("CARGO_CFG_TARGET_FEATURE").unwrap_or_default();
+    let must_be_static = features.split(',').any(|feature| feature == "crt-static");
+    let built = match compile(true) {
+        Err(_) if !must_be_static => compile(false),
+        built => built,
+    };
+    if let Err(message) = built {
         println!("cargo::error=denizen-init was not built: {message}");
     }
 }
@@ -19,7 +27,7 @@ fn variable(name: &str) -> Result<String, String> {
     env::var(name).map_err(|_| format!("{name} is not set; build this crate with cargo"))
 }
 
-fn compile() -> Result<(), String> {
+fn compile(is_static: bool) -> Result<(), String> {
     let rustc = variable("RUSTC")?;
     let target = variable("TARGET")?;
     let out = PathBuf::from(variable("OUT_DIR")?).join("denizen-init");
@@ -29,16 +37,12 @@ fn compile() -> Result<(), String> {
         .args(["--edition", "2024", "--target", &target])
         .args(["-C", "opt-level=s", "-C", "panic=abort", "-C", "strip=symbols"])
         .args(["-C", "codegen-units=1", "--cap-lints", "warn"])
+        .args(["-C", if is_static { "target-feature=+crt-static" } else { "prefer-dynamic=no" }])
         .arg("-o")
         .arg(&out)
         .arg("src/main.rs");
     if let Ok(linker) = env::var("RUSTC_LINKER") {
         command.arg("-C").arg(format!("linker={linker}"));
-    }
-    // A static owner runs where there may be no libc to load; its init must run there too.
-    let features = env::var("CARGO_CFG_TARGET_FEATURE").unwrap_or_default();
-    if features.split(',').any(|feature| feature == "crt-static") {
-        command.args(["-C", "target-feature=+crt-static"]);
     }
     let output = command.output().map_err(|error| format!("cannot run {rustc}: {error}"))?;
     if output.status.success() {

@@ -1,14 +1,19 @@
 //! The session's process service: one [`Init`] launched when it is first needed, and
 //! again after it died. It must never run two of them at once.
 
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::fs::{Mode, OFlags};
 use tokio::sync::Mutex;
 
 use crate::child::{Child, Spec};
-use crate::init::{Init, Launch, Process};
-use crate::{Result, child};
+use crate::init::{Init, Launch, Process, Remote, Spawn, Spawned};
+use crate::{Error, Result, child};
 
 /// Starts a session's commands and knows all its processes. Clones are the same agent;
 /// when the last one is dropped, everything that the session runs is killed.
@@ -38,19 +43,47 @@ impl Agent {
     ///
     /// Cancel-safe: a command whose start was not waited for to the end is killed.
     pub async fn spawn(&self, spec: Spec) -> Result<Child> {
-        let remote = {
-            let mut slot = self.inner.init.lock().await;
-            match &*slot {
-                Some(init) if init.is_alive() => init.remote(),
-                _ => {
-                    // The dead one goes first, so that there are never two.
-                    *slot = None;
-                    let init = Init::launch(&self.inner.launch).await?;
-                    slot.insert(init).remote()
-                }
-            }
+        child::start(&self.init().await?, spec).await
+    }
+
+    /// Starts a program of denizen's own that serves on a socket, its standard input; what it
+    /// prints is thrown away. It is no use of the session: [`Agent::busy`] leaves it out.
+    ///
+    /// Cancel-safe: a program whose start was not waited for to the end is killed.
+    pub async fn spawn_service(
+        &self,
+        argv: Vec<OsString>,
+        env: BTreeMap<OsString, OsString>,
+        cwd: PathBuf,
+        socket: OwnedFd,
+    ) -> Result<Spawned> {
+        let null = || {
+            let null = rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty());
+            null.map_err(Error::io("cannot open /dev/null"))
         };
-        child::start(&remote, spec).await
+        let (stdin, stdout, stderr) = (socket, null()?, null()?);
+        let env = env.into_iter().collect();
+        let spawn = Spawn { argv, env, cwd, stdin, stdout, stderr, controlling_terminal: false };
+        self.init().await?.spawn_service(spawn).await
+    }
+
+    /// Launches the session's init if there is none alive, which otherwise the first command
+    /// does. Cancel-safe.
+    pub async fn launch(&self) -> Result<()> {
+        self.init().await.map(drop)
+    }
+
+    async fn init(&self) -> Result<Remote> {
+        let mut slot = self.inner.init.lock().await;
+        match &*slot {
+            Some(init) if init.is_alive() => Ok(init.remote()),
+            _ => {
+                // The dead one goes first, so that there are never two.
+                *slot = None;
+                let init = Init::launch(&self.inner.launch).await?;
+                Ok(slot.insert(init).remote())
+            }
+        }
     }
 
     /// Every process of the session that is alive now, left-over background processes

@@ -12,7 +12,7 @@ use std::task::{Context, Poll};
 
 use rustix::fs::{Mode, OFlags};
 use rustix::pipe::{PipeFlags, pipe_with};
-use rustix::pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, unlockpt};
+use rustix::pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, unlockpt};
 use rustix::termios::{InputModes, OptionalActions, Winsize};
 use tokio::io::AsyncWrite;
 
@@ -226,7 +226,7 @@ pub(crate) async fn start(remote: &Remote, spec: Spec) -> Result<Child> {
     argv.extend(args);
     let ends = match stdio {
         Stdio::Pipes { stdin } => pipes(remote, stdin)?,
-        Stdio::Pty { columns, rows } => terminal(remote, columns, rows)?,
+        Stdio::Pty { columns, rows } => terminal(remote, columns, rows).await?,
     };
     let [stdin, stdout, stderr] = ends.theirs;
     let spawned = remote
@@ -287,10 +287,10 @@ fn pipes(remote: &Remote, stdin: bool) -> Result<Ends> {
     })
 }
 
-fn terminal(remote: &Remote, columns: u16, rows: u16) -> Result<Ends> {
+async fn terminal(remote: &Remote, columns: u16, rows: u16) -> Result<Ends> {
     let what = "cannot make a terminal";
     let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
-    let master = openpt(flags).map_err(Error::io(what))?;
+    let master = remote.terminal().await?;
     grantpt(&master).map_err(Error::io(what))?;
     unlockpt(&master).map_err(Error::io(what))?;
     let slave = ioctl_tiocgptpeer(&master, flags).map_err(Error::io(what))?;

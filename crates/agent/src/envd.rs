@@ -19,6 +19,8 @@ use axum::http::HeaderMap;
 use connectrpc::ConnectError;
 use denizen_envd::filesystem::FilesystemExt;
 use denizen_envd::process::ProcessExt;
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use tokio::net::UnixStream;
 
 pub use filesystem::{FilesystemService, Watchers};
 pub use process::{Jobs, ProcessService};
@@ -76,6 +78,47 @@ pub fn router<I: Instances>(instances: Arc<I>) -> axum::Router {
     let rpc = ProcessService::new(instances.clone()).register(connectrpc::Router::new());
     let rpc = FilesystemService::new(instances.clone()).register(rpc);
     http::router(instances).fallback_service(rpc.into_axum_service())
+}
+
+/// The part that is about processes, under its own paths.
+pub fn processes<I: Instances>(instances: Arc<I>) -> axum::Router {
+    let rpc = ProcessService::new(instances).register(connectrpc::Router::new());
+    axum::Router::new().route_service("/process.Process/{method}", rpc.into_axum_service())
+}
+
+/// The part that is about files, under its own paths.
+fn files<I: Instances>(instances: Arc<I>) -> axum::Router {
+    let rpc = FilesystemService::new(instances.clone()).register(connectrpc::Router::new());
+    http::router(instances).fallback_service(rpc.into_axum_service())
+}
+
+/// Serves files from within an instance, over HTTP/2 on a connected socket, until that is
+/// closed: the files that this process sees, with the rights that it has.
+///
+/// # Errors
+/// What ended the connection, if it was not closed.
+pub async fn serve_files(socket: UnixStream, workdir: PathBuf) -> std::io::Result<()> {
+    /// The one instance that there is here.
+    struct Within(Instance);
+    impl Instances for Within {
+        async fn instance(&self, _: &HeaderMap) -> Result<Instance, ConnectError> {
+            Ok(self.0.clone())
+        }
+    }
+    let instance = Instance {
+        agent: Agent::new(),
+        env: std::env::vars().collect(),
+        jobs: Arc::new(Jobs::new(workdir.join("."))),
+        watchers: Arc::default(),
+        lease: Arc::new(()),
+        workdir,
+    };
+    let router = files(Arc::new(Within(instance)));
+    let service = hyper_util::service::TowerToHyperService::new(router);
+    hyper::server::conn::http2::Builder::new(TokioExecutor::new())
+        .serve_connection(TokioIo::new(socket), service)
+        .await
+        .map_err(std::io::Error::other)
 }
 
 fn keepalive(headers: &HeaderMap) -> Duration {

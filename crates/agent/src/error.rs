@@ -49,6 +49,14 @@ pub enum Error {
         /// The size of all argument and environment strings.
         bytes: usize,
     },
+    /// The sandbox could not be made.
+    #[error("cannot make the sandbox: {step}: {source}")]
+    Enter {
+        /// What was being done.
+        step: String,
+        /// What the kernel said.
+        source: io::Error,
+    },
     /// The kernel refused to start the program for another reason (no memory, too many
     /// processes, not a program format it knows, …).
     #[error("cannot start {program:?}: {source}")]

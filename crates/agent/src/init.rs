@@ -3,7 +3,7 @@
 //! reaps it in the end, so that nothing here depends on a tokio runtime being alive. It
 //! must never wait for any process but the init itself.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::ffi::OsString;
 use std::hash::{BuildHasher, RandomState};
 use std::io::{self, IoSlice, IoSliceMut};
@@ -19,8 +19,9 @@ use parking_lot::Mutex;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
 use rustix::net::{
-    AddressFamily, RecvAncillaryBuffer, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
-    SendFlags, Shutdown, SocketFlags, SocketType, recvmsg, sendmsg, shutdown, socketpair,
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, Shutdown, SocketFlags, SocketType, recvmsg, sendmsg, shutdown,
+    socketpair,
 };
 use tokio::sync::{oneshot, watch};
 
@@ -32,6 +33,9 @@ const PACKET: usize = 32 * 1024;
 /// Bigger than any argument list the kernel takes (6 MiB, execve(2)); beyond it init is
 /// not even asked.
 const HUGE: usize = 64 * 1024 * 1024;
+
+/// More than a kernel has (`PID_MAX_LIMIT`, 2^22).
+const MOST_PROCESSES: usize = 1 << 22;
 
 /// A process of a session.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -74,6 +78,18 @@ pub struct Launch {
     /// Where to write down, before the program runs, what [`sweep`](crate::sweep()) needs to
     /// end what it ran, should both this process and init be killed.
     pub record: Option<PathBuf>,
+    /// Makes it the first process of a sandbox.
+    pub enter: Option<Arc<Enter>>,
+}
+
+/// What makes an init the first process of a sandbox.
+#[derive(Debug, Clone)]
+pub struct Enter {
+    /// The steps, as `crates/init/src/enter.rs` reads them.
+    pub plan: Vec<u8>,
+    /// Files that its process id is written to before it begins: `cgroup.procs` of control
+    /// groups.
+    pub groups: Vec<PathBuf>,
 }
 
 /// A running `denizen-init`. Dropping it kills all that it runs, and it ends; this works
@@ -114,6 +130,9 @@ struct State {
     trees: HashMap<u32, Vec<oneshot::Sender<u32>>>,
     lists: HashMap<u32, (Vec<Process>, oneshot::Sender<Vec<Process>>)>,
     all_gone: Vec<oneshot::Sender<u32>>,
+    /// Commands that are denizen's own.
+    services: HashSet<u32>,
+    terminals: HashMap<u32, oneshot::Sender<io::Result<OwnedFd>>>,
 }
 
 type Packet = (Vec<u8>, Vec<OwnedFd>);
@@ -139,7 +158,7 @@ impl Init {
             .name("denizen-init".into())
             .stack_size(256 * 1024)
             .spawn(move || match start(&launch) {
-                Err(source) => drop(sender.send(Err(Error::Launch { source }))),
+                Err(error) => drop(sender.send(Err(error))),
                 Ok((shared, child)) => {
                     let remote = Remote { shared: Arc::clone(&shared) };
                     // If nobody listens, the handle comes back and is dropped: the end.
@@ -261,6 +280,14 @@ impl Remote {
         }
     }
 
+    /// As [`Remote::spawn`], for a program of denizen's own: [`Remote::list`] leaves out what
+    /// it runs. Cancel-safe as that.
+    pub async fn spawn_service(&self, spawn: Spawn) -> Result<Spawned> {
+        let spawned = self.spawn(spawn).await?;
+        self.shared.state.lock().services.insert(spawned.id);
+        Ok(spawned)
+    }
+
     /// Every process alive under this init, left-over background processes included.
     /// Cancel-safe.
     pub async fn list(&self) -> Result<Vec<Process>> {
@@ -272,7 +299,25 @@ impl Remote {
             self.shared.send(&mut state, message::list(id), Vec::new())?;
             state.lists.insert(id, (Vec::new(), sender));
         }
-        listing.await.map_err(|_| Error::InitLost)
+        let mut all = listing.await.map_err(|_| Error::InitLost)?;
+        let services = &self.shared.state.lock().services;
+        all.retain(|process| process.command.is_none_or(|command| !services.contains(&command)));
+        Ok(all)
+    }
+
+    /// A terminal's master end, made where init is, so that its name means something to what
+    /// runs there. Cancel-safe.
+    pub(crate) async fn terminal(&self) -> Result<OwnedFd> {
+        let (sender, made) = oneshot::channel();
+        {
+            let mut state = self.shared.state.lock();
+            state.last_id = state.last_id.wrapping_add(1).max(1);
+            let id = state.last_id;
+            self.shared.send(&mut state, message::terminal(id), Vec::new())?;
+            state.terminals.insert(id, sender);
+        }
+        let made = made.await.map_err(|_| Error::InitLost)?;
+        made.map_err(|source| Error::Io { what: "cannot make a terminal", source })
     }
 
     /// Has init read the descriptor to its end and throw it all away.
@@ -386,7 +431,8 @@ impl Drop for Spawned {
 /// What the caller is told about a failed start.
 fn failure(program: OsString, cwd: PathBuf, bytes: usize, stage: Stage, errno: i32) -> Error {
     let source = io::Error::from_raw_os_error(errno);
-    match (stage, Errno::from_raw_os_error(errno)) {
+    // None for a number that no kernel gives.
+    match (stage, Errno::from_io_error(&source).unwrap_or(Errno::IO)) {
         (Stage::Cwd, _) => Error::WorkingDirectory { cwd, source },
         (Stage::Interpreter, _) => Error::InterpreterNotFound { program },
         (Stage::Program, Errno::NOENT) => Error::ProgramNotFound { program },
@@ -445,7 +491,7 @@ impl Shared {
         true
     }
 
-    fn handle(&self, event: Event) {
+    fn handle(&self, event: Event, descriptor: Option<OwnedFd>) {
         // Nobody may be waiting any more for any of these; that is fine.
         let mut state = self.state.lock();
         match event {
@@ -478,8 +524,19 @@ impl Shared {
                     let _ = sender.send(survivors);
                 }
             }
+            // Told once, before anybody could ask for anything.
+            Event::Entered | Event::Refused { .. } => {}
+            Event::Terminal { id, errno } => {
+                if let Some(sender) = state.terminals.remove(&id) {
+                    let made = descriptor.ok_or_else(|| io::Error::from_raw_os_error(errno));
+                    let _ = sender.send(made);
+                }
+            }
             Event::Listing { id, part, more } => {
-                if let Some((list, _)) = state.lists.get_mut(&id) {
+                // An init that lies must not make us swell.
+                if let Some((list, _)) = state.lists.get_mut(&id)
+                    && list.len() < MOST_PROCESSES
+                {
                     list.extend(part);
                 }
                 if !more && let Some((list, sender)) = state.lists.remove(&id) {
@@ -511,7 +568,73 @@ fn send_packet(
     }
 }
 
-fn start(launch: &Launch) -> io::Result<(Arc<Shared>, std::process::Child)> {
+fn start(launch: &Launch) -> Result<(Arc<Shared>, std::process::Child)> {
+    let (shared, mut child) = run(launch).map_err(|source| Error::Launch { source })?;
+    if let Some(enter) = &launch.enter
+        && let Err(error) = put_inside(&shared, enter)
+    {
+        // It has nothing yet that would have to be told.
+        let _ = child.kill();
+        let _ = child.wait();
+        return Err(error);
+    }
+    Ok((shared, child))
+}
+
+/// Has a new init become the first process of a sandbox, and waits until it is.
+fn put_inside(shared: &Shared, enter: &Enter) -> Result<()> {
+    let failed = |step: &str| {
+        let step = step.to_owned();
+        move |source: io::Error| Error::Enter { step, source }
+    };
+    for group in &enter.groups {
+        std::fs::write(group, shared.pid.to_string())
+            .map_err(failed(&format!("control group {}", group.display())))?;
+    }
+    let plan = program::memory_file(&enter.plan).map_err(failed("plan"))?;
+    send_packet(shared.socket.as_fd(), &message::enter(), &[plan])
+        .map_err(|errno| failed("plan")(errno.into()))?;
+    let mut buffer = vec![0; PACKET];
+    loop {
+        let mut ready = [PollFd::new(&shared.socket, PollFlags::IN)];
+        match poll(&mut ready, None) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(errno) => return Err(failed("its end")(errno.into())),
+        }
+        let event = match receive_packet(shared.socket.as_fd(), &mut buffer) {
+            Ok((0, _)) => return Err(failed("its first process ended")(Errno::CHILD.into())),
+            Ok((count, _)) => buffer.get(..count).and_then(message::event),
+            Err(Errno::AGAIN | Errno::INTR) => continue,
+            Err(errno) => return Err(failed("its first process ended")(errno.into())),
+        };
+        match event {
+            Some(Event::Entered) => return Ok(()),
+            Some(Event::Refused { errno, step }) => {
+                return Err(failed(&step)(io::Error::from_raw_os_error(errno)));
+            }
+            _ => {}
+        }
+    }
+}
+
+/// One packet and the descriptor that came along, at most one; `AGAIN` if there is none.
+fn receive_packet(
+    socket: BorrowedFd<'_>,
+    buffer: &mut [u8],
+) -> Result<(usize, Option<OwnedFd>), Errno> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
+    let message = recvmsg(socket, &mut [IoSliceMut::new(buffer)], &mut control, flags)?;
+    let descriptor = control.drain().find_map(|part| match part {
+        RecvAncillaryMessage::ScmRights(mut rights) => rights.next(),
+        _ => None,
+    });
+    Ok((message.bytes, descriptor))
+}
+
+/// Runs the program.
+fn run(launch: &Launch) -> io::Result<(Arc<Shared>, std::process::Child)> {
     let (ours, theirs) =
         socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
     let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
@@ -556,15 +679,10 @@ fn start(launch: &Launch) -> io::Result<(Arc<Shared>, std::process::Child)> {
 fn serve(shared: &Shared, mut child: std::process::Child) {
     let mut buffer = vec![0; PACKET];
     loop {
-        match recvmsg(
-            &shared.socket,
-            &mut [IoSliceMut::new(&mut buffer)],
-            &mut RecvAncillaryBuffer::default(),
-            RecvFlags::DONTWAIT,
-        ) {
-            Ok(message) if message.bytes > 0 => {
-                if let Some(event) = buffer.get(..message.bytes).and_then(message::event) {
-                    shared.handle(event);
+        match receive_packet(shared.socket.as_fd(), &mut buffer) {
+            Ok((count @ 1.., descriptor)) => {
+                if let Some(event) = buffer.get(..count).and_then(message::event) {
+                    shared.handle(event, descriptor);
                 }
             }
             Err(Errno::INTR) => {}

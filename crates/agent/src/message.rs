@@ -18,6 +18,8 @@ const KILL: u8 = 3;
 const LIST: u8 = 4;
 const END: u8 = 5;
 const DRAIN: u8 = 6;
+const ENTER: u8 = 7;
+const TERMINAL: u8 = 8;
 /// The bytes of one process in a listing.
 const RECORD: usize = 28;
 
@@ -97,6 +99,16 @@ pub(crate) fn drain() -> Vec<u8> {
     header(DRAIN, 0, 0)
 }
 
+/// Become the first process of a sandbox; the plan goes with it.
+pub(crate) fn enter() -> Vec<u8> {
+    header(ENTER, 0, 0)
+}
+
+/// Make a terminal.
+pub(crate) fn terminal(id: u32) -> Vec<u8> {
+    header(TERMINAL, 0, id)
+}
+
 /// How far a start came before it failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Stage {
@@ -109,12 +121,41 @@ pub(crate) enum Stage {
 /// What init tells.
 #[derive(Debug)]
 pub(crate) enum Event {
-    Spawned { id: u32, pid: u32 },
-    Failed { id: u32, stage: Stage, errno: i32 },
-    Exited { id: u32, exit: Exit },
-    TreeGone { id: u32, survivors: u32 },
-    AllGone { survivors: u32 },
-    Listing { id: u32, part: Vec<Process>, more: bool },
+    Spawned {
+        id: u32,
+        pid: u32,
+    },
+    Failed {
+        id: u32,
+        stage: Stage,
+        errno: i32,
+    },
+    Exited {
+        id: u32,
+        exit: Exit,
+    },
+    TreeGone {
+        id: u32,
+        survivors: u32,
+    },
+    AllGone {
+        survivors: u32,
+    },
+    Listing {
+        id: u32,
+        part: Vec<Process>,
+        more: bool,
+    },
+    Entered,
+    Refused {
+        errno: i32,
+        step: String,
+    },
+    /// Its master end comes along, unless there is an errno.
+    Terminal {
+        id: u32,
+        errno: i32,
+    },
 }
 
 /// Takes an event apart; none if it is not one.
@@ -146,6 +187,12 @@ pub(crate) fn event(packet: &[u8]) -> Option<Event> {
             let records = packet.get(8..)?.chunks_exact(RECORD);
             Event::Listing { id, part: records.filter_map(process).collect(), more: flags & 1 != 0 }
         }
+        7 => Event::Entered,
+        8 => Event::Refused {
+            errno: signed(8)?,
+            step: String::from_utf8_lossy(packet.get(12..)?).into_owned(),
+        },
+        9 => Event::Terminal { id, errno: signed(8)? },
         _ => return None,
     })
 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
-use denizen::VmPoolConfig;
+use denizen::{Isolation, Limits, VmPoolConfig};
 use serde::{Deserialize, Serialize};
 
 use crate::{Failure, Result};
@@ -28,6 +28,18 @@ pub struct Options {
     /// Seconds to wait for a session in use or a place in a full pool
     #[arg(long, global = true, env = "DENIZEN_ACQUIRE_TIMEOUT_SECONDS", value_name = "SECONDS")]
     acquire_timeout_seconds: Option<u64>,
+    /// How far sessions are kept from this machine: host or sandbox [default: sandbox]
+    #[arg(long, global = true, env = "DENIZEN_ISOLATION", value_name = "ISOLATION")]
+    isolation: Option<Isolation>,
+    /// What each session may use, as a TOML inline table
+    #[arg(
+        long,
+        global = true,
+        env = "DENIZEN_LIMITS",
+        value_name = "TABLE",
+        hide_short_help = true
+    )]
+    limits: Option<Toml<Limits>>,
     /// The folder that holds all sessions
     #[arg(
         long,
@@ -142,6 +154,8 @@ struct FileConfig {
     state: Option<PathBuf>,
     socket: Option<PathBuf>,
     acquire_timeout_seconds: Option<u64>,
+    isolation: Option<Isolation>,
+    limits: Option<Limits>,
     pool: toml::Table,
 }
 
@@ -155,6 +169,10 @@ pub struct Settings {
     /// How long callers wait in line.
     #[serde(rename = "acquire_timeout_seconds", serialize_with = "seconds")]
     pub acquire_timeout: Duration,
+    /// How far sessions are kept from this machine.
+    pub isolation: Isolation,
+    /// What each session may use.
+    pub limits: Limits,
     /// The pool.
     pub pool: VmPoolConfig,
 }
@@ -218,6 +236,8 @@ pub fn load(options: &Options) -> Result<Settings> {
     Ok(Settings {
         socket: absolute(&socket.unwrap_or_else(|| state.join("denizen.sock")))?,
         acquire_timeout: Duration::from_secs(wait),
+        isolation: options.isolation.or(given.isolation).unwrap_or(Isolation::Sandbox),
+        limits: options.limits.clone().map(|Toml(it)| it).or(given.limits).unwrap_or_default(),
         state,
         pool,
     })

@@ -8,6 +8,7 @@ mod copy;
 mod doctor;
 mod show;
 
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -134,6 +135,9 @@ enum Verb {
         #[arg(long, hide = true)]
         background: bool,
     },
+    /// Serve the files of this sandbox on standard input, which is a socket; denizen's own
+    #[command(hide = true)]
+    Agent,
     /// Stop the daemon
     Shutdown,
     /// Check what this machine offers
@@ -189,18 +193,19 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: Cli) -> Result<i32> {
-    let settings = config::load(&cli.options)?;
     match &cli.verb {
         Verb::Completions { shell } => {
             clap_complete::generate(*shell, &mut Cli::command(), "denizen", &mut std::io::stdout());
             return Ok(0);
         }
         Verb::Config => {
-            show::config(&settings, cli.json)?;
+            show::config(&config::load(&cli.options)?, cli.json)?;
             return Ok(0);
         }
+        Verb::Agent => return agent().map(|()| 0),
         _ => {}
     }
+    let settings = config::load(&cli.options)?;
     let serving = matches!(cli.verb, Verb::Serve { .. });
     let runtime = if serving {
         tokio::runtime::Builder::new_multi_thread().enable_all().build()
@@ -279,12 +284,27 @@ async fn act(cli: Cli, settings: config::Settings) -> Result<i32> {
         }
         Verb::Cp { from, to } => copy::run(&client, &from, &to).await?,
         Verb::Serve { .. }
+        | Verb::Agent
         | Verb::Shutdown
         | Verb::Doctor
         | Verb::Config
         | Verb::Completions { .. } => {}
     }
     Ok(0)
+}
+
+/// The agent within a sandbox: until the daemon closes the socket, or is gone.
+fn agent() -> Result<()> {
+    let failed = |error: std::io::Error| Failure::new(format!("agent: {error}"));
+    let socket = std::io::stdin().as_fd().try_clone_to_owned().map_err(failed)?;
+    let socket = std::os::unix::net::UnixStream::from(socket);
+    socket.set_nonblocking(true).map_err(failed)?;
+    let workdir = std::env::current_dir().map_err(failed)?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    runtime.map_err(failed)?.block_on(async {
+        let socket = tokio::net::UnixStream::from_std(socket).map_err(failed)?;
+        denizen_agent::envd::serve_files(socket, workdir).await.map_err(failed)
+    })
 }
 
 async fn serve(settings: config::Settings, idle_exit: Option<u64>, background: bool) -> Result<()> {
@@ -299,7 +319,11 @@ async fn serve(settings: config::Settings, idle_exit: Option<u64>, background: b
         .init();
     let failed = |error: &dyn std::fmt::Display| Failure::new(error.to_string());
     settings.pool.validate().map_err(|error| failed(&error))?;
+    let program = std::env::current_exe().map_err(|error| failed(&error))?;
     let pool = denizen::MicroVmManager::builder((&settings.pool).into())
+        .agent_program(program)
+        .isolation(settings.isolation)
+        .limits(settings.limits)
         .acquire_timeout(settings.acquire_timeout)
         .build()
         .map_err(|error| failed(&error))?;

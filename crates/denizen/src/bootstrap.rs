@@ -11,7 +11,7 @@ use denizen_agent::{Agent, Exit, Spec, Stdio};
 
 use crate::config::VmPoolRuntimeConfig;
 use crate::error::{Error, Result};
-use crate::isolation::Site;
+use crate::pool::Place;
 
 /// How much of a failed command's output an error keeps, in bytes.
 const TAIL: usize = 4096;
@@ -20,13 +20,13 @@ const TAIL: usize = 4096;
 /// of the new session, and ends the instance.
 ///
 /// Not cancel-safe: dropped, it ends what it runs and leaves the volume as it is then.
-pub(crate) async fn run(config: &VmPoolRuntimeConfig, agent: Agent, site: &Site) -> Result<()> {
+pub(crate) async fn run(config: &VmPoolRuntimeConfig, agent: Agent, place: &Place) -> Result<()> {
     if let Some(command) = &config.bootstrap_command {
-        one(&config.env, &agent, site, command).await?;
+        one(&config.env, &agent, place, command).await?;
     }
     if let Some(profile) = &config.nix_profile {
         let command = ["nix", "develop", profile, "--command", "true"].map(str::to_owned);
-        one(&config.env, &agent, site, &command).await?;
+        one(&config.env, &agent, place, &command).await?;
     }
     // Whatever it left running would belong to nobody's use of the session.
     Ok(agent.shutdown(std::time::Duration::ZERO).await?)
@@ -40,12 +40,12 @@ pub(crate) fn is_wanted(config: &VmPoolRuntimeConfig) -> bool {
 async fn one(
     env: &HashMap<String, String>,
     agent: &Agent,
-    site: &Site,
+    place: &Place,
     command: &[String],
 ) -> Result<()> {
     let Some((program, args)) = command.split_first() else { return Ok(()) };
     let failed = |problem: String, output: &VecDeque<u8>| Error::Bootstrap {
-        session: site.id,
+        session: place.site.id,
         command: command.join(" "),
         problem,
         output: String::from_utf8_lossy(&output.iter().copied().collect::<Vec<u8>>()).into_owned(),
@@ -57,7 +57,7 @@ async fn one(
         program: OsStr::new(program).to_owned(),
         args: args.iter().map(OsString::from).collect(),
         env: environment,
-        cwd: site.volume.clone(),
+        cwd: place.workdir.clone(),
         stdio: Stdio::Pipes { stdin: false },
     };
     let mut tail = VecDeque::new();

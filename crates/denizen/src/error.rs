@@ -178,6 +178,15 @@ pub enum Error {
     #[error(transparent)]
     Backup(#[from] denizen_archive::Error),
 
+    /// This machine, or this user on it, cannot keep sessions apart as was asked.
+    #[error("isolation {isolation} is not to be had here: {problem}")]
+    Isolation {
+        /// The isolation asked for.
+        isolation: &'static str,
+        /// What is missing, and what to do.
+        problem: String,
+    },
+
     /// A command could not be run, or its processes not be reached.
     #[error(transparent)]
     Agent(#[from] denizen_agent::Error),

@@ -4,23 +4,76 @@
 //! the instance's [`Agent`]. It must never decide when: that is the lifecycle's.
 
 mod host;
+mod sandbox;
 
-use std::path::PathBuf;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
 use std::sync::Arc;
 
 use denizen_agent::{Agent, Launch};
+use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// How far a session is kept from its host.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 #[non_exhaustive]
 pub enum Isolation {
     /// Nothing but a folder: commands run as the user the pool runs as, with all that user may
     /// do. For trusted code only.
     #[default]
     Host,
+    /// A root file system, processes, a network and limits of its own, by what the Linux kernel
+    /// offers to any user.
+    Sandbox,
+}
+
+/// What each session may use. None is no limit. `host` isolation has no limits.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Limits {
+    /// Bytes of memory of all its processes. Default: half of the machine's.
+    pub memory_bytes: Option<u64>,
+    /// Processes and threads. Default: 4096.
+    pub processes: Option<u64>,
+    /// Processor time: 100 is one processor. Default: no limit.
+    pub cpu_percent: Option<u32>,
+    /// Open files of each process. Default: 65536, or what this process may have.
+    pub open_files: Option<u64>,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        let info = rustix::system::sysinfo();
+        let memory = info.totalram.saturating_mul(u64::from(info.mem_unit)) / 2;
+        Self {
+            memory_bytes: Some(memory),
+            processes: Some(4096),
+            cpu_percent: None,
+            open_files: Some(65536),
+        }
+    }
+}
+
+impl Limits {
+    /// No limits at all.
+    pub fn none() -> Self {
+        Self { memory_bytes: None, processes: None, cpu_percent: None, open_files: None }
+    }
+}
+
+impl FromStr for Isolation {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        let known = [Self::Host, Self::Sandbox];
+        known.into_iter().find(|isolation| isolation.name() == name).ok_or_else(|| {
+            Error::config("isolation", format!("is {name:?}, which is not host or sandbox"))
+        })
+    }
 }
 
 impl Isolation {
@@ -28,14 +81,24 @@ impl Isolation {
     pub fn name(self) -> &'static str {
         match self {
             Self::Host => "host",
+            Self::Sandbox => "sandbox",
         }
     }
 
-    pub(crate) fn driver(self) -> Arc<dyn Driver> {
-        match self {
+    /// Prepares for instances; `own` is the pool's own folder.
+    pub(crate) fn driver(self, own: &Path, options: Options) -> Result<Arc<dyn Driver>> {
+        Ok(match self {
             Self::Host => Arc::new(host::Host),
-        }
+            Self::Sandbox => Arc::new(sandbox::Sandbox::new(own, options)?),
+        })
     }
+}
+
+/// What can be chosen for the instances of a pool.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Options {
+    pub(crate) limits: Limits,
+    pub(crate) agent_program: Option<PathBuf>,
 }
 
 /// Where an instance finds its session.
@@ -44,7 +107,7 @@ pub(crate) struct Site {
     pub(crate) id: Uuid,
     /// The folder that belongs to the session.
     pub(crate) home: PathBuf,
-    /// The session's persistent files, where commands start.
+    /// The session's persistent files.
     pub(crate) volume: PathBuf,
 }
 
@@ -66,6 +129,20 @@ impl Site {
 
 /// Makes instances of one isolation.
 pub(crate) trait Driver: Send + Sync {
-    /// Makes the instance of a session whose volume is whole.
+    /// Makes the instance of a session whose volume is whole. May block; called within a
+    /// runtime, where blocking is allowed.
     fn start(&self, site: &Site) -> Result<Agent>;
+
+    /// Clears away what an instance leaves outside of its session's folder. Nothing runs in it.
+    fn ended(&self, site: &Site);
+
+    /// Where commands start, as they see it.
+    fn workdir(&self, site: &Site) -> PathBuf;
+
+    /// How the agent is run that serves files from within an instance; none where this
+    /// process can do that from here.
+    fn agent_command(&self) -> Option<Vec<OsString>>;
+
+    /// Which resources of a whole session are limited.
+    fn limits(&self) -> Vec<&'static str>;
 }

@@ -55,7 +55,7 @@ pub use config::{VmPoolConfig, VmPoolRuntimeConfig};
 pub use denizen_agent::{Agent, Chunk, Stream};
 pub use error::{Error, RegistryError, Result};
 pub use event::{Event, EventKind, Events};
-pub use isolation::Isolation;
+pub use isolation::{Isolation, Limits};
 pub use manager::{Builder, MicroVmManager, VmExecutionGuard};
 pub use name::SessionName;
 pub use pool::SessionInfo;

@@ -14,7 +14,7 @@ use crate::command::Command;
 use crate::config::VmPoolRuntimeConfig;
 use crate::error::{Error, Result};
 use crate::event::Events;
-use crate::isolation::Isolation;
+use crate::isolation::{Isolation, Limits, Options};
 use crate::lifecycle::Want;
 use crate::name::SessionName;
 use crate::pool::{Hold, Pool, SessionInfo, Settings, Tasks, blocking};
@@ -55,6 +55,19 @@ impl Builder {
     /// How far sessions are kept from their host. Default: [`Isolation::Host`].
     pub fn isolation(mut self, isolation: Isolation) -> Self {
         self.settings.isolation = isolation;
+        self
+    }
+
+    /// What each session may use.
+    pub fn limits(mut self, limits: Limits) -> Self {
+        self.settings.instances.limits = limits;
+        self
+    }
+
+    /// This program's own file, to be run within instances that have a root of their own with
+    /// what [`VmExecutionGuard::agent_command`] says. Default: none.
+    pub fn agent_program(mut self, program: impl Into<PathBuf>) -> Self {
+        self.settings.instances.agent_program = Some(program.into());
         self
     }
 
@@ -111,6 +124,7 @@ impl MicroVmManager {
     pub fn builder(config: VmPoolRuntimeConfig) -> Builder {
         let settings = Settings {
             isolation: Isolation::default(),
+            instances: Options::default(),
             clock: Arc::new(SystemClock),
             acquire_timeout: None,
             background_is_use: true,
@@ -126,6 +140,14 @@ impl MicroVmManager {
     /// The configuration the pool was opened with.
     pub fn config(&self) -> &VmPoolRuntimeConfig {
         &self.config
+    }
+
+    /// How far sessions are kept from their host.
+    ///
+    /// # Errors
+    /// [`Error::Disabled`].
+    pub fn isolation(&self) -> Result<Isolation> {
+        Ok(self.pool()?.isolation())
     }
 
     fn pool(&self) -> Result<&Arc<Pool>> {
@@ -330,13 +352,20 @@ impl VmExecutionGuard {
         &self.hold.pool.config.env
     }
 
-    /// Where commands start: `<volume_root>/<uuid>/volume` under `host` isolation.
+    /// Where commands start, as they see it: `<volume_root>/<uuid>/volume` under `host`
+    /// isolation, `/volume` in a sandbox.
     pub fn workdir(&self) -> &Path {
-        &self.hold.place.site.volume
+        &self.hold.place.workdir
+    }
+
+    /// How the program that was given as [`Builder::agent_program`] is run in the session; none
+    /// where files can be reached from here, or no program was given.
+    pub fn agent_command(&self) -> Option<Vec<std::ffi::OsString>> {
+        self.hold.pool.driver().agent_command()
     }
 
     /// The session's persistent files as the host sees them.
-    pub(crate) fn volume(&self) -> &Path {
+    pub fn volume(&self) -> &Path {
         &self.hold.place.site.volume
     }
 

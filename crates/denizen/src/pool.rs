@@ -27,7 +27,7 @@ use crate::error::{Error, Result};
 use crate::event::{
     Announcer, Event, EventKind, Events, maybe_unix_seconds, op_name, unix_seconds,
 };
-use crate::isolation::{Driver, Isolation, Site};
+use crate::isolation::{Driver, Isolation, Options, Site};
 use crate::lifecycle::{
     Change, Effect, Lifecycle, Op, Phase, Policy, PoolTime, Refusal, Seq, View, WaiterId, Want,
 };
@@ -45,6 +45,7 @@ const WRITE_AGAIN: Duration = Duration::from_secs(5);
 #[derive(Clone, Debug)]
 pub(crate) struct Settings {
     pub(crate) isolation: Isolation,
+    pub(crate) instances: Options,
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) acquire_timeout: Option<Duration>,
     pub(crate) background_is_use: bool,
@@ -54,6 +55,8 @@ pub(crate) struct Settings {
 #[derive(Debug)]
 pub(crate) struct Place {
     pub(crate) site: Site,
+    /// Where commands start, as they see it.
+    pub(crate) workdir: PathBuf,
     /// Set while the session is active.
     instance: Mutex<Option<Agent>>,
 }
@@ -149,6 +152,12 @@ impl Pool {
             _ => None,
         });
         denizen_agent::sweep(&left_running.collect::<Vec<_>>());
+        let driver = settings.isolation.driver(volumes.own(), settings.instances.clone())?;
+        for row in &remembered.rows {
+            if matches!(row.phase, Phase::Active | Phase::Creating) {
+                driver.ended(&volumes.site(row.id));
+            }
+        }
         let clock = PoolClock::resume(settings.clock.clone(), remembered.time.as_ref());
         let known: HashSet<Uuid> = remembered.rows.iter().map(|row| row.id).collect();
         let stray_names = remembered.names.iter().filter(|(_, id)| !known.contains(id));
@@ -193,7 +202,7 @@ impl Pool {
             watching: 0,
         };
         let pool = Arc::new(Self {
-            driver: settings.isolation.driver(),
+            driver,
             config,
             settings,
             clock,
@@ -389,7 +398,9 @@ impl Pool {
 
     fn place(&self, state: &mut State, id: Uuid) -> Arc<Place> {
         let place = state.places.entry(id).or_insert_with(|| {
-            Arc::new(Place { site: self.volumes.site(id), instance: Mutex::new(None) })
+            let site = self.volumes.site(id);
+            let workdir = self.driver.workdir(&site);
+            Arc::new(Place { site, workdir, instance: Mutex::new(None) })
         });
         place.clone()
     }
@@ -555,6 +566,14 @@ impl Pool {
 
     pub(crate) fn events(&self) -> Events {
         self.announcer.listen()
+    }
+
+    pub(crate) fn driver(&self) -> &dyn Driver {
+        &*self.driver
+    }
+
+    pub(crate) fn isolation(&self) -> Isolation {
+        self.settings.isolation
     }
 
     pub(crate) fn backups(&self) -> Result<&Backups> {

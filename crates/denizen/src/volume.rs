@@ -211,7 +211,7 @@ fn sync(folder: &Path) -> io::Result<()> {
 }
 
 /// Deletes a tree, also where its folders have been made unreadable by those who lived in it.
-fn remove_tree(path: &Path) -> io::Result<()> {
+pub(crate) fn remove_tree(path: &Path) -> io::Result<()> {
     match fs::remove_dir_all(path) {
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
             open_up(path)?;

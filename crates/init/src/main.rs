@@ -1,4 +1,4 @@
-//! `denizen-init`: the first process of an instance under `host` isolation.
+//! `denizen-init`: the first process of an instance.
 //!
 //! It is the child subreaper (prctl(2)) of everything a session runs, so that no process
 //! can leave it: it starts commands on request, reaps whatever ends, tells the owner, and
@@ -18,12 +18,18 @@
 //! | 4 | list | – |
 //! | 5 | end | – ; SIGTERM to everything, no more spawns, say when all is gone |
 //! | 6 | drain | one descriptor, to be read to its end and thrown away |
+//! | 8 | terminal | – ; make a terminal, give its master end |
+//! | 7 | enter | one descriptor, a file with a plan ([`enter`]): become the first process of a sandbox; before anything else |
 //!
 //! Events: 1 spawned (pid u32); 2 failed (errno u32; flags is the stage: 0 to start it,
 //! 1 the directory, 2 the program, 3 its interpreter); 3 exited (u32; flags 0 code, 1
 //! signal); 4 tree gone (u32 processes that could not be killed); 5 all gone (the same);
 //! 6 a part of the list (28 bytes each: pid, parent, command, 16 bytes of name; flag 1:
-//! more parts follow).
+//! more parts follow); 7 entered; 8 refused (errno u32, then the
+//! step in words); 9 a terminal (errno u32; one descriptor, or none if the errno is not 0).
+//!
+//! In a sandbox it is process 1, process ids are those of its namespace, and the process that
+//! was launched waits outside, for the owner to reap.
 //!
 //! To know which command a process comes from, even when it has become a daemon with an
 //! empty environment, a command is started with a soft `RLIMIT_LOCKS` of
@@ -37,6 +43,7 @@
 #[cfg(not(all(target_os = "linux", target_pointer_width = "64", target_endian = "little")))]
 compile_error!("denizen-init is for 64-bit little-endian Linux");
 
+mod enter;
 mod processes;
 mod start;
 #[allow(unsafe_code, reason = "system calls; see there")]
@@ -44,10 +51,10 @@ mod sys;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ffi::{CStr, CString};
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io::{Error, ErrorKind};
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 
 use processes::{MARK, Process};
 use start::Failure;
@@ -100,7 +107,7 @@ struct Init {
     commands: BTreeMap<u32, Command>,
     kills: Vec<Kill>,
     drains: Vec<OwnedFd>,
-    outbox: VecDeque<Vec<u8>>,
+    outbox: VecDeque<(Vec<u8>, Option<OwnedFd>)>,
     buffer: Vec<u8>,
     /// No more spawns.
     ending: bool,
@@ -204,7 +211,45 @@ impl Init {
                 self.reap();
             }
             6 => self.drains.append(&mut descriptors),
+            7 => self.enter(&descriptors),
+            8 => self.terminal(id),
             _ => {}
+        }
+    }
+
+    fn terminal(&mut self, id: u32) {
+        let opened = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(sys::NO_TERMINAL)
+            .open("/dev/ptmx");
+        let (errno, descriptor) = match opened {
+            Ok(file) => (0, Some(OwnedFd::from(file))),
+            Err(error) => (error.raw_os_error().unwrap_or(sys::EINVAL), None),
+        };
+        let mut event = header(9, 0, id);
+        event.extend(errno.to_le_bytes());
+        self.outbox.push_back((event, descriptor));
+    }
+
+    /// Goes on as the first process of a sandbox, or not at all.
+    fn enter(&mut self, descriptors: &[OwnedFd]) {
+        let plan = descriptors.first().ok_or(sys::EMFILE).and_then(contents);
+        let entered = plan.map_err(|error| ("plan".to_owned(), error));
+        match entered.and_then(|plan| enter::enter(&plan)) {
+            Ok(enter::Entered::Inside) => {
+                self.outbox.push_back((header(7, 0, 0), None));
+                self.flush();
+            }
+            Ok(enter::Entered::Ended(status)) => std::process::exit(status),
+            Err((step, error)) => {
+                let mut event = header(8, 0, 0);
+                event.extend(error.unsigned_abs().to_le_bytes());
+                event.extend(step.as_bytes());
+                self.outbox.push_back((event, None));
+                self.flush();
+                std::process::exit(1);
+            }
         }
     }
 
@@ -356,7 +401,7 @@ impl Init {
             let part = parts.next().unwrap_or_default();
             let mut event = header(6, u8::from(parts.peek().is_some()), id);
             event.extend(part.iter().flatten());
-            self.outbox.push_back(event);
+            self.outbox.push_back((event, None));
         }
     }
 
@@ -505,13 +550,13 @@ impl Init {
     fn event(&mut self, kind: u8, flags: u8, id: u32, value: u32) {
         let mut event = header(kind, flags, id);
         event.extend(value.to_le_bytes());
-        self.outbox.push_back(event);
+        self.outbox.push_back((event, None));
     }
 
     /// Sends what the socket takes; the rest waits.
     fn flush(&mut self) {
-        while let Some(event) = self.outbox.front() {
-            if sys::transmit(event) == Err(sys::EAGAIN) {
+        while let Some((event, descriptor)) = self.outbox.front() {
+            if sys::transmit(event, descriptor.as_ref()) == Err(sys::EAGAIN) {
                 return;
             }
             // Any other failure means that the owner is gone; receive() will notice.

@@ -2,6 +2,8 @@
 //! behind a function that cannot be misused. All of the program's `unsafe` is here, and
 //! nothing here decides anything.
 
+pub mod sandbox;
+
 use std::ffi::{CStr, CString, c_char, c_int, c_long, c_short, c_void};
 use std::fs::File;
 use std::io::{Error, Read};
@@ -34,6 +36,8 @@ const SIG_IGN: usize = 1;
 
 pub const POLLIN: c_short = 1;
 pub const POLLOUT: c_short = 4;
+/// `O_NOCTTY`.
+pub const NO_TERMINAL: c_int = 0x100;
 const MSG_DONTWAIT: c_int = 0x40;
 const MSG_NOSIGNAL: c_int = 0x4000;
 const MSG_CMSG_CLOEXEC: c_int = 0x4000_0000;
@@ -92,6 +96,7 @@ struct FileActions([u64; 32]);
 
 unsafe extern "C" {
     fn setsid() -> c_int;
+    fn umask(mask: u32) -> u32;
     fn prctl(option: c_int, ...) -> c_int;
     fn signal(number: c_int, action: usize) -> usize;
     fn sigprocmask(how: c_int, set: *const SigSet, old: *mut SigSet) -> c_int;
@@ -99,7 +104,7 @@ unsafe extern "C" {
     fn fcntl(fd: c_int, command: c_int, ...) -> c_int;
     fn poll(fds: *mut PollFd, count: u64, timeout: c_int) -> c_int;
     fn recvmsg(fd: c_int, message: *mut MsgHdr, flags: c_int) -> isize;
-    fn send(fd: c_int, data: *const c_void, len: usize, flags: c_int) -> isize;
+    fn sendmsg(fd: c_int, message: *const MsgHdr, flags: c_int) -> isize;
     fn waitpid(pid: c_int, status: *mut c_int, options: c_int) -> c_int;
     fn kill(pid: c_int, number: c_int) -> c_int;
     fn syscall(number: c_long, ...) -> c_long;
@@ -238,11 +243,25 @@ fn descriptors(control: &[u64; 16], length: usize) -> Vec<OwnedFd> {
     raw.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }).collect()
 }
 
-/// Sends one packet on the control socket, or gives the errno.
-pub fn transmit(packet: &[u8]) -> Result<(), i32> {
+/// Sends one packet on the control socket, with a descriptor or without, or gives the errno.
+pub fn transmit(packet: &[u8], descriptor: Option<&OwnedFd>) -> Result<(), i32> {
+    // As cmsg(3) lays it out: a length of 20, SOL_SOCKET and SCM_RIGHTS, the descriptor.
+    let number = descriptor.map_or(0, |fd| u64::from(fd.as_raw_fd().unsigned_abs()));
+    let mut control = [20u64, 1 << 32 | 1, number];
+    let mut part = IoVec { base: packet.as_ptr().cast_mut().cast(), len: packet.len() };
+    let message = MsgHdr {
+        name: null_mut(),
+        namelen: 0,
+        iov: &raw mut part,
+        iovlen: 1,
+        control: control.as_mut_ptr().cast(),
+        controllen: if descriptor.is_some() { size_of_val(&control) } else { 0 },
+        flags: 0,
+    };
     let flags = MSG_DONTWAIT | MSG_NOSIGNAL;
-    // SAFETY: the buffer is as long as said and lives over the call.
-    let sent = unsafe { send(CONTROL, packet.as_ptr().cast(), packet.len(), flags) };
+    // SAFETY: the header points to a buffer, which is only read, and a control area of the
+    // sizes it says, all alive until the call returns.
+    let sent = unsafe { sendmsg(CONTROL, &raw const message, flags) };
     if sent < 0 { Err(errno()) } else { Ok(()) }
 }
 
@@ -317,6 +336,18 @@ pub fn may_enter(folder: &CStr) -> i32 {
     // SAFETY: as above.
     unsafe { chdir(c"/".as_ptr()) };
     error
+}
+
+/// Closes the control socket, for a process that is not to be spoken to any more.
+pub fn close_control() {
+    // SAFETY: descriptor 0 is the control socket's from the start, and is not used after this.
+    drop(unsafe { OwnedFd::from_raw_fd(CONTROL) });
+}
+
+/// New files can be written by their owner only, and read by all.
+pub fn usual_umask() {
+    // SAFETY: a plain number.
+    unsafe { umask(0o022) };
 }
 
 /// Runs before everything else, or like everything else; needs `CAP_SYS_NICE` (sched(7))

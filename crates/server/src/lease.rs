@@ -16,12 +16,14 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::SESSION;
+use crate::files::Within;
 
 /// A guard that is shared.
 pub(crate) struct Lease {
     pub(crate) guard: VmExecutionGuard,
     pub(crate) jobs: Arc<Jobs>,
     watchers: Arc<Watchers>,
+    pub(crate) within: Arc<Within>,
 }
 
 #[derive(Default)]
@@ -30,6 +32,7 @@ struct Slot {
     lease: tokio::sync::Mutex<Weak<Lease>>,
     jobs: Mutex<Option<Arc<Jobs>>>,
     watchers: Arc<Watchers>,
+    within: Arc<Within>,
 }
 
 /// All leases of the daemon.
@@ -74,7 +77,8 @@ impl Leases {
         let logs = self.pool.session_folder(id)?.join("logs");
         let jobs = slot.jobs.lock().get_or_insert_with(|| Arc::new(Jobs::new(logs))).clone();
         let watchers = slot.watchers.clone();
-        let lease = Arc::new(Lease { guard, jobs, watchers });
+        let within = slot.within.clone();
+        let lease = Arc::new(Lease { guard, jobs, watchers, within });
         *shared = Arc::downgrade(&lease);
         drop(shared);
         self.forget_unused();
@@ -127,15 +131,22 @@ impl Slot {
 /// Finds the instance for an envd request by its header.
 pub(crate) struct Resolver(pub(crate) Arc<Leases>);
 
-impl Instances for Resolver {
-    async fn instance(&self, headers: &HeaderMap) -> Result<Instance, ConnectError> {
+impl Resolver {
+    /// The lease of the session that a request names.
+    pub(crate) async fn lease(&self, headers: &HeaderMap) -> Result<Arc<Lease>, ConnectError> {
         let header = headers.get(SESSION).or_else(|| headers.get("e2b-sandbox-id"));
         let session = header.and_then(|value| value.to_str().ok()).ok_or_else(|| {
             ConnectError::invalid_argument(format!("which session? set the header {SESSION}"))
         })?;
         let Self(leases) = self;
         let id = leases.find_or_name(session).await.map_err(|error| refused(&error))?;
-        let lease = leases.take(id).await.map_err(|error| refused(&error))?;
+        leases.take(id).await.map_err(|error| refused(&error))
+    }
+}
+
+impl Instances for Resolver {
+    async fn instance(&self, headers: &HeaderMap) -> Result<Instance, ConnectError> {
+        let lease = self.lease(headers).await?;
         Ok(Instance {
             agent: lease.guard.agent().map_err(|error| refused(&error))?,
             workdir: lease.guard.workdir().to_owned(),

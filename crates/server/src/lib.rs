@@ -5,6 +5,7 @@
 //! anything about a session's life: it asks the pool, as any caller of the library does.
 
 mod api;
+mod files;
 mod lease;
 mod listener;
 
@@ -12,7 +13,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use denizen::MicroVmManager;
+use axum::routing::any;
+use denizen::{Isolation, MicroVmManager};
 use denizen_agent::envd;
 
 use crate::lease::Leases;
@@ -79,7 +81,13 @@ impl Daemon {
         let Self { pool, listener, leases, idle_exit } = self;
         let path = listener.path().to_owned();
         let asked = Arc::new(tokio::sync::Notify::new());
-        let envd = envd::router(Arc::new(lease::Resolver(leases.clone())));
+        let resolver = Arc::new(lease::Resolver(leases.clone()));
+        let envd = match pool.isolation()? {
+            Isolation::Host => envd::router(resolver),
+            // Paths mean something only within.
+            _ => envd::processes(resolver.clone())
+                .fallback_service(any(files::forward).with_state(resolver)),
+        };
         let app = api::router(pool.clone(), leases.clone(), asked.clone()).merge(envd);
         let server = tokio::spawn(async move { axum::serve(listener, app).await });
         tokio::select! {

@@ -58,8 +58,11 @@ async fn create(pool: &Arc<Pool>, place: &Place) -> Result {
     let made = async {
         let copied = make.await?;
         if !copied && bootstrap::is_wanted(&pool.config) {
-            let agent = pool.driver.start(&place.site)?;
-            bootstrap::run(&pool.config, agent, &place.site).await?;
+            let (driver, site) = (pool.driver.clone(), place.site.clone());
+            let agent = blocking(move || driver.start(&site)).await?;
+            let done = bootstrap::run(&pool.config, agent, place).await;
+            pool.driver.ended(&place.site);
+            done?;
         }
         let volumes = pool.volumes.clone();
         blocking(move || volumes.complete(id)).await
@@ -110,6 +113,7 @@ async fn stop(pool: &Pool, place: &Place, force: bool) -> Result {
     }
     agent.shutdown(GRACE).await?;
     *place.instance.lock() = None;
+    pool.driver.ended(&place.site);
     Ok(Outcome::Done)
 }
 

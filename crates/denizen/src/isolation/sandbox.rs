@@ -1,0 +1,268 @@
+//! `sandbox`: a root file system, processes, a network and limits of its own for each session,
+//! by what the kernel offers to any user: namespaces, overlayfs, seccomp, Landlock, control
+//! groups. No setuid helper, no daemon of another project.
+//!
+//! A session's folder has beside its volume: `root/` (what it changed in its root, one folder
+//! for each overlay), `work/` (overlayfs's own) and `tmp/` (new at every start). This module
+//! makes the plan; `denizen-init` follows it and is the sandbox's first process, so that all
+//! of the sandbox ends with it. It must never put anything of the host into a sandbox that is
+//! not named here.
+
+mod calls;
+mod carried;
+mod group;
+mod host_root;
+mod plan;
+mod users;
+
+use std::ffi::OsString;
+use std::fs::{self, DirBuilder};
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use denizen_agent::{Agent, Enter, Launch};
+use rustix::process::Resource;
+
+use self::carried::Carried;
+use self::group::Groups;
+use self::host_root::HostRoot;
+use self::plan::{Attributes, Overlay, Plan};
+use self::users::Users;
+use super::{Driver, Limits, Options, Site};
+use crate::error::{Error, Result};
+
+/// Where the volume is within, and commands start.
+const WORKDIR: &str = "/volume";
+
+/// Which capabilities root has over what is the sandbox's own (`capabilities(7)`): those of a
+/// package manager. CHOWN, DAC_OVERRIDE, FOWNER, FSETID, KILL, SETGID, SETUID,
+/// NET_BIND_SERVICE, SYS_CHROOT, SETFCAP.
+const CAPABILITIES: u64 =
+    1 | 1 << 1 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 6 | 1 << 7 | 1 << 10 | 1 << 18 | 1 << 31;
+
+/// Devices that give or take bytes and nothing else.
+const DEVICES: [&str; 6] = ["null", "zero", "full", "random", "urandom", "tty"];
+
+/// What the kernel tells in /proc and /sys of itself and of others.
+const HIDDEN: [&str; 13] = [
+    "/proc/acpi",
+    "/proc/asound",
+    "/proc/kallsyms",
+    "/proc/kcore",
+    "/proc/keys",
+    "/proc/kmsg",
+    "/proc/latency_stats",
+    "/proc/sched_debug",
+    "/proc/scsi",
+    "/proc/timer_list",
+    "/proc/timer_stats",
+    "/sys/firmware",
+    "/sys/kernel",
+];
+/// Settings of the kernel.
+const PROTECTED: [&str; 5] =
+    ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
+
+pub(super) struct Sandbox {
+    users: Users,
+    groups: Groups,
+    root: HostRoot,
+    limits: Limits,
+    carried: Option<Carried>,
+}
+
+impl Sandbox {
+    /// Prepares what all sandboxes of a pool share, in the pool's own folder.
+    pub(super) fn new(own: &Path, options: Options) -> Result<Self> {
+        let users = Users::of_this_process()?;
+        let root = HostRoot::prepare(&own.join("roots"), users)?;
+        let carried = options.agent_program.map(|program| {
+            let carried = Carried::this_program(&program, own);
+            carried.map_err(|source| Error::volume("keep this program in", own, source))
+        });
+        let carried = carried.transpose()?;
+        Ok(Self { users, groups: Groups::find(), root, limits: options.limits, carried })
+    }
+
+    /// Makes the folders that a sandbox writes to; gives them with their targets.
+    fn folders(&self, site: &Site) -> std::io::Result<Vec<Folders>> {
+        let tmp = site.home.join("tmp");
+        crate::volume::remove_tree(&tmp)?;
+        self.folder(&tmp, 0o1777)?;
+        self.users.take_over(&site.volume)?;
+        let mut overlays = vec![Folders::new(site, "main", "/")];
+        for name in &self.root.programs {
+            overlays.push(Folders::new(site, name, &format!("/{name}")));
+        }
+        for overlay in &overlays {
+            DirBuilder::new().recursive(true).mode(0o700).create(site.home.join("root"))?;
+            DirBuilder::new().recursive(true).mode(0o700).create(site.home.join("work"))?;
+            self.folder(&overlay.upper, 0o755)?;
+            self.folder(&overlay.work, 0o755)?;
+        }
+        Ok(overlays)
+    }
+
+    /// Makes a folder of the sandbox's root, unless it is there.
+    fn folder(&self, path: &Path, mode: u32) -> std::io::Result<()> {
+        match fs::create_dir(path) {
+            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => return Ok(()),
+            made => made?,
+        }
+        fs::set_permissions(path, fs::Permissions::from_mode(mode))?;
+        self.users.give(path, (0, 0))
+    }
+
+    fn plan(&self, site: &Site, overlays: &[Folders]) -> Plan {
+        let mut plan = Plan::default();
+        let [user_map, group_map] = self.users.maps();
+        if self.users.is_alone() {
+            plan.step(["alone"]);
+        }
+        plan.step(["map", &user_map, &group_map]);
+        for folders in overlays {
+            let name = folders.target.strip_prefix("/").unwrap_or(Path::new(""));
+            let (copy, host) = (self.root.copy.join(name), Path::new("/").join(name));
+            let mut lower = vec![copy.as_path()];
+            let mut target = folders.target.as_path();
+            if name.as_os_str().is_empty() {
+                // Only until it is the root: a folder that is there, and that all may enter.
+                target = Path::new("/usr");
+            } else {
+                lower.push(&host);
+            }
+            plan.overlay(&Overlay { target, lower, upper: &folders.upper, work: &folders.work });
+        }
+        for (path, mode) in [("/dev", 0o755), ("/proc", 0o555), ("/sys", 0o555), ("/run", 0o755)] {
+            plan.dir(path, mode);
+        }
+        plan.fs("proc", "/proc", Attributes::DATA, &[]);
+        // Shows the host's devices, but no more than the host shows to everybody; a kernel
+        // that would show more that way refuses.
+        plan.try_fs("sysfs", "/sys", Attributes::READ_ONLY);
+        plan.fs("tmpfs", "/run", Attributes::FILES, &["mode=755", "size=64m"]);
+        if let Some(carried) = &self.carried {
+            carried.show(&mut plan);
+        }
+        self.devices(&mut plan);
+        plan.dir("/tmp", 0o1777);
+        plan.bind(&site.home.join("tmp"), "/tmp", Attributes::FILES);
+        plan.dir(WORKDIR, 0o755);
+        plan.bind(&site.volume, WORKDIR, Attributes::FILES);
+        for path in PROTECTED {
+            plan.step(["protect", path]);
+        }
+        for path in HIDDEN {
+            plan.step(["hide", path]);
+        }
+        let id = site.id.simple().to_string();
+        plan.step(["host", &format!("denizen-{}", id.get(..8).unwrap_or_default())]);
+        plan.step(["loopback"]);
+        self.resource_limits(&mut plan);
+        plan.step(["root-only"]);
+        plan.step(["capabilities", &format!("{CAPABILITIES:x}")]);
+        plan.step(["calls", &calls::digits(self.users.is_alone())]);
+        plan
+    }
+
+    fn devices(&self, plan: &mut Plan) {
+        plan.fs("tmpfs", "/dev", Attributes::DATA, &["mode=755", "size=64k"]);
+        for name in DEVICES {
+            let path = format!("/dev/{name}");
+            plan.step(["file", &path]);
+            plan.bind(Path::new(&path), &path, Attributes::DEVICE);
+        }
+        plan.dir("/dev/pts", 0o755);
+        let mut settings = vec!["ptmxmode=666", "mode=620"];
+        if !self.users.is_alone() {
+            // tty, by convention.
+            settings.push("gid=5");
+        }
+        plan.fs("devpts", "/dev/pts", Attributes::DEVICE, &settings);
+        plan.dir("/dev/shm", 0o1777);
+        plan.fs("tmpfs", "/dev/shm", Attributes::DATA, &["mode=1777"]);
+        for (content, path) in [
+            ("pts/ptmx", "/dev/ptmx"),
+            ("/proc/self/fd", "/dev/fd"),
+            ("/proc/self/fd/0", "/dev/stdin"),
+            ("/proc/self/fd/1", "/dev/stdout"),
+            ("/proc/self/fd/2", "/dev/stderr"),
+        ] {
+            plan.step(["link", content, path]);
+        }
+    }
+
+    /// Limits of each process: of what control groups do not count, or are not there for.
+    fn resource_limits(&self, plan: &mut Plan) {
+        const CORE: u32 = 4;
+        const DATA: u32 = 2;
+        const PROCESSES: u32 = 6;
+        const OPEN_FILES: u32 = 7;
+        // A core would go to a program of the host.
+        plan.limit(CORE, 0);
+        let open_files = rustix::process::getrlimit(Resource::Nofile).maximum;
+        if let Some(most) = self.limits.open_files {
+            plan.limit(OPEN_FILES, most.min(open_files.unwrap_or(u64::MAX)));
+        }
+        let controllers = self.groups.controllers();
+        if let (Some(most), false) = (self.limits.processes, controllers.contains(&"pids")) {
+            plan.limit(PROCESSES, most);
+        }
+        if let (Some(most), false) = (self.limits.memory_bytes, controllers.contains(&"memory")) {
+            plan.limit(DATA, most);
+        }
+    }
+}
+
+impl Driver for Sandbox {
+    fn start(&self, site: &Site) -> Result<Agent> {
+        let failed = |source| Error::volume("prepare", &site.home, source);
+        let overlays = self.folders(site).map_err(failed)?;
+        let plan = self.plan(site, &overlays).finish();
+        let groups = self.groups.make(site.id, &self.limits).map_err(|source| {
+            self.groups.remove(site.id);
+            Error::volume("make control groups for", &site.home, source)
+        })?;
+        let enter = Some(Arc::new(Enter { plan, groups }));
+        let agent = Agent::with(Launch { enter, ..site.launch() });
+        // Where it cannot be made, the session does not start.
+        tokio::runtime::Handle::current().block_on(agent.launch()).inspect_err(|_| {
+            self.groups.remove(site.id);
+        })?;
+        Ok(agent)
+    }
+
+    fn ended(&self, site: &Site) {
+        self.groups.remove(site.id);
+    }
+
+    fn workdir(&self, _: &Site) -> PathBuf {
+        PathBuf::from(WORKDIR)
+    }
+
+    fn agent_command(&self) -> Option<Vec<OsString>> {
+        self.carried.as_ref().map(Carried::command)
+    }
+
+    fn limits(&self) -> Vec<&'static str> {
+        self.groups.controllers()
+    }
+}
+
+/// The two folders of an overlay on the host, and where it is within.
+struct Folders {
+    target: PathBuf,
+    upper: PathBuf,
+    work: PathBuf,
+}
+
+impl Folders {
+    fn new(site: &Site, name: &str, target: &str) -> Self {
+        Self {
+            target: target.into(),
+            upper: site.home.join("root").join(name),
+            work: site.home.join("work").join(name),
+        }
+    }
+}

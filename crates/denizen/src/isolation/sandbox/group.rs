@@ -1,0 +1,215 @@
+//! Control groups of sandboxes (`cgroups(7)`): what a session may use of memory, processes and
+//! processors. One folder for each session in each hierarchy, of version 1 or 2, wherever
+//! this process is granted one; where it is not, limits of single processes have to do, and
+//! `denizen doctor` says so.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::Access;
+use uuid::Uuid;
+
+use super::Limits;
+
+const CONTROLLERS: [&str; 3] = ["memory", "pids", "cpu"];
+
+/// Where the groups of this process's sandboxes can be made.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Groups {
+    /// Each controller with the folder that the sessions' folders go into.
+    places: Vec<Place>,
+}
+
+#[derive(Clone, Debug)]
+struct Place {
+    controllers: Vec<&'static str>,
+    folder: PathBuf,
+    unified: bool,
+}
+
+impl Groups {
+    /// Looks for hierarchies that this process may make groups in.
+    pub(super) fn find() -> Self {
+        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+        let own = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+        let mut places: Vec<Place> = Vec::new();
+        for line in mounts.lines() {
+            let Some((place, kind, options)) = mount(line) else { continue };
+            let (unified, controllers) = match kind {
+                "cgroup" => {
+                    let named = CONTROLLERS.into_iter();
+                    let named =
+                        named.filter(|name| options.split(',').any(|option| option == *name));
+                    (false, named.collect::<Vec<_>>())
+                }
+                "cgroup2" => {
+                    let all = fs::read_to_string(place.join("cgroup.controllers"));
+                    let all = all.unwrap_or_default();
+                    let known = CONTROLLERS.into_iter();
+                    let known = known.filter(|name| all.split_whitespace().any(|has| has == *name));
+                    (true, known.collect())
+                }
+                _ => continue,
+            };
+            if controllers.is_empty() {
+                continue;
+            }
+            let wanted = if unified { "" } else { controllers[0] };
+            let Some(own) = own_group(&own, wanted) else { continue };
+            let above = place.join(own.trim_start_matches('/'));
+            if let Some(folder) = claim(&above, unified, &controllers) {
+                places.push(Place { controllers, folder, unified });
+            }
+        }
+        Self { places }
+    }
+
+    /// The controllers that hold.
+    pub(super) fn controllers(&self) -> Vec<&'static str> {
+        self.places.iter().flat_map(|place| place.controllers.clone()).collect()
+    }
+
+    /// Makes a session's groups; gives the files that its first process is to be put into.
+    pub(super) fn make(&self, id: Uuid, limits: &Limits) -> io::Result<Vec<PathBuf>> {
+        let mut files = Vec::new();
+        for place in &self.places {
+            let folder = place.folder.join(id.to_string());
+            match fs::create_dir(&folder) {
+                Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+                _ => {}
+            }
+            for controller in &place.controllers {
+                for (file, value) in settings(controller, place.unified, limits) {
+                    fs::write(folder.join(file), value)?;
+                }
+            }
+            files.push(folder.join("cgroup.procs"));
+        }
+        Ok(files)
+    }
+
+    /// Removes a session's groups, in which nothing may run.
+    pub(super) fn remove(&self, id: Uuid) {
+        for place in &self.places {
+            let folder = place.folder.join(id.to_string());
+            match fs::remove_dir(&folder) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    tracing::warn!(path = %folder.display(), %error, "control group stays behind");
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// How often the kernel has ended a process of the session for want of memory.
+    pub(super) fn out_of_memory(&self, id: Uuid) -> u64 {
+        let memory = self.places.iter().find(|place| place.controllers.contains(&"memory"));
+        let Some(place) = memory else { return 0 };
+        let file = if place.unified { "memory.events" } else { "memory.oom_control" };
+        let text = fs::read_to_string(place.folder.join(id.to_string()).join(file));
+        let text = text.unwrap_or_default();
+        let count = text.lines().find_map(|line| line.strip_prefix("oom_kill "));
+        count.and_then(|count| count.trim().parse().ok()).unwrap_or(0)
+    }
+}
+
+/// Mount point, type and options of a line of `proc_pid_mountinfo(5)`.
+fn mount(line: &str) -> Option<(PathBuf, &str, &str)> {
+    let (head, tail) = line.split_once(" - ")?;
+    let mut tail = tail.split(' ');
+    let (kind, options) = (tail.next()?, tail.nth(1)?);
+    Some((PathBuf::from(head.split(' ').nth(4)?), kind, options))
+}
+
+/// The path of this process's own group in a hierarchy, by `proc_pid_cgroup(5)`.
+fn own_group<'t>(text: &'t str, controller: &str) -> Option<&'t str> {
+    text.lines().find_map(|line| {
+        let mut parts = line.splitn(3, ':').skip(1);
+        let (names, path) = (parts.next()?, parts.next()?);
+        names.split(',').any(|name| name == controller).then_some(path)
+    })
+}
+
+/// Makes denizen's folder below a group, if that is allowed.
+fn claim(above: &Path, unified: bool, controllers: &[&str]) -> Option<PathBuf> {
+    let folder = above.join("denizen");
+    match fs::create_dir(&folder) {
+        // Perhaps another user's denizen has made it.
+        Err(_) => rustix::fs::access(&folder, Access::WRITE_OK).ok()?,
+        Ok(()) => {}
+    }
+    if !unified {
+        return Some(folder);
+    }
+    let wanted = controllers.iter().map(|name| format!("+{name}")).collect::<Vec<_>>().join(" ");
+    // Version 2: a group has members or children. If we are a member, we move down first.
+    if fs::write(above.join("cgroup.subtree_control"), &wanted).is_err() {
+        let daemon = above.join("denizen-daemon");
+        let _ = fs::create_dir(&daemon);
+        fs::write(daemon.join("cgroup.procs"), std::process::id().to_string()).ok()?;
+        fs::write(above.join("cgroup.subtree_control"), &wanted).ok()?;
+    }
+    fs::write(folder.join("cgroup.subtree_control"), &wanted).ok()?;
+    Some(folder)
+}
+
+/// What is written where: `cgroup-v1/*.rst` and `cgroup-v2.rst` of the kernel.
+fn settings(controller: &str, unified: bool, limits: &Limits) -> Vec<(&'static str, String)> {
+    const PERIOD: u64 = 100_000;
+    let memory = limits.memory_bytes.map(|bytes| bytes.to_string());
+    let cpu = limits.cpu_percent.map(|percent| PERIOD / 100 * u64::from(percent));
+    match (controller, unified) {
+        ("memory", true) => memory
+            .into_iter()
+            .flat_map(|bytes| [("memory.max", bytes), ("memory.swap.max", "0".to_owned())])
+            .collect(),
+        ("memory", false) => {
+            memory.into_iter().map(|bytes| ("memory.limit_in_bytes", bytes)).collect()
+        }
+        ("pids", _) => {
+            limits.processes.into_iter().map(|most| ("pids.max", most.to_string())).collect()
+        }
+        ("cpu", true) => {
+            cpu.into_iter().map(|quota| ("cpu.max", format!("{quota} {PERIOD}"))).collect()
+        }
+        ("cpu", false) => {
+            cpu.into_iter().map(|quota| ("cpu.cfs_quota_us", quota.to_string())).collect()
+        }
+        _ => Vec::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tables_of_the_kernel_are_read() {
+        let line =
+            "29 23 0:26 / /sys/fs/cgroup/memory rw,relatime shared:9 - cgroup cgroup rw,memory";
+        let (place, kind, options) = mount(line).unwrap_or_default();
+        assert_eq!((place.as_path(), kind), (Path::new("/sys/fs/cgroup/memory"), "cgroup"));
+        assert_eq!(options, "rw,memory");
+        let own = "4:memory:/a/b\n2:cpu,cpuacct:/c\n0::/d\n";
+        assert_eq!(own_group(own, "memory"), Some("/a/b"));
+        assert_eq!(own_group(own, "cpu"), Some("/c"));
+        assert_eq!(own_group(own, ""), Some("/d"));
+        assert_eq!(own_group(own, "pids"), None);
+    }
+
+    #[test]
+    fn both_versions_get_the_same_limits() {
+        let limits = Limits {
+            memory_bytes: Some(1 << 20),
+            processes: Some(7),
+            cpu_percent: Some(150),
+            ..Limits::none()
+        };
+        assert_eq!(settings("cpu", true, &limits), [("cpu.max", "150000 100000".to_owned())]);
+        assert_eq!(settings("cpu", false, &limits), [("cpu.cfs_quota_us", "150000".to_owned())]);
+        assert_eq!(settings("pids", true, &limits), settings("pids", false, &limits));
+        assert_eq!(settings("memory", true, &limits)[0], ("memory.max", "1048576".to_owned()));
+        assert!(settings("memory", false, &Limits::none()).is_empty());
+    }
+}

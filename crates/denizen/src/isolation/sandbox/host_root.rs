@@ -1,0 +1,282 @@
+//! The host's own root as a sandbox's: what every user of the host may see of its operating
+//! system, and nothing else.
+//!
+//! Programs and libraries (`/usr` and its like) are the host's, read-only underneath an
+//! overlay. Everything else is a copy, made once for the pool, of what others may read: the
+//! configuration in `/etc` without keys and secrets, and what package managers know. No other
+//! folder of the host exists within: `/home`, `/root`, `/srv`, `/opt` and `/var` are new.
+//!
+//! The copy also has every folder of `/usr`, empty. In a merged folder an overlay shows the
+//! owner of the topmost one, so these make the host's folders the sandbox's own: root within
+//! can put files there, replace and delete them, though it owns none of the files below. That
+//! is what a package manager needs.
+//!
+//! Nothing here reads what is not everybody's: a file or folder that others may not read is
+//! left out, whoever runs this.
+
+use std::fs::{self, DirBuilder, Metadata};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+
+use super::users::Users;
+use crate::error::{Error, Result};
+
+/// Made anew when what is copied, or how, has changed.
+const VERSION: u32 = 1;
+
+/// Folders with programs and libraries. Where they are links (`/bin` to `usr/bin`), the copy
+/// has the links.
+const PROGRAMS: [&str; 7] = ["usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32"];
+
+/// Folders that are copied, apart from [`SECRET`].
+const COPIED: [&str; 5] =
+    ["etc", "var/lib/dpkg", "var/lib/apt", "var/lib/rpm", "var/cache/debconf"];
+
+/// What is not copied though others may read it: it tells of the host's users, networks,
+/// services or keys.
+const SECRET: [&str; 30] = [
+    "etc/cloud",
+    "etc/cni",
+    "etc/containers",
+    "etc/crypttab",
+    "etc/cron.d",
+    "etc/denizen",
+    "etc/docker",
+    "etc/environment",
+    "etc/environment.d",
+    "etc/exports",
+    "etc/fstab",
+    "etc/hostname",
+    "etc/hosts",
+    "etc/kubernetes",
+    "etc/ld.so.preload",
+    "etc/letsencrypt",
+    "etc/machine-id",
+    "etc/mtab",
+    "etc/netplan",
+    "etc/network",
+    "etc/NetworkManager",
+    "etc/openvpn",
+    "etc/profile.d/proxy.sh",
+    "etc/resolv.conf",
+    "etc/ssh",
+    "etc/ssl/private",
+    "etc/subgid",
+    "etc/subuid",
+    "etc/systemd",
+    "etc/wireguard",
+];
+
+/// New folders, with their modes.
+const FOLDERS: [(&str, u32); 19] = [
+    ("dev", 0o755),
+    ("home", 0o755),
+    ("mnt", 0o755),
+    ("opt", 0o755),
+    ("proc", 0o555),
+    ("root", 0o700),
+    ("run", 0o755),
+    ("srv", 0o755),
+    ("sys", 0o555),
+    ("tmp", 0o1777),
+    ("var", 0o755),
+    ("var/cache", 0o755),
+    ("var/cache/apt", 0o755),
+    ("var/lib", 0o755),
+    ("var/local", 0o755),
+    ("var/log", 0o755),
+    ("var/spool", 0o755),
+    ("var/tmp", 0o1777),
+    ("volume", 0o755),
+];
+
+/// New files with their content and modes.
+const FILES: [(&str, &str, u32); 6] = [
+    ("etc/hosts", "127.0.0.1 localhost\n::1 localhost\n", 0o644),
+    ("etc/resolv.conf", "", 0o644),
+    ("etc/shadow", "root:*:19000:0:99999:7:::\n", 0o600),
+    ("etc/gshadow", "root:*::\n", 0o600),
+    ("etc/machine-id", "", 0o444),
+    ("etc/fstab", "", 0o644),
+];
+
+/// Tells apt not to become somebody else: where there is one user only it would find out that
+/// it has not (see `calls`).
+const APT_ALONE: (&str, &str) = ("etc/apt/apt.conf.d/90denizen", "APT::Sandbox::User \"root\";\n");
+
+/// The copy, and which of the host's folders go below it.
+#[derive(Clone, Debug)]
+pub(super) struct HostRoot {
+    pub(super) copy: PathBuf,
+    /// Names of folders in the root, each with the host's below the copy's.
+    pub(super) programs: Vec<&'static str>,
+}
+
+impl HostRoot {
+    /// Finds the copy in `store`, or makes it. Older ones are deleted: nothing may run on them.
+    pub(super) fn prepare(store: &Path, users: Users) -> Result<Self> {
+        let failed = |source| Error::volume("copy the host's root into", store, source);
+        let name = fingerprint(users);
+        let copy = store.join(&name);
+        DirBuilder::new().recursive(true).mode(0o700).create(store).map_err(failed)?;
+        for other in fs::read_dir(store).map_err(failed)?.flatten() {
+            if other.file_name() != *name {
+                crate::volume::remove_tree(&other.path()).map_err(failed)?;
+            }
+        }
+        let programs = PROGRAMS.into_iter().filter(|name| is_folder(&Path::new("/").join(name)));
+        let programs = programs.collect();
+        if !copy.is_dir() {
+            let partial = store.join(format!("{name}.partial"));
+            make(&partial, users, &programs).map_err(failed)?;
+            fs::rename(&partial, &copy).map_err(failed)?;
+        }
+        Ok(Self { copy, programs })
+    }
+}
+
+fn is_folder(path: &Path) -> bool {
+    fs::symlink_metadata(path).is_ok_and(|meta| meta.is_dir())
+}
+
+/// Changes when the host's packages or configuration do.
+fn fingerprint(users: Users) -> String {
+    let changed = ["/etc", "/usr", "/usr/bin", "/usr/lib", "/var/lib/dpkg/status", "/etc/passwd"];
+    let times = changed.map(|path| {
+        fs::metadata(path).map_or_else(|_| "-".to_owned(), |meta| format!("{:x}", meta.mtime()))
+    });
+    let users = if users.is_alone() { "alone" } else { "range" };
+    format!("host-{VERSION}-{users}-{}", times.join("-"))
+}
+
+fn make(root: &Path, users: Users, programs: &Vec<&str>) -> io::Result<()> {
+    let copier = Copier { root, users };
+    copier.folder("", 0o755, (0, 0))?;
+    for (path, mode) in FOLDERS {
+        copier.folder(path, mode, (0, 0))?;
+    }
+    for name in PROGRAMS {
+        let source = Path::new("/").join(name);
+        match fs::symlink_metadata(&source) {
+            Ok(meta) if meta.is_symlink() => symlink(fs::read_link(&source)?, root.join(name))?,
+            Ok(meta) if programs.contains(&name) => {
+                copier.folder(name, mode_of(&meta), (meta.uid(), meta.gid()))?;
+                copier.tree(&source, Path::new(name), &|copier, _, to, meta| {
+                    if meta.is_dir() { copier.merged(to, meta) } else { Ok(false) }
+                })?;
+            }
+            _ => {}
+        }
+    }
+    for path in COPIED {
+        let source = Path::new("/").join(path);
+        let Ok(meta) = fs::symlink_metadata(&source) else { continue };
+        if !meta.is_dir() || !others_may_look(&meta) {
+            continue;
+        }
+        copier.folder(path, mode_of(&meta), (meta.uid(), meta.gid()))?;
+        copier.tree(&source, Path::new(path), &|copier, from, to, meta| {
+            if SECRET.iter().any(|secret| to == Path::new(secret)) {
+                return Ok(false);
+            }
+            copier.whole(from, to, meta)
+        })?;
+    }
+    for (path, content, mode) in FILES {
+        copier.file(path, content, mode)?;
+    }
+    if users.is_alone() && root.join("etc/apt/apt.conf.d").is_dir() {
+        copier.file(APT_ALONE.0, APT_ALONE.1, 0o644)?;
+    }
+    Ok(())
+}
+
+fn mode_of(meta: &Metadata) -> u32 {
+    meta.mode() & 0o1777
+}
+
+fn others_may_look(meta: &Metadata) -> bool {
+    meta.mode() & 0o005 == 0o005
+}
+
+struct Copier<'a> {
+    root: &'a Path,
+    users: Users,
+}
+
+/// What becomes of one thing on the way; true: go into the folder it is.
+type Visit<'v> = &'v dyn Fn(&Copier<'_>, &Path, &Path, &Metadata) -> io::Result<bool>;
+
+impl Copier<'_> {
+    /// Makes a folder, and those above it.
+    fn folder(&self, path: impl AsRef<Path>, mode: u32, owner: (u32, u32)) -> io::Result<()> {
+        let target = self.root.join(path.as_ref());
+        if !target.is_dir() {
+            if let Some(parent) = path.as_ref().parent().filter(|parent| *parent != Path::new("")) {
+                self.folder(parent, 0o755, (0, 0))?;
+            }
+            fs::create_dir(&target)?;
+        }
+        fs::set_permissions(&target, fs::Permissions::from_mode(mode))?;
+        self.users.give(&target, owner)
+    }
+
+    fn file(&self, path: impl AsRef<Path>, content: &str, mode: u32) -> io::Result<()> {
+        let target = self.root.join(path);
+        // Not through a link that was copied.
+        let _ = fs::remove_file(&target);
+        fs::write(&target, content)?;
+        fs::set_permissions(&target, fs::Permissions::from_mode(mode))?;
+        self.users.give(&target, (0, 0))
+    }
+
+    /// A folder whose content will be the host's below. One that others may not look into
+    /// stays empty: what it kept from them would be open under a new owner.
+    fn merged(&self, to: &Path, meta: &Metadata) -> io::Result<bool> {
+        self.folder(to, mode_of(meta), (meta.uid(), meta.gid()))?;
+        if others_may_look(meta) {
+            return Ok(true);
+        }
+        xattr::set(self.root.join(to), "user.overlay.opaque", b"y")?;
+        Ok(false)
+    }
+
+    /// A file, link or folder that others may read; nothing else.
+    fn whole(&self, from: &Path, to: &Path, meta: &Metadata) -> io::Result<bool> {
+        let target = self.root.join(to);
+        if meta.is_dir() {
+            if others_may_look(meta) {
+                self.folder(to, mode_of(meta), (meta.uid(), meta.gid()))?;
+                return Ok(true);
+            }
+        } else if meta.is_symlink() {
+            symlink(fs::read_link(from)?, &target)?;
+            self.users.give(&target, (meta.uid(), meta.gid()))?;
+        } else if meta.is_file() && meta.mode() & 0o004 != 0 {
+            fs::copy(from, &target)?;
+            fs::set_permissions(&target, fs::Permissions::from_mode(meta.mode() & 0o777))?;
+            self.users.give(&target, (meta.uid(), meta.gid()))?;
+        }
+        Ok(false)
+    }
+
+    /// Visits everything below a folder of the host, on the same file system.
+    fn tree(&self, source: &Path, at: &Path, visit: Visit<'_>) -> io::Result<()> {
+        let device = fs::symlink_metadata(source)?.dev();
+        let mut folders = vec![(source.to_owned(), at.to_owned())];
+        while let Some((from, to)) = folders.pop() {
+            let Ok(entries) = fs::read_dir(&from) else { continue };
+            for entry in entries {
+                let entry = entry?;
+                let (from, to) = (entry.path(), to.join(entry.file_name()));
+                // Gone meanwhile is fine: the host goes on living.
+                let Ok(meta) = entry.metadata() else { continue };
+                if meta.dev() == device && visit(self, &from, &to, &meta)? {
+                    folders.push((from, to));
+                }
+            }
+        }
+        Ok(())
+    }
+}

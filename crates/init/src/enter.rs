@@ -1,0 +1,378 @@
+//! Makes this process the first one of a sandbox: new namespaces, a root of its own, and no
+//! way back. It follows a plan that the owner has made and decides nothing; whatever step
+//! fails, the process must not go on with less than was planned.
+//!
+//! A plan is a list of words, each ended by a zero byte. Steps, with what follows each:
+//!
+//! | step | follows |
+//! |---|---|
+//! | `map` | lines of `uid_map`, lines of `gid_map` (user_namespaces(7)) |
+//! | `alone` | – ; the maps are one user and group: no other may be had |
+//! | `overlay` | target, attributes, upper, work, number of lower folders, these from the top |
+//! | `bind`, `rbind` | target, attributes, source; of one mount, or with those below it |
+//! | `fs` | target, attributes, type, number of settings, these (`key=value` or `flag`) |
+//! | `try` | as `fs`, but may fail |
+//! | `dir` | path, mode (octal) |
+//! | `file` | path |
+//! | `link` | content, path |
+//! | `protect` | path, to be read-only; not being there is fine |
+//! | `hide` | path, to be empty; not being there is fine |
+//! | `host` | name |
+//! | `loopback` | – |
+//! | `limit` | number (getrlimit(2)), value |
+//! | `root-only` | – ; Landlock: nothing outside of the root |
+//! | `capabilities` | mask (hexadecimal) of those that commands may have |
+//! | `calls` | seccomp filter: 16 hexadecimal digits for each instruction |
+//!
+//! Attributes are `MOUNT_ATTR_…` in decimal (mount_setattr(2)). Sources are opened and mounts
+//! made while the host's files are still there, before anything of the session's is looked
+//! at; the first mount becomes the root; only then are targets and paths looked up, within
+//! it. So no link that a session has left can lead a step out of its root.
+
+use std::ffi::{CStr, CString, OsStr};
+use std::fs::{self, DirBuilder, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, symlink};
+use std::path::Path;
+
+use crate::sys::{self, sandbox as kernel};
+
+/// `MOUNT_ATTR_`: RDONLY, NOSUID, NODEV, NOEXEC.
+const LOCKED_DOWN: u64 = 1 | 2 | 4 | 8;
+
+/// The step that could not be done, and the errno.
+pub type Refusal = (String, i32);
+type Result<T> = std::result::Result<T, Refusal>;
+
+/// What has become of this process.
+pub enum Entered {
+    /// It is the first process of the sandbox.
+    Inside,
+    /// It has stayed outside, the sandbox has ended, with this status.
+    Ended(i32),
+}
+
+/// Follows the plan. One process becomes two here; see [`Entered`].
+pub fn enter(plan: &[u8]) -> Result<Entered> {
+    let steps = parse(plan)?;
+    let io = |what: &str| {
+        let what = what.to_owned();
+        move |error: io::Error| (what, error.raw_os_error().unwrap_or(sys::EINVAL))
+    };
+    let (mut wait, mut go) = io::pipe().map_err(io("pipe"))?;
+    match kernel::split().map_err(|error| ("namespaces".to_owned(), error))? {
+        kernel::Side::Parent(pid) => {
+            drop(wait);
+            for step in &steps {
+                match step {
+                    Step::Map { users, groups } => {
+                        write_map(pid, "uid_map", users)?;
+                        write_map(pid, "gid_map", groups)?;
+                    }
+                    Step::Alone => write_map(pid, "setgroups", c"deny")?,
+                    _ => {}
+                }
+            }
+            go.write_all(&[1]).map_err(io("go"))?;
+            // The one inside holds it, and its end shall be seen.
+            sys::close_control();
+            Ok(Entered::Ended(kernel::wait_for(pid)))
+        }
+        kernel::Side::Child => {
+            drop(go);
+            // Nothing comes if the maps could not be written, and nobody is left to tell.
+            if wait.read_exact(&mut [0]).is_err() {
+                std::process::exit(1);
+            }
+            inside(&steps)?;
+            Ok(Entered::Inside)
+        }
+    }
+}
+
+fn write_map(pid: i32, name: &str, content: &CStr) -> Result<()> {
+    fs::write(format!("/proc/{pid}/{name}"), content.to_bytes())
+        .map_err(|error| (name.to_owned(), error.raw_os_error().unwrap_or(sys::EINVAL)))
+}
+
+/// A step of a plan.
+enum Step<'p> {
+    Map { users: &'p CStr, groups: &'p CStr },
+    Alone,
+    Mount { at: &'p CStr, what: Mount<'p> },
+    Dir { path: &'p CStr, mode: u32 },
+    File { path: &'p CStr },
+    Link { content: &'p CStr, path: &'p CStr },
+    Protect { path: &'p CStr },
+    Hide { path: &'p CStr },
+    Host { name: &'p CStr },
+    Loopback,
+    Limit { what: i32, value: u64 },
+    RootOnly,
+    Capabilities { keep: u64 },
+    Calls { filter: Vec<u64> },
+}
+
+enum Mount<'p> {
+    Overlay { attributes: u64, upper: &'p CStr, work: &'p CStr, lower: Vec<&'p CStr> },
+    Bind { attributes: u64, source: &'p CStr, recursive: bool },
+    Fs { attributes: u64, kind: &'p CStr, settings: Vec<&'p CStr>, needed: bool },
+}
+
+fn parse(plan: &[u8]) -> Result<Vec<Step<'_>>> {
+    let mut words = plan.split_inclusive(|byte| *byte == 0).map(CStr::from_bytes_with_nul);
+    let mut steps = Vec::new();
+    while let Some(word) = words.next() {
+        let bad = || (format!("plan: step {}: {word:?}", steps.len()), sys::EINVAL);
+        let step = word.map_err(|_| bad())?.to_bytes();
+        let mut next = || words.next().and_then(std::result::Result::ok).ok_or_else(bad);
+        steps.push(match step {
+            b"map" => Step::Map { users: next()?, groups: next()? },
+            b"alone" => Step::Alone,
+            b"overlay" => {
+                let (at, attributes) = (next()?, number(next()?, 10).ok_or_else(bad)?);
+                let (upper, work) = (next()?, next()?);
+                let count = number(next()?, 10).ok_or_else(bad)?;
+                let lower = (0..count).map(|_| next()).collect::<Result<_>>()?;
+                Step::Mount { at, what: Mount::Overlay { attributes, upper, work, lower } }
+            }
+            b"bind" | b"rbind" => {
+                let (at, attributes) = (next()?, number(next()?, 10).ok_or_else(bad)?);
+                let (source, recursive) = (next()?, step == b"rbind");
+                Step::Mount { at, what: Mount::Bind { attributes, source, recursive } }
+            }
+            b"fs" | b"try" => {
+                let (at, attributes) = (next()?, number(next()?, 10).ok_or_else(bad)?);
+                let kind = next()?;
+                let count = number(next()?, 10).ok_or_else(bad)?;
+                let settings = (0..count).map(|_| next()).collect::<Result<_>>()?;
+                let needed = step == b"fs";
+                Step::Mount { at, what: Mount::Fs { attributes, kind, settings, needed } }
+            }
+            b"dir" => {
+                let (path, mode) = (next()?, number(next()?, 8).ok_or_else(bad)?);
+                Step::Dir { path, mode: u32::try_from(mode).map_err(|_| bad())? }
+            }
+            b"file" => Step::File { path: next()? },
+            b"link" => Step::Link { content: next()?, path: next()? },
+            b"protect" => Step::Protect { path: next()? },
+            b"hide" => Step::Hide { path: next()? },
+            b"host" => Step::Host { name: next()? },
+            b"loopback" => Step::Loopback,
+            b"limit" => {
+                let what = number(next()?, 10).and_then(|what| i32::try_from(what).ok());
+                let value = number(next()?, 10).ok_or_else(bad)?;
+                Step::Limit { what: what.ok_or_else(bad)?, value }
+            }
+            b"root-only" => Step::RootOnly,
+            b"capabilities" => Step::Capabilities { keep: number(next()?, 16).ok_or_else(bad)? },
+            b"calls" => {
+                let digits = next()?.to_bytes().chunks(16);
+                let filter = digits.map(|word| {
+                    let text = std::str::from_utf8(word).ok()?;
+                    u64::from_str_radix(text, 16).ok()
+                });
+                Step::Calls { filter: filter.collect::<Option<_>>().ok_or_else(bad)? }
+            }
+            _ => return Err(bad()),
+        });
+    }
+    Ok(steps)
+}
+
+fn number(word: &CStr, radix: u32) -> Option<u64> {
+    u64::from_str_radix(word.to_str().ok()?, radix).ok()
+}
+
+fn path_of(word: &CStr) -> &Path {
+    Path::new(OsStr::from_bytes(word.to_bytes()))
+}
+
+/// The rest, as the first process of the new namespaces.
+fn inside(steps: &[Step<'_>]) -> Result<()> {
+    let at = |name: &'static str| move |error| (name.to_owned(), error);
+    kernel::bind_to_parent().map_err(at("dumpable"))?;
+    kernel::keep_mounts_private().map_err(at("private mounts"))?;
+    let mut sources = open_sources(steps)?;
+    let alone = steps.iter().any(|step| matches!(step, Step::Alone));
+    kernel::become_root(alone).map_err(at("user"))?;
+    sys::usual_umask();
+    let mut mounts = Vec::new();
+    for step in steps {
+        if let Step::Mount { at, what } = step {
+            let made = make_mount(what, &mut sources);
+            let made =
+                made.map_err(|error| (format!("make mount {}", at.to_string_lossy()), error));
+            mounts.push((at, made?));
+        }
+    }
+    let mut mounts = mounts.into_iter();
+    let (at_root, Some(root)) = mounts.next().ok_or(("no root".to_owned(), sys::EINVAL))? else {
+        return Err(("no root".to_owned(), sys::EINVAL));
+    };
+    kernel::attach(&root, at_root).map_err(at("attach root"))?;
+    kernel::change_root(at_root).map_err(at("pivot_root"))?;
+    let mut is_root = true;
+    for step in steps {
+        let done = match step {
+            Step::Mount { .. } if std::mem::take(&mut is_root) => Ok(()),
+            Step::Mount { at, .. } => match mounts.next() {
+                Some((_, Some(mount))) => kernel::attach(&mount, at),
+                _ => Ok(()),
+            },
+            step => follow(step),
+        };
+        done.map_err(|error| (describe(step), error))?;
+    }
+    Ok(())
+}
+
+/// Where plans' sources are, by a name that needs no right to the folders above them.
+type Sources = std::vec::IntoIter<(OwnedFd, CString)>;
+
+/// Opens the sources of all mounts, in order.
+fn open_sources(steps: &[Step<'_>]) -> Result<Sources> {
+    let mut sources = Vec::new();
+    for step in steps {
+        let Step::Mount { what, .. } = step else { continue };
+        let paths = match what {
+            Mount::Overlay { upper, work, lower, .. } => [&[*upper, *work][..], lower].concat(),
+            Mount::Bind { source, .. } => vec![*source],
+            Mount::Fs { .. } => Vec::new(),
+        };
+        for path in paths {
+            let fd = kernel::open_path(path)
+                .map_err(|error| (format!("open {}", path.to_string_lossy()), error))?;
+            let name = format!("/proc/self/fd/{}", fd.as_raw_fd());
+            let name = CString::new(name).map_err(|_| (String::new(), sys::EINVAL))?;
+            sources.push((fd, name));
+        }
+    }
+    Ok(sources.into_iter())
+}
+
+/// None if it could not be made and need not be.
+fn make_mount(
+    what: &Mount<'_>,
+    sources: &mut Sources,
+) -> std::result::Result<Option<OwnedFd>, i32> {
+    let mut source = || sources.next().ok_or(sys::EINVAL);
+    match what {
+        Mount::Overlay { attributes, lower, .. } => {
+            let (_upper, upper) = source()?;
+            let (_work, work) = source()?;
+            let lower =
+                lower.iter().map(|_| source()).collect::<std::result::Result<Vec<_>, _>>()?;
+            let common = [
+                (c"userxattr", None),
+                (c"upperdir", Some(upper.as_c_str())),
+                (c"workdir", Some(work.as_c_str())),
+            ];
+            let one_by_one = lower.iter().map(|(_, name)| (c"lowerdir+", Some(name.as_c_str())));
+            let settings: Vec<_> = common.iter().copied().chain(one_by_one).collect();
+            match kernel::make_file_system(c"overlay", &settings, *attributes) {
+                // Kernels before 6.7 take them in one string only.
+                Err(sys::EINVAL) => {
+                    let names: Vec<_> = lower.iter().map(|(_, name)| name.to_bytes()).collect();
+                    let joined = CString::new(names.join(&b':')).map_err(|_| sys::EINVAL)?;
+                    let settings = [&common[..], &[(c"lowerdir", Some(&joined))]].concat();
+                    kernel::make_file_system(c"overlay", &settings, *attributes).map(Some)
+                }
+                made => made.map(Some),
+            }
+        }
+        Mount::Bind { attributes, recursive, .. } => {
+            kernel::copy_mount(&source()?.0, *recursive, *attributes).map(Some)
+        }
+        Mount::Fs { attributes, kind, settings, needed } => {
+            let split = settings.iter().map(|setting| split_setting(setting));
+            let split = split.collect::<Option<Vec<_>>>().ok_or(sys::EINVAL)?;
+            let settings: Vec<_> =
+                split.iter().map(|(key, value)| (key.as_c_str(), value.as_deref())).collect();
+            match kernel::make_file_system(kind, &settings, *attributes) {
+                Err(_) if !needed => Ok(None),
+                made => made.map(Some),
+            }
+        }
+    }
+}
+
+fn split_setting(setting: &CStr) -> Option<(CString, Option<CString>)> {
+    let mut parts = setting.to_bytes().splitn(2, |byte| *byte == b'=');
+    let key = CString::new(parts.next()?).ok()?;
+    let value = parts.next().map(CString::new).transpose().ok()?;
+    Some((key, value))
+}
+
+/// Does a step that is no mount.
+fn follow(step: &Step<'_>) -> std::result::Result<(), i32> {
+    let errno = |error: io::Error| error.raw_os_error().unwrap_or(sys::EINVAL);
+    let unless_there = |result: io::Result<()>| match result {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        result => result.map_err(errno),
+    };
+    match step {
+        // Done before, or elsewhere.
+        Step::Map { .. } | Step::Alone | Step::Mount { .. } => Ok(()),
+        Step::Dir { path, mode } => {
+            unless_there(DirBuilder::new().mode(*mode).create(path_of(path)))
+        }
+        Step::File { path } => {
+            let open =
+                OpenOptions::new().write(true).create_new(true).mode(0o644).open(path_of(path));
+            unless_there(open.map(drop))
+        }
+        Step::Link { content, path } => unless_there(symlink(path_of(content), path_of(path))),
+        Step::Protect { path } => match kernel::open_path(path) {
+            Err(sys::ENOENT) => Ok(()),
+            found => kernel::attach(&kernel::copy_mount(&found?, false, LOCKED_DOWN)?, path),
+        },
+        Step::Hide { path } => match fs::metadata(path_of(path)) {
+            Err(_) => Ok(()),
+            Ok(meta) if meta.is_dir() => {
+                let empty =
+                    kernel::make_file_system(c"tmpfs", &[(c"mode", Some(c"555"))], LOCKED_DOWN)?;
+                kernel::attach(&empty, path)
+            }
+            Ok(_) => {
+                let null = kernel::open_path(c"/dev/null")?;
+                // Its device must stay one.
+                kernel::attach(&kernel::copy_mount(&null, false, 1 | 2 | 8)?, path)
+            }
+        },
+        Step::Host { name } => kernel::name_host(name),
+        Step::Loopback => kernel::raise_loopback(),
+        Step::Limit { what, value } => kernel::limit(*what, *value),
+        Step::RootOnly => kernel::confine_to_root().map(drop),
+        Step::Capabilities { keep } => {
+            kernel::leave_keyrings();
+            kernel::bound_capabilities(*keep)
+        }
+        Step::Calls { filter } => kernel::filter_calls(filter),
+    }
+}
+
+fn describe(step: &Step<'_>) -> String {
+    let (verb, what) = match step {
+        Step::Map { .. } => ("map", None),
+        Step::Alone => ("alone", None),
+        Step::Mount { at, .. } => ("mount", Some(at)),
+        Step::Dir { path, .. } => ("make folder", Some(path)),
+        Step::File { path } => ("make file", Some(path)),
+        Step::Link { path, .. } => ("make link", Some(path)),
+        Step::Protect { path } => ("protect", Some(path)),
+        Step::Hide { path } => ("hide", Some(path)),
+        Step::Host { name } => ("name host", Some(name)),
+        Step::Loopback => ("loopback", None),
+        Step::Limit { .. } => ("limit", None),
+        Step::RootOnly => ("landlock", None),
+        Step::Capabilities { .. } => ("capabilities", None),
+        Step::Calls { .. } => ("seccomp", None),
+    };
+    match what {
+        Some(what) => format!("{verb} {}", what.to_string_lossy()),
+        None => verb.to_owned(),
+    }
+}

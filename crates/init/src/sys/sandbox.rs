@@ -1,0 +1,357 @@
+//! The system calls that make a sandbox: namespaces, mounts by descriptor (`fsopen(2)`,
+//! `open_tree(2)`, `move_mount(2)`), and what a process gives up for good. As everywhere in
+//! [`super`], each is behind a function that cannot be misused, and nothing decides anything.
+
+use std::ffi::{CStr, c_char, c_int, c_long, c_void};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::ptr::{null, null_mut};
+
+use super::{EINVAL, errno, prctl, syscall};
+
+#[cfg(target_arch = "x86_64")]
+mod number {
+    use std::ffi::c_long;
+    pub const CLONE: c_long = 56;
+    pub const PIVOT_ROOT: c_long = 155;
+    pub const KEYCTL: c_long = 250;
+}
+#[cfg(target_arch = "aarch64")]
+mod number {
+    use std::ffi::c_long;
+    pub const CLONE: c_long = 220;
+    pub const PIVOT_ROOT: c_long = 41;
+    pub const KEYCTL: c_long = 219;
+}
+// Numbers above 423 are the same on all machines.
+const SYS_OPEN_TREE: c_long = 428;
+const SYS_MOVE_MOUNT: c_long = 429;
+const SYS_FSOPEN: c_long = 430;
+const SYS_FSCONFIG: c_long = 431;
+const SYS_FSMOUNT: c_long = 432;
+const SYS_MOUNT_SETATTR: c_long = 442;
+const SYS_LANDLOCK_CREATE_RULESET: c_long = 444;
+const SYS_LANDLOCK_ADD_RULE: c_long = 445;
+const SYS_LANDLOCK_RESTRICT_SELF: c_long = 446;
+
+/// New mount, cgroup, uts, ipc, user, pid and net namespaces.
+const NAMESPACES: c_long =
+    0x0002_0000 | 0x0200_0000 | 0x0400_0000 | 0x0800_0000 | 0x1000_0000 | 0x2000_0000 | 0x4000_0000;
+const SIGCHLD: c_long = 17;
+const AT_EMPTY_PATH: c_long = 0x1000;
+const AT_RECURSIVE: c_long = 0x8000;
+const AT_FDCWD: c_long = -100;
+const O_PATH: c_int = 0x20_0000;
+const O_CLOEXEC: c_int = 0x8_0000;
+const OPEN_TREE_CLONE: c_long = 1;
+const MOVE_MOUNT_F_EMPTY_PATH: c_long = 4;
+const FSCONFIG_SET_FLAG: c_long = 0;
+const FSCONFIG_SET_STRING: c_long = 1;
+const FSCONFIG_CMD_CREATE: c_long = 6;
+const MS_REC_PRIVATE: u64 = 0x4000 | 0x4_0000;
+const MNT_DETACH: c_int = 2;
+const PR_SET_PDEATHSIG: c_int = 1;
+const PR_SET_DUMPABLE: c_int = 4;
+const PR_SET_SECCOMP: c_int = 22;
+const PR_CAPBSET_DROP: c_int = 24;
+const PR_SET_NO_NEW_PRIVS: c_int = 38;
+const KEYCTL_JOIN_SESSION_KEYRING: c_long = 1;
+const SIOCSIFFLAGS: u64 = 0x8914;
+
+#[repr(C)]
+#[derive(Default)]
+struct MountAttr {
+    set: u64,
+    clear: u64,
+    propagation: u64,
+    userns: u64,
+}
+#[repr(C)]
+struct Ruleset {
+    files: u64,
+    net: u64,
+    scoped: u64,
+}
+#[repr(C, packed)]
+struct PathBeneath {
+    allowed: u64,
+    parent: c_int,
+}
+#[repr(C)]
+struct FilterProgram {
+    length: u16,
+    filter: *const u64,
+}
+/// `struct ifreq` with flags (netdevice(7)).
+#[repr(C)]
+struct InterfaceFlags {
+    name: [u8; 16],
+    flags: u16,
+    rest: [u8; 22],
+}
+
+unsafe extern "C" {
+    fn open(path: *const c_char, flags: c_int, ...) -> c_int;
+    fn mount(
+        source: *const c_char,
+        target: *const c_char,
+        kind: *const c_char,
+        flags: u64,
+        data: *const c_void,
+    ) -> c_int;
+    fn umount2(target: *const c_char, flags: c_int) -> c_int;
+    fn fchdir(fd: c_int) -> c_int;
+    fn setresuid(real: u32, effective: u32, saved: u32) -> c_int;
+    fn setresgid(real: u32, effective: u32, saved: u32) -> c_int;
+    fn setgroups(count: usize, groups: *const u32) -> c_int;
+    fn sethostname(name: *const c_char, length: usize) -> c_int;
+    fn socket(domain: c_int, kind: c_int, protocol: c_int) -> c_int;
+    fn ioctl(fd: c_int, request: u64, ...) -> c_int;
+    fn setrlimit(what: c_int, limit: *const [u64; 2]) -> c_int;
+    fn waitpid(pid: c_int, status: *mut c_int, options: c_int) -> c_int;
+}
+
+type Result<T> = std::result::Result<T, i32>;
+
+fn done(result: c_long) -> Result<()> {
+    if result == 0 { Ok(()) } else { Err(errno()) }
+}
+
+fn owned(fd: c_long) -> Result<OwnedFd> {
+    let fd = RawFd::try_from(fd).ok().filter(|fd| *fd >= 0).ok_or_else(errno)?;
+    // SAFETY: the call that gave this number has just made it, so nothing else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Who a process is after it has split in two.
+pub enum Side {
+    /// The new process's number.
+    Parent(i32),
+    /// The first process of new namespaces of all kinds.
+    Child,
+}
+
+/// Splits this process, which must have one thread; the new one is in namespaces of its own.
+pub fn split() -> Result<Side> {
+    // SAFETY: without CLONE_VM and with no stack given, this is fork(2) with flags; there is
+    // one thread, so no lock is held by another.
+    match unsafe { syscall(number::CLONE, NAMESPACES | SIGCHLD, 0usize, 0usize, 0usize, 0usize) } {
+        0 => Ok(Side::Child),
+        pid if pid > 0 => i32::try_from(pid).map(Side::Parent).map_err(|_| EINVAL),
+        _ => Err(errno()),
+    }
+}
+
+/// Waits for the end of a child; gives its exit status, 128 and the signal's number if one
+/// ended it.
+pub fn wait_for(pid: i32) -> i32 {
+    let mut status = 0;
+    loop {
+        // SAFETY: `status` lives over the call.
+        if unsafe { waitpid(pid, &raw mut status, 0) } == pid {
+            return match status & 0x7f {
+                0 => status >> 8 & 0xff,
+                signal => 128 + signal,
+            };
+        }
+        if errno() != super::EINTR {
+            return 1;
+        }
+    }
+}
+
+/// Is killed when its parent ends; cannot be looked into by its children.
+pub fn bind_to_parent() -> Result<()> {
+    // SAFETY: plain numbers.
+    unsafe {
+        done(prctl(PR_SET_PDEATHSIG, 9usize, 0usize, 0usize, 0usize).into())?;
+        done(prctl(PR_SET_DUMPABLE, 0usize, 0usize, 0usize, 0usize).into())
+    }
+}
+
+/// Becomes user and group 0 of its namespace; `alone` says that there are no other groups to
+/// drop, nor the right to.
+pub fn become_root(alone: bool) -> Result<()> {
+    // SAFETY: plain numbers; no groups need no list.
+    unsafe {
+        if !alone {
+            done(setgroups(0, null()).into())?;
+        }
+        done(setresgid(0, 0, 0).into())?;
+        done(setresuid(0, 0, 0).into())?;
+        // A change of user resets both.
+    }
+    bind_to_parent()
+}
+
+/// A descriptor that only names a file or folder.
+pub fn open_path(path: &CStr) -> Result<OwnedFd> {
+    // SAFETY: a C string.
+    owned(unsafe { open(path.as_ptr(), O_PATH | O_CLOEXEC) }.into())
+}
+
+/// No mount made here is seen elsewhere, nor the other way round.
+pub fn keep_mounts_private() -> Result<()> {
+    // SAFETY: C strings and null where the call allows it.
+    let result = unsafe { mount(null(), c"/".as_ptr(), null(), MS_REC_PRIVATE, null()) };
+    done(result.into())
+}
+
+/// A file system that is mounted nowhere yet. Settings without a value are flags.
+pub fn make_file_system(
+    kind: &CStr,
+    settings: &[(&CStr, Option<&CStr>)],
+    attributes: u64,
+) -> Result<OwnedFd> {
+    // SAFETY: all pointers are to C strings that outlive the calls.
+    unsafe {
+        let fs = owned(syscall(SYS_FSOPEN, kind.as_ptr(), 1usize))?;
+        let fs = c_long::from(fs.as_raw_fd());
+        for (key, value) in settings {
+            let (what, value) = match value {
+                Some(value) => (FSCONFIG_SET_STRING, value.as_ptr()),
+                None => (FSCONFIG_SET_FLAG, null()),
+            };
+            done(syscall(SYS_FSCONFIG, fs, what, key.as_ptr(), value, 0usize))?;
+        }
+        let nothing = null::<c_char>();
+        done(syscall(SYS_FSCONFIG, fs, FSCONFIG_CMD_CREATE, nothing, nothing, 0usize))?;
+        owned(syscall(SYS_FSMOUNT, fs, 1usize, attributes))
+    }
+}
+
+/// A copy of what is mounted at a place, or is there, mounted nowhere yet.
+pub fn copy_mount(of: &OwnedFd, recursive: bool, attributes: u64) -> Result<OwnedFd> {
+    let flags = OPEN_TREE_CLONE | i64::from(O_CLOEXEC) | AT_EMPTY_PATH;
+    let recursive = if recursive { AT_RECURSIVE } else { 0 };
+    let fd = c_long::from(of.as_raw_fd());
+    // SAFETY: an open descriptor and an empty C string.
+    let copy = owned(unsafe { syscall(SYS_OPEN_TREE, fd, c"".as_ptr(), flags | recursive) })?;
+    let wanted = MountAttr { set: attributes, ..MountAttr::default() };
+    // SAFETY: an open descriptor, an empty C string, and a structure of the size given.
+    done(unsafe {
+        let fd = c_long::from(copy.as_raw_fd());
+        let size = size_of::<MountAttr>();
+        syscall(
+            SYS_MOUNT_SETATTR,
+            fd,
+            c"".as_ptr(),
+            AT_EMPTY_PATH | recursive,
+            &raw const wanted,
+            size,
+        )
+    })?;
+    Ok(copy)
+}
+
+/// Mounts what was mounted nowhere.
+pub fn attach(what: &OwnedFd, at: &CStr) -> Result<()> {
+    let fd = c_long::from(what.as_raw_fd());
+    // SAFETY: an open descriptor and C strings.
+    done(unsafe {
+        let flags = MOVE_MOUNT_F_EMPTY_PATH;
+        syscall(SYS_MOVE_MOUNT, fd, c"".as_ptr(), AT_FDCWD, at.as_ptr(), flags)
+    })
+}
+
+/// Makes what is mounted at `at` the root, and lets go of the old one.
+pub fn change_root(at: &CStr) -> Result<()> {
+    let root = open_path(at)?;
+    // SAFETY: an open descriptor and C strings. With both names the same, the old root lies
+    // over the new one until it is taken away (pivot_root(2)).
+    unsafe {
+        done(fchdir(root.as_raw_fd()).into())?;
+        done(syscall(number::PIVOT_ROOT, c".".as_ptr(), c".".as_ptr()))?;
+        done(umount2(c".".as_ptr(), MNT_DETACH).into())?;
+        done(super::chdir(c"/".as_ptr()).into())
+    }
+}
+
+/// The name of this host, in its namespace.
+pub fn name_host(name: &CStr) -> Result<()> {
+    // SAFETY: a buffer of the length given.
+    done(unsafe { sethostname(name.as_ptr(), name.to_bytes().len()) }.into())
+}
+
+/// Brings the loopback interface up.
+pub fn raise_loopback() -> Result<()> {
+    let mut request = InterfaceFlags { name: [0; 16], flags: 0x41, rest: [0; 22] };
+    request.name[..2].copy_from_slice(b"lo");
+    // SAFETY: plain numbers, an open descriptor and a structure that lives over the call.
+    unsafe {
+        let socket = owned(socket(2, 2 | O_CLOEXEC, 0).into())?;
+        done(ioctl(socket.as_raw_fd(), SIOCSIFFLAGS, &raw mut request).into())
+    }
+}
+
+/// A limit for this process and those it starts (getrlimit(2)).
+pub fn limit(what: i32, value: u64) -> Result<()> {
+    let pair = [value, value];
+    // SAFETY: the pair lives over the call and has the layout of `struct rlimit`.
+    done(unsafe { setrlimit(what, &raw const pair) }.into())
+}
+
+/// Leaves the keys of whoever started us (keyrings(7)). A kernel without keys has none.
+pub fn leave_keyrings() {
+    // SAFETY: plain numbers and a null name: an anonymous keyring.
+    unsafe { syscall(number::KEYCTL, KEYCTL_JOIN_SESSION_KEYRING, null::<c_char>()) };
+}
+
+/// Programs executed from here on have no capabilities but these (capabilities(7)), and never
+/// gain any.
+pub fn bound_capabilities(keep: u64) -> Result<()> {
+    for capability in (0..64).filter(|capability| keep >> capability & 1 == 0) {
+        // SAFETY: plain numbers.
+        let result = unsafe { prctl(PR_CAPBSET_DROP, capability, 0usize, 0usize, 0usize) };
+        // Past the last one that this kernel knows.
+        if result != 0 && errno() == EINVAL {
+            break;
+        }
+        done(result.into())?;
+    }
+    // SAFETY: plain numbers.
+    done(unsafe { prctl(PR_SET_NO_NEW_PRIVS, 1usize, 0usize, 0usize, 0usize) }.into())
+}
+
+/// No file outside of this root is opened, no mount changed, no process or abstract socket
+/// outside reached, whatever descriptors there are (landlock(7)). False where the kernel does
+/// not have it.
+pub fn confine_to_root() -> Result<bool> {
+    // SAFETY: asking for the version takes no structure.
+    let version =
+        unsafe { syscall(SYS_LANDLOCK_CREATE_RULESET, null_mut::<c_void>(), 0usize, 1usize) };
+    if version < 1 {
+        return Ok(false);
+    }
+    let rights = match version {
+        1 => 13,
+        2 => 14,
+        3 | 4 => 15,
+        _ => 16,
+    };
+    let files = (1 << rights) - 1;
+    let ruleset = Ruleset { files, net: 0, scoped: 3 };
+    let size = match version {
+        1..=3 => 8usize,
+        4 | 5 => 16,
+        _ => 24,
+    };
+    let root = open_path(c"/")?;
+    let rule = PathBeneath { allowed: files, parent: root.as_raw_fd() };
+    // SAFETY: structures of the sizes given, or which the kernel knows, and open descriptors.
+    unsafe {
+        let ruleset =
+            owned(syscall(SYS_LANDLOCK_CREATE_RULESET, &raw const ruleset, size, 0usize))?;
+        let fd = c_long::from(ruleset.as_raw_fd());
+        done(syscall(SYS_LANDLOCK_ADD_RULE, fd, 1usize, &raw const rule, 0usize))?;
+        done(syscall(SYS_LANDLOCK_RESTRICT_SELF, fd, 0usize))?;
+    }
+    Ok(true)
+}
+
+/// Applies a seccomp filter (`struct sock_filter`s, 8 bytes each) to all from here on.
+pub fn filter_calls(filter: &[u64]) -> Result<()> {
+    let length = u16::try_from(filter.len()).map_err(|_| EINVAL)?;
+    let program = FilterProgram { length, filter: filter.as_ptr() };
+    // SAFETY: the program is as long as it says and lives over the call.
+    done(unsafe { prctl(PR_SET_SECCOMP, 2usize, &raw const program) }.into())
+}
