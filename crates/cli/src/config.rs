@@ -22,6 +22,10 @@ pub struct Options {
     /// /var/lib/denizen for root]
     #[arg(long, global = true, env = "DENIZEN_STATE", value_name = "FOLDER")]
     state: Option<PathBuf>,
+    /// The folder for what can be made again [default: denizen in the user's cache folder, or
+    /// /var/cache/denizen for root]
+    #[arg(long, global = true, env = "DENIZEN_CACHE", value_name = "FOLDER")]
+    cache: Option<PathBuf>,
     /// The daemon's socket [default: denizen.sock in the state folder]
     #[arg(long, global = true, env = "DENIZEN_SOCKET", value_name = "FILE")]
     socket: Option<PathBuf>,
@@ -152,6 +156,7 @@ impl<T: serde::de::DeserializeOwned> std::str::FromStr for Toml<T> {
 #[serde(default, deny_unknown_fields)]
 struct FileConfig {
     state: Option<PathBuf>,
+    cache: Option<PathBuf>,
     socket: Option<PathBuf>,
     acquire_timeout_seconds: Option<u64>,
     isolation: Option<Isolation>,
@@ -164,6 +169,8 @@ struct FileConfig {
 pub struct Settings {
     /// Where the daemon keeps everything.
     pub state: PathBuf,
+    /// Where it keeps what can be made again.
+    pub cache: PathBuf,
     /// The daemon's socket.
     pub socket: PathBuf,
     /// How long callers wait in line.
@@ -193,6 +200,8 @@ pub fn load(options: &Options) -> Result<Settings> {
     };
     let state = options.state.clone().or(given.state).map_or_else(default_state, Ok)?;
     let state = absolute(&state)?;
+
+    let cache = options.cache.clone().or(given.cache).map_or_else(default_cache, Ok)?;
 
     // The program's own defaults, where they differ from the library's.
     let bash = Path::new("/bin/bash");
@@ -239,6 +248,7 @@ pub fn load(options: &Options) -> Result<Settings> {
         isolation: options.isolation.or(given.isolation).unwrap_or(Isolation::Sandbox),
         limits: options.limits.clone().map(|Toml(it)| it).or(given.limits).unwrap_or_default(),
         state,
+        cache: absolute(&cache)?,
         pool,
     })
 }
@@ -285,14 +295,23 @@ fn default_file() -> Option<PathBuf> {
 }
 
 fn default_state() -> Result<PathBuf> {
-    if let Some(folder) = from_env("XDG_STATE_HOME") {
+    default_folder("XDG_STATE_HOME", "/var/lib/denizen", ".local/state", "DENIZEN_STATE")
+}
+
+fn default_cache() -> Result<PathBuf> {
+    default_folder("XDG_CACHE_HOME", "/var/cache/denizen", ".cache", "DENIZEN_CACHE")
+}
+
+/// A folder for denizen's files: where the environment says, root's, or below the home.
+fn default_folder(xdg: &str, of_root: &str, below_home: &str, ours: &str) -> Result<PathBuf> {
+    if let Some(folder) = from_env(xdg) {
         return Ok(folder.join("denizen"));
     }
     if is_root() {
-        return Ok(PathBuf::from("/var/lib/denizen"));
+        return Ok(PathBuf::from(of_root));
     }
     let home = from_env("HOME").ok_or_else(|| {
-        Failure::new("no place for denizen's files: set HOME, XDG_STATE_HOME or DENIZEN_STATE")
+        Failure::new(format!("no place for denizen's files: set HOME, {xdg} or {ours}"))
     })?;
-    Ok(home.join(".local/state/denizen"))
+    Ok(home.join(below_home).join("denizen"))
 }

@@ -322,6 +322,7 @@ async fn serve(settings: config::Settings, idle_exit: Option<u64>, background: b
     let program = std::env::current_exe().map_err(|error| failed(&error))?;
     let pool = denizen::MicroVmManager::builder((&settings.pool).into())
         .agent_program(program)
+        .cache(settings.cache)
         .isolation(settings.isolation)
         .limits(settings.limits)
         .acquire_timeout(settings.acquire_timeout)

@@ -8,6 +8,9 @@ use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
+/// Shared by all tests, so that the host's root is copied once.
+const CACHE: &str = concat!(env!("CARGO_TARGET_TMPDIR"), "/cache");
+
 struct User {
     state: TempDir,
 }
@@ -25,7 +28,8 @@ impl User {
                 command.env_remove(name);
             }
         }
-        command.env("DENIZEN_STATE", self.state.path()).args(args).stdin(Stdio::null());
+        command.env("DENIZEN_STATE", self.state.path()).env("DENIZEN_CACHE", CACHE);
+        command.args(args).stdin(Stdio::null());
         command
     }
 
@@ -328,6 +332,7 @@ fn a_shell_has_a_real_terminal() {
     let mut child = Command::new("script")
         .args(["-qec", &line, "/dev/null"])
         .env("DENIZEN_STATE", user.state.path())
+        .env("DENIZEN_CACHE", CACHE)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .spawn()

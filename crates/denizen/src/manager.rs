@@ -64,6 +64,13 @@ impl Builder {
         self
     }
 
+    /// The folder for what can be made again, which pools of one user may share. Default: in
+    /// the volume root.
+    pub fn cache(mut self, folder: impl Into<PathBuf>) -> Self {
+        self.settings.instances.cache = folder.into();
+        self
+    }
+
     /// This program's own file, to be run within instances that have a root of their own with
     /// what [`VmExecutionGuard::agent_command`] says. Default: none.
     pub fn agent_program(mut self, program: impl Into<PathBuf>) -> Self {
@@ -124,7 +131,10 @@ impl MicroVmManager {
     pub fn builder(config: VmPoolRuntimeConfig) -> Builder {
         let settings = Settings {
             isolation: Isolation::default(),
-            instances: Options::default(),
+            instances: Options {
+                cache: config.volume_root.join(".denizen/cache"),
+                ..Options::default()
+            },
             clock: Arc::new(SystemClock),
             acquire_timeout: None,
             background_is_use: true,

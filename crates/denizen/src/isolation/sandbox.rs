@@ -76,7 +76,7 @@ impl Sandbox {
     /// Prepares what all sandboxes of a pool share, in the pool's own folder.
     pub(super) fn new(own: &Path, options: Options) -> Result<Self> {
         let users = Users::of_this_process()?;
-        let root = HostRoot::prepare(&own.join("roots"), users)?;
+        let root = HostRoot::prepare(&options.cache.join("roots"), users)?;
         let carried = options.agent_program.map(|program| {
             let carried = Carried::this_program(&program, own);
             carried.map_err(|source| Error::volume("keep this program in", own, source))
@@ -92,8 +92,8 @@ impl Sandbox {
         self.folder(&tmp, 0o1777)?;
         self.users.take_over(&site.volume)?;
         let mut overlays = vec![Folders::new(site, "main", "/")];
-        for name in &self.root.programs {
-            overlays.push(Folders::new(site, name, &format!("/{name}")));
+        for path in &self.root.merged {
+            overlays.push(Folders::new(site, &path.replace('/', "-"), &format!("/{path}")));
         }
         for overlay in &overlays {
             DirBuilder::new().recursive(true).mode(0o700).create(site.home.join("root"))?;

@@ -1,23 +1,25 @@
 //! The host's own root as a sandbox's: what every user of the host may see of its operating
 //! system, and nothing else.
 //!
-//! Programs and libraries (`/usr` and its like) are the host's, read-only underneath an
-//! overlay. Everything else is a copy, made once for the pool, of what others may read: the
-//! configuration in `/etc` without keys and secrets, and what package managers know. No other
-//! folder of the host exists within: `/home`, `/root`, `/srv`, `/opt` and `/var` are new.
+//! Programs and libraries (`/usr` and its like) and the list of installed packages are the
+//! host's, read-only underneath an overlay each. Everything else is a copy, made once, of what
+//! others may read: the configuration in `/etc` without keys and secrets. No other folder of
+//! the host exists within: `/home`, `/root`, `/srv`, `/opt` and `/var` are new.
 //!
-//! The copy also has every folder of `/usr`, empty. In a merged folder an overlay shows the
-//! owner of the topmost one, so these make the host's folders the sandbox's own: root within
-//! can put files there, replace and delete them, though it owns none of the files below. That
-//! is what a package manager needs.
+//! The copy also has every folder that goes over one of the host's, empty. In a merged folder
+//! an overlay shows the owner of the topmost one, so these make the host's folders the
+//! sandbox's own: root within can put files there, replace and delete them, though it owns
+//! none of the files below. That is what a package manager needs.
 //!
 //! Nothing here reads what is not everybody's: a file or folder that others may not read is
 //! left out, whoever runs this.
 
-use std::fs::{self, DirBuilder, Metadata};
+use std::fs::{self, DirBuilder, File, Metadata};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
+
+use rustix::fs::FlockOperation;
 
 use super::users::Users;
 use crate::error::{Error, Result};
@@ -25,13 +27,13 @@ use crate::error::{Error, Result};
 /// Made anew when what is copied, or how, has changed.
 const VERSION: u32 = 1;
 
-/// Folders with programs and libraries. Where they are links (`/bin` to `usr/bin`), the copy
-/// has the links.
-const PROGRAMS: [&str; 7] = ["usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32"];
+/// Folders with programs and libraries, and what package managers know of them. Where they
+/// are links (`/bin` to `usr/bin`), the copy has the links.
+const MERGED: [&str; 9] =
+    ["usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32", "var/lib/dpkg", "var/lib/rpm"];
 
 /// Folders that are copied, apart from [`SECRET`].
-const COPIED: [&str; 5] =
-    ["etc", "var/lib/dpkg", "var/lib/apt", "var/lib/rpm", "var/cache/debconf"];
+const COPIED: [&str; 2] = ["etc", "var/cache/debconf"];
 
 /// What is not copied though others may read it: it tells of the host's users, networks,
 /// services or keys.
@@ -69,7 +71,7 @@ const SECRET: [&str; 30] = [
 ];
 
 /// New folders, with their modes.
-const FOLDERS: [(&str, u32); 19] = [
+const FOLDERS: [(&str, u32); 23] = [
     ("dev", 0o755),
     ("home", 0o755),
     ("mnt", 0o755),
@@ -83,13 +85,21 @@ const FOLDERS: [(&str, u32); 19] = [
     ("var", 0o755),
     ("var/cache", 0o755),
     ("var/cache/apt", 0o755),
+    ("var/cache/apt/archives", 0o755),
+    ("var/cache/apt/archives/partial", 0o700),
     ("var/lib", 0o755),
+    ("var/lib/apt", 0o755),
+    ("var/lib/apt/lists", 0o755),
     ("var/local", 0o755),
     ("var/log", 0o755),
     ("var/spool", 0o755),
     ("var/tmp", 0o1777),
     ("volume", 0o755),
 ];
+
+/// Files that programs write in place: where the host has them, they are new.
+const LOCKS: [&str; 3] =
+    ["var/lib/dpkg/lock", "var/lib/dpkg/lock-frontend", "var/lib/dpkg/triggers/Lock"];
 
 /// New files with their content and modes.
 const FILES: [(&str, &str, u32); 6] = [
@@ -106,34 +116,49 @@ const FILES: [(&str, &str, u32); 6] = [
 const APT_ALONE: (&str, &str) = ("etc/apt/apt.conf.d/90denizen", "APT::Sandbox::User \"root\";\n");
 
 /// The copy, and which of the host's folders go below it.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub(super) struct HostRoot {
     pub(super) copy: PathBuf,
-    /// Names of folders in the root, each with the host's below the copy's.
-    pub(super) programs: Vec<&'static str>,
+    /// Paths in the root, without their slash, of folders with the host's below the copy's.
+    pub(super) merged: Vec<&'static str>,
+    /// Locked, shared with others who use the copy, so that nobody deletes it.
+    _lock: File,
 }
 
 impl HostRoot {
-    /// Finds the copy in `store`, or makes it. Older ones are deleted: nothing may run on them.
+    /// Finds the copy in `store`, or makes it. Older ones that nobody uses are deleted.
     pub(super) fn prepare(store: &Path, users: Users) -> Result<Self> {
         let failed = |source| Error::volume("copy the host's root into", store, source);
         let name = fingerprint(users);
         let copy = store.join(&name);
         DirBuilder::new().recursive(true).mode(0o700).create(store).map_err(failed)?;
-        for other in fs::read_dir(store).map_err(failed)?.flatten() {
-            if other.file_name() != *name {
-                crate::volume::remove_tree(&other.path()).map_err(failed)?;
-            }
-        }
-        let programs = PROGRAMS.into_iter().filter(|name| is_folder(&Path::new("/").join(name)));
-        let programs = programs.collect();
+        let merged = MERGED.into_iter().filter(|name| is_folder(&Path::new("/").join(name)));
+        let merged: Vec<_> = merged.collect();
+        // One at a time makes or deletes copies.
+        let _making = lock(store, FlockOperation::LockExclusive).map_err(failed)?;
         if !copy.is_dir() {
-            let partial = store.join(format!("{name}.partial"));
-            make(&partial, users, &programs).map_err(failed)?;
+            let partial = store.join("partial");
+            crate::volume::remove_tree(&partial).map_err(failed)?;
+            make(&partial, users, &merged).map_err(failed)?;
             fs::rename(&partial, &copy).map_err(failed)?;
         }
-        Ok(Self { copy, programs })
+        let held = lock(&copy, FlockOperation::LockShared).map_err(failed)?;
+        for other in fs::read_dir(store).map_err(failed)?.flatten() {
+            let path = other.path();
+            let unused = || lock(&path, FlockOperation::NonBlockingLockExclusive);
+            if path != copy && path.is_dir() && unused().is_ok() {
+                crate::volume::remove_tree(&path).map_err(failed)?;
+            }
+        }
+        Ok(Self { copy, merged, _lock: held })
     }
+}
+
+/// Locks a folder (`flock(2)`) until what this gives is dropped.
+fn lock(folder: &Path, how: FlockOperation) -> io::Result<File> {
+    let file = File::open(folder)?;
+    rustix::fs::flock(&file, how)?;
+    Ok(file)
 }
 
 fn is_folder(path: &Path) -> bool {
@@ -150,17 +175,20 @@ fn fingerprint(users: Users) -> String {
     format!("host-{VERSION}-{users}-{}", times.join("-"))
 }
 
-fn make(root: &Path, users: Users, programs: &Vec<&str>) -> io::Result<()> {
+fn make(root: &Path, users: Users, merged: &[&str]) -> io::Result<()> {
     let copier = Copier { root, users };
     copier.folder("", 0o755, (0, 0))?;
     for (path, mode) in FOLDERS {
         copier.folder(path, mode, (0, 0))?;
     }
-    for name in PROGRAMS {
+    for name in MERGED {
         let source = Path::new("/").join(name);
         match fs::symlink_metadata(&source) {
-            Ok(meta) if meta.is_symlink() => symlink(fs::read_link(&source)?, root.join(name))?,
-            Ok(meta) if programs.contains(&name) => {
+            Ok(meta) if meta.is_symlink() => {
+                symlink(fs::read_link(&source)?, root.join(name))?;
+                users.give(&root.join(name), (0, 0))?;
+            }
+            Ok(meta) if merged.contains(&name) => {
                 copier.folder(name, mode_of(&meta), (meta.uid(), meta.gid()))?;
                 copier.tree(&source, Path::new(name), &|copier, _, to, meta| {
                     if meta.is_dir() { copier.merged(to, meta) } else { Ok(false) }
@@ -182,6 +210,11 @@ fn make(root: &Path, users: Users, programs: &Vec<&str>) -> io::Result<()> {
             }
             copier.whole(from, to, meta)
         })?;
+    }
+    for path in LOCKS {
+        if Path::new("/").join(path).exists() {
+            copier.file(path, "", 0o640)?;
+        }
     }
     for (path, content, mode) in FILES {
         copier.file(path, content, mode)?;
@@ -212,11 +245,14 @@ impl Copier<'_> {
     /// Makes a folder, and those above it.
     fn folder(&self, path: impl AsRef<Path>, mode: u32, owner: (u32, u32)) -> io::Result<()> {
         let target = self.root.join(path.as_ref());
-        if !target.is_dir() {
-            if let Some(parent) = path.as_ref().parent().filter(|parent| *parent != Path::new("")) {
-                self.folder(parent, 0o755, (0, 0))?;
+        match fs::create_dir(&target) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let above = path.as_ref().parent().ok_or(error)?;
+                self.folder(above, 0o755, (0, 0))?;
+                fs::create_dir(&target)?;
             }
-            fs::create_dir(&target)?;
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+            _ => {}
         }
         fs::set_permissions(&target, fs::Permissions::from_mode(mode))?;
         self.users.give(&target, owner)
