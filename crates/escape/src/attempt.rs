@@ -233,13 +233,12 @@ impl Scratch {
         let name = format!("denizen-escape-{}", std::process::id());
         let here = std::env::current_dir().unwrap_or_default();
         let path = std::env::temp_dir().join(&name);
-        let path = match std::fs::create_dir(&path) {
-            Ok(()) => path,
-            Err(_) => {
-                let other = here.join(&name);
-                std::fs::create_dir(&other).preparing("a folder to work in")?;
-                other
-            }
+        let path = if std::fs::create_dir(&path).is_ok() {
+            path
+        } else {
+            let other = here.join(&name);
+            std::fs::create_dir(&other).preparing("a folder to work in")?;
+            other
         };
         Ok(Self(path))
     }
@@ -273,12 +272,12 @@ impl Drop for Scratch {
     fn drop(&mut self) {
         // Whoever mounted something in it did so in a mount namespace of its own, and a
         // mount there makes this fail rather than reach into it.
-        let _ = sys_remove(&self.0);
+        let _ = remove_all(&self.0);
     }
 }
 
 /// Removes a folder two levels deep, and never goes into a mount.
-fn sys_remove(folder: &Path) -> Result<(), Error> {
+fn remove_all(folder: &Path) -> Result<(), Error> {
     use std::os::unix::fs::MetadataExt;
     let device = std::fs::symlink_metadata(folder)?.dev();
     for entry in std::fs::read_dir(folder)? {
@@ -287,7 +286,7 @@ fn sys_remove(folder: &Path) -> Result<(), Error> {
         if meta.dev() != device {
             continue;
         }
-        if meta.is_dir() { sys_remove(&path)? } else { std::fs::remove_file(&path)? }
+        if meta.is_dir() { remove_all(&path)? } else { std::fs::remove_file(&path)? }
     }
     std::fs::remove_dir(folder)
 }

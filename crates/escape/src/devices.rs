@@ -171,8 +171,9 @@ fn devices(paths: &[&str]) -> Verdict {
 fn read_disk(path: &Path) -> Verdict {
     let shown = path.display().to_string();
     let mut start = [0; 512];
+    // One that is empty, such as a loop device without a file, is the host's all the same.
     let count = open(path).doing(&shown)?.read(&mut start).doing(&shown)?;
-    if count == 0 { held(format!("{shown} is empty")) } else { Ok(format!("read {shown}")) }
+    Ok(format!("read {count} bytes of {shown}"))
 }
 
 /// Makes a node for a device in a folder of our own.

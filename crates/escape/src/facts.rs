@@ -13,7 +13,7 @@
 //! | tmp-file, shm-file, run-file, home-file | files that hold the secret, in the host's `/tmp`, `/dev/shm`, `/run` and a home folder |
 //! | marker (many) | a file outside; a test looks afterwards whether it was changed |
 //! | marker-dev (many) | the device number of each marker's file system on the host |
-//! | shadow-print | a fingerprint of the host's `/etc/shadow` |
+//! | shadow-print (many) | fingerprints of the host's `/etc/shadow`, `/etc/gshadow` and what they were before |
 //! | host-pid | a process outside |
 //! | host-comm | its name, to tell it from one inside that has the same number |
 //! | host-ns (many) | a namespace of the host as a link in `/proc/self/ns` shows it |

@@ -8,7 +8,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, CWD, Mode, OFlags, XattrFlags};
+use rustix::fs::{AtFlags, CWD, XattrFlags};
 
 use crate::attempt::{
     Attempt, Doing, Scratch, Verdict, any_of, below, held, holds, impossible, open,
@@ -434,7 +434,7 @@ fn other_volume_write(facts: &Facts) -> Verdict {
 
 fn on_overlay(path: &Path) -> bool {
     const OVERLAY: i64 = 0x794c_7630;
-    rustix::fs::statfs(path).is_ok_and(|fs| i64::try_from(fs.f_type) == Ok(OVERLAY))
+    rustix::fs::statfs(path).is_ok_and(|fs| fs.f_type == OVERLAY)
 }
 
 fn volume_root(facts: &Facts) -> Verdict {
@@ -463,6 +463,9 @@ fn volume_root_in_mounts(facts: &Facts) -> Verdict {
     })
 }
 
+/// The files with the passwords of users and groups, and what they were before.
+pub const SHADOWS: [&str; 4] = ["/etc/shadow", "/etc/gshadow", "/etc/shadow-", "/etc/gshadow-"];
+
 /// A number that two files with the same bytes share.
 pub fn fingerprint(bytes: &[u8]) -> String {
     let hash = bytes.iter().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
@@ -472,10 +475,11 @@ pub fn fingerprint(bytes: &[u8]) -> String {
 }
 
 fn shadow(facts: &Facts) -> Verdict {
-    let print = facts.text("shadow-print")?;
-    any_of(["/etc/shadow", "/etc/shadow-"], |path| {
+    facts.text("shadow-print")?;
+    any_of(SHADOWS, |path| {
         let bytes = read(Path::new(path)).doing(path)?;
-        if fingerprint(&bytes) == print {
+        let print = fingerprint(&bytes);
+        if facts.all("shadow-print").any(|theirs| theirs == print) {
             return Ok(format!("{path} is the host's, {} bytes", bytes.len()));
         }
         held(format!("{path} is not the host's"))
@@ -498,17 +502,13 @@ fn read_private(path: &Path) -> Verdict {
 fn private_files(_: &Facts) -> Verdict {
     let keys = std::fs::read_dir("/etc/ssl/private").into_iter().flatten().flatten();
     let files = [
-        "/etc/gshadow",
-        "/etc/sudoers",
         "/etc/krb5.keytab",
-        "/etc/machine-id-secret",
         "/var/lib/cloud/instance/user-data.txt",
         "/var/run/secrets/kubernetes.io/serviceaccount/token",
         "/var/lib/docker",
         "/var/lib/kubelet",
         "/etc/wireguard",
         "/etc/NetworkManager/system-connections",
-        "/boot/grub/grub.cfg",
     ];
     let files = files.iter().map(PathBuf::from);
     any_of(files.chain(keys.map(|entry| entry.path())), |path| {
@@ -659,13 +659,23 @@ fn overlay_layers(_: &Facts) -> Verdict {
 }
 
 fn own_executable(_: &Facts) -> Verdict {
-    let path = "/proc/self/exe";
-    let flags = OFlags::WRONLY | OFlags::CLOEXEC;
-    match rustix::fs::openat(CWD, path, flags, Mode::empty()) {
+    let path = Path::new("/proc/self/exe");
+    if on_overlay(path) {
+        return held("it is in an overlay, so only a copy could be written to");
+    }
+    executable_opens(path)
+}
+
+/// Whether a program that runs could be written to if it did not run.
+pub fn executable_opens(path: &Path) -> Verdict {
+    match crate::attempt::open_to_write(path) {
         Ok(_) => Ok("it opens".into()),
-        // It is refused because it runs, which is the last thing that is looked at. In an
-        // overlay it would be a copy.
-        Err(rustix::io::Errno::TXTBSY) if !on_overlay(Path::new(path)) => {
+        // That it runs is looked at after its mode, but before the mount it is on.
+        Err(error) if error.raw_os_error() == Some(libc::ETXTBSY) => {
+            let fs = rustix::fs::statvfs(path).doing("statvfs")?;
+            if fs.f_flag.contains(rustix::fs::StatVfsMountFlags::RDONLY) {
+                return held("its mount is read-only");
+            }
             Ok("only its being run keeps it from being written to".into())
         }
         Err(error) => held(error.to_string()),

@@ -94,7 +94,7 @@ pub const ATTEMPTS: &[Attempt] = &[
     .control(),
     Attempt::new("disks-seen", "/proc tells what disks and partitions the host has.", |_| {
         any_of(["/proc/partitions", "/proc/swaps", "/proc/scsi/scsi"], |path| {
-            shows(path, |bytes| bytes.iter().filter(|byte| **byte == b'\n').count() > 2)
+            shows(path, |bytes| String::from_utf8_lossy(bytes).lines().count() > 2)
         })
     })
     .leak(),
@@ -138,7 +138,6 @@ pub const ATTEMPTS: &[Attempt] = &[
             "kernel/kptr_restrict",
             "kernel/dmesg_restrict",
             "kernel/perf_event_paranoid",
-            "kernel/pid_max",
             "kernel/panic",
             "fs/suid_dumpable",
             "fs/protected_symlinks",
@@ -154,9 +153,18 @@ pub const ATTEMPTS: &[Attempt] = &[
         "sysctl-any",
         "Some setting that no namespace of the session owns can be changed.",
         |_| {
-            // Those of the net, ipc and user namespaces may be the session's own.
+            // Those of the net, ipc, pid and user namespaces may be the session's own.
             let own = ["net", "user", "mqueue"];
-            let own_files = ["shm", "msg", "sem", "auto_msgmni", "hostname", "domainname"];
+            let own_files = [
+                "shm",
+                "msg",
+                "sem",
+                "auto_msgmni",
+                "ns_last_pid",
+                "pid_max",
+                "hostname",
+                "domainname",
+            ];
             let mut found = Vec::new();
             walk(Path::new("/proc/sys"), 5, &mut |path| {
                 let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();

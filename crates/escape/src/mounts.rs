@@ -480,7 +480,7 @@ fn file_system(kind: &CStr) -> Result<OwnedFd, No> {
 
 /// The kind of a file system is what a mask is told by.
 pub fn is_kind(path: &Path, magic: i64) -> bool {
-    rustix::fs::statfs(path).is_ok_and(|fs| i64::try_from(fs.f_type) == Ok(magic))
+    rustix::fs::statfs(path).is_ok_and(|fs| fs.f_type == magic)
 }
 
 /// A file of /proc or /sys that opens for writing, and is none of what covers them.

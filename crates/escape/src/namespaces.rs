@@ -68,7 +68,7 @@ pub const ATTEMPTS: &[Attempt] = &[
     Attempt::new(
         "unshare-user",
         "A new user namespace can be made, with all capabilities in it.",
-        { |_| unshare(libc::CLONE_NEWUSER) },
+        |_| unshare(libc::CLONE_NEWUSER),
     )
     .surface()
     .control(),

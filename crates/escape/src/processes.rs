@@ -9,6 +9,7 @@ use crate::attempt::{
     Attempt, Doing, No, Verdict, any_of, held, holds, open, open_to_write, read, read_text, status,
 };
 use crate::facts::Facts;
+use crate::files::executable_opens;
 use crate::sys::{self, Arg};
 
 const PTRACE_SEIZE: i64 = 0x4206;
@@ -228,13 +229,7 @@ pub const ATTEMPTS: &[Attempt] = &[
     Attempt::new(
         "init-executable",
         "The program of the session's first process can be opened for writing.",
-        |_| match open_to_write(Path::new("/proc/1/exe")) {
-            Ok(_) => Ok("it opens".into()),
-            Err(error) if error.raw_os_error() == Some(libc::ETXTBSY) => {
-                Ok("only its being run keeps it from being written to".into())
-            }
-            Err(error) => held(error.to_string()),
-        },
+        |_| executable_opens(Path::new("/proc/1/exe")),
     )
     .control()
     .needs(FIRST),
@@ -401,12 +396,10 @@ fn take_descriptor(pid: i64) -> Verdict {
 /// Signals process 1 and sees whether it still runs. If it dies, so do we, and a test sees
 /// that the session is gone.
 fn signal_init(signal: i32) -> Verdict {
-    if std::process::id() == 1 || std::os::unix::process::parent_id() == 1 {
+    let name = read_text("/proc/1/comm").unwrap_or_default();
+    if name.starts_with("denizen-escape") {
         // Nothing of denizen's: the command itself is the first process.
-        let name = read_text("/proc/1/comm").unwrap_or_default();
-        if name.trim() == "denizen-escape" {
-            return crate::attempt::impossible("this program is the first process itself");
-        }
+        return crate::attempt::impossible("this program is the first process itself");
     }
     sys::call(libc::SYS_kill, &mut [Arg::Num(1), Arg::Num(i64::from(signal))]).doing("kill")?;
     std::thread::sleep(std::time::Duration::from_millis(200));

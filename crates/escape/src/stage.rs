@@ -22,7 +22,7 @@ use rustix::fs::{CWD, FileType, Mode};
 use serde_json::{Map, Value, json};
 
 use crate::attempt::{open, read_text};
-use crate::files::{fingerprint, handle_of};
+use crate::files::{SHADOWS, fingerprint, handle_of};
 use crate::kernel::add_user_key;
 use crate::namespaces::KINDS;
 use crate::sys::{self, Arg};
@@ -69,7 +69,7 @@ pub fn run(folder: &Path, system: bool) -> Result<(), Error> {
 }
 
 impl Stage {
-    fn fact(&mut self, name: &'static str, value: impl ToString) {
+    fn fact(&mut self, name: &'static str, value: impl std::fmt::Display) {
         self.facts.push((name, value.to_string()));
     }
 
@@ -119,7 +119,7 @@ impl Stage {
         self.held.push(open(folder)?);
         self.path_fact("host-file", &file);
         if let Ok((kind, bytes)) = handle_of(&file) {
-            let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+            let hex = bytes.iter().fold(String::new(), |text, byte| text + &format!("{byte:02x}"));
             self.fact("host-handle", format!("{kind}:{hex}"));
         }
         let root = folder.join("pool");
@@ -156,8 +156,11 @@ impl Stage {
                 self.path_fact(fact, &path);
             }
         }
-        if let Ok(bytes) = std::fs::read("/etc/shadow") {
-            self.fact("shadow-print", fingerprint(&bytes));
+        for path in SHADOWS {
+            match std::fs::read(path) {
+                Ok(bytes) if !bytes.is_empty() => self.fact("shadow-print", fingerprint(&bytes)),
+                _ => {}
+            }
         }
     }
 

@@ -36,10 +36,9 @@ pub fn call(number: c_long, arguments: &mut [Arg<'_>]) -> Result<i64, Error> {
             Arg::Text(text) => text.as_ptr() as i64,
         };
     }
-    let [a, b, c, d, e, f] = raw;
     // SAFETY: every pointer among the arguments comes from a reference that lives until the
     // call returns, and callers keep to what the head of this module says.
-    let result = unsafe { libc::syscall(number, a, b, c, d, e, f) };
+    let result = unsafe { libc::syscall(number, raw[0], raw[1], raw[2], raw[3], raw[4], raw[5]) };
     if result == -1 { Err(Error::last_os_error()) } else { Ok(result) }
 }
 
