@@ -104,7 +104,7 @@ pub const ATTEMPTS: &[Attempt] = &[
             let root = facts.text("volume-root")?;
             let bytes = read(Path::new("/proc/1/cmdline")).doing("/proc/1/cmdline")?;
             if holds(&bytes, root) || holds(&bytes, facts.secret()) {
-                return Ok(String::from_utf8_lossy(&bytes).into_owned());
+                return Ok(String::from_utf8_lossy(&bytes).replace('\0', " "));
             }
             held("nothing of it")
         },

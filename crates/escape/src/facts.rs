@@ -27,6 +27,7 @@
 //! | sysv-key | key of a shared memory segment, a message queue and a semaphore set |
 //! | mq | name of a POSIX message queue |
 //! | key-id, key-name | a key of the host's user keyring |
+//! | host-keyring | the number of the session keyring on the host |
 //! | allow-env, allow-cap (many) | what a session may have beside the usual: the name of a variable, the number of a capability |
 
 use std::collections::BTreeMap;

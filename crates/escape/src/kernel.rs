@@ -277,14 +277,18 @@ pub const ATTEMPTS: &[Attempt] = &[
     .surface()
     .control()
     .needs("kernel: CONFIG_KEYS"),
-    Attempt::new(
-        "session-keyring",
-        "keyctl(2) finds the session keyring of whoever started it.",
-        |_| {
-            let id = sys::call(KEYCTL, &mut [Arg::Num(0), Arg::Num(SESSION_KEYRING), Arg::Num(0)])?;
-            Ok(format!("keyring {id}"))
-        },
-    )
+    Attempt::new("session-keyring", "keyctl(2) finds a session keyring.", |_| {
+        let id = session_keyring()?;
+        Ok(format!("keyring {id}"))
+    })
+    .surface()
+    .control()
+    .needs("kernel: CONFIG_KEYS"),
+    Attempt::new("host-session-keyring", "The session keyring is that of the host.", |facts| {
+        let theirs: i64 = facts.number("host-keyring")?;
+        let id = session_keyring()?;
+        if id == theirs { Ok(format!("keyring {id}")) } else { held("it is another one") }
+    })
     .control()
     .needs("kernel: CONFIG_KEYS"),
     Attempt::new("join-keyring", "keyctl(2) joins a session keyring by its name.", |_| {
@@ -505,6 +509,7 @@ pub const ATTEMPTS: &[Attempt] = &[
         let arguments = &mut [Arg::Num(0), Arg::Num(0), Arg::Num(0)];
         got_through("reboot", sys::call(libc::SYS_reboot, arguments))
     })
+    .surface()
     .control(),
     Attempt::new("reboot-keys", "reboot(2) changes what Ctrl-Alt-Del does.", |_| {
         let arguments = &mut [
@@ -551,6 +556,11 @@ fn walk(folder: &Path, depth: u32, see: &mut impl FnMut(&Path) -> bool) -> bool 
         }
     }
     true
+}
+
+/// The number of the session keyring that this process has.
+pub fn session_keyring() -> Result<i64, std::io::Error> {
+    sys::call(KEYCTL, &mut [Arg::Num(0), Arg::Num(SESSION_KEYRING), Arg::Num(0)])
 }
 
 /// Adds a key with these bytes as its name; gives its number.

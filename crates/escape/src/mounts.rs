@@ -61,11 +61,13 @@ pub const ATTEMPTS: &[Attempt] = &[
     Attempt::new("mount-binfmt", "Interpreters for file formats can be registered.", |_| {
         fresh("binfmt_misc")
     })
+    .surface()
     .control()
     .needs("kernel: CONFIG_BINFMT_MISC"),
     Attempt::new("mount-cgroup1", "A tree of cgroup v1 can be mounted.", |_| {
         cgroup_v1().map(|_| "mounted".into())
     })
+    .surface()
     .control()
     .needs("kernel: CONFIG_CPUSETS_V1 or another controller on v1"),
     Attempt::new("mount-cgroup2", "The tree of cgroup v2 can be mounted.", |_| fresh("cgroup2"))
@@ -165,6 +167,7 @@ pub const ATTEMPTS: &[Attempt] = &[
             Ok(format!("{path} has no options left"))
         })
     })
+    .surface()
     .control(),
     Attempt::new(
         "unmount-mask",
@@ -212,6 +215,7 @@ pub const ATTEMPTS: &[Attempt] = &[
         }
         verdict
     })
+    .surface()
     .control(),
     Attempt::new("propagation", "The propagation of the root mount can be changed.", |_| {
         alone()?;
@@ -303,6 +307,7 @@ pub const ATTEMPTS: &[Attempt] = &[
         let _ = std::fs::remove_dir(below_old(scratch.path()));
         Ok("another root".into())
     })
+    .surface()
     .control()
     .needs("kernel: the root must not be the initramfs"),
     Attempt::new(

@@ -228,6 +228,7 @@ pub const ATTEMPTS: &[Attempt] = &[
     Attempt::new("vsock", "AF_VSOCK, which leads to the machine's own host, can be used.", |_| {
         socket(libc::AF_VSOCK, libc::SOCK_STREAM, 0)
     })
+    .surface()
     .control()
     .needs("kernel: CONFIG_VSOCKETS"),
     Attempt::new("crypto-socket", "AF_ALG, the kernel's ciphers, can be used.", |_| {

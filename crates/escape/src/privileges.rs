@@ -61,6 +61,7 @@ pub const ATTEMPTS: &[Attempt] = &[
             if user == 0 { Ok("it ran as root".into()) } else { held(format!("it ran as {user}")) }
         },
     )
+    .surface()
     .control()
     .needs("test: a folder for temporary files that is not mounted nosuid"),
     Attempt::new("setgid-copy", "A copy of a program with the setgid bit has its group.", |_| {
@@ -71,6 +72,7 @@ pub const ATTEMPTS: &[Attempt] = &[
         let output = run_as_nobody(&program)?;
         if output.contains("group 0\n") { Ok("it ran as group 0".into()) } else { held(output) }
     })
+    .surface()
     .control()
     .needs("test: a folder for temporary files that is not mounted nosuid"),
     Attempt::new(
@@ -87,6 +89,7 @@ pub const ATTEMPTS: &[Attempt] = &[
             if effective == 0 { held("it had none") } else { Ok(format!("it had {effective:x}")) }
         },
     )
+    .surface()
     .control()
     .needs("test: a folder for temporary files that is not mounted nosuid"),
     Attempt::new("setuid-programs", "A setuid program of the host makes its user root.", |_| {
@@ -146,6 +149,7 @@ pub const ATTEMPTS: &[Attempt] = &[
             Ok("set one".into())
         },
     )
+    .surface()
     .control(),
     Attempt::new(
         "immutable-flag",

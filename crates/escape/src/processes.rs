@@ -341,10 +341,9 @@ fn host(facts: &Facts) -> Result<i64, No> {
     let pid: i64 = facts.number("host-pid")?;
     if let (Some(expected), Ok(name)) =
         (facts.find("host-comm"), read_text(format!("/proc/{pid}/comm")))
+        && name.trim() != expected
     {
-        if name.trim() != expected {
-            return Err(No::Held(format!("{pid} is {} here, not the host's", name.trim())));
-        }
+        return Err(No::Held(format!("{pid} is {} here, not the host's", name.trim())));
     }
     Ok(pid)
 }

@@ -23,7 +23,7 @@ use serde_json::{Map, Value, json};
 
 use crate::attempt::{open, read_text};
 use crate::files::{SHADOWS, fingerprint, handle_of};
-use crate::kernel::add_user_key;
+use crate::kernel::{add_user_key, session_keyring};
 use crate::namespaces::KINDS;
 use crate::sys::{self, Arg};
 
@@ -263,6 +263,9 @@ impl Stage {
         self.fact("mq", name.to_string_lossy());
         self.queue = Some((name.clone(), queue));
 
+        if let Ok(id) = session_keyring() {
+            self.fact("host-keyring", id);
+        }
         const USER_KEYRING: i64 = -4;
         const SET_PERMISSIONS: i64 = 5;
         if let Ok(id) = add_user_key(name.as_bytes(), secret.as_bytes(), USER_KEYRING) {

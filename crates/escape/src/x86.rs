@@ -20,6 +20,7 @@ pub const ATTEMPTS: &[Attempt] = &[
         let id = sys::call32(288, [0, (-3_i32).cast_unsigned(), 0, 0])?;
         Ok(format!("keyring {id}"))
     })
+    .surface()
     .control()
     .needs("kernel: CONFIG_IA32_EMULATION, CONFIG_KEYS"),
     Attempt::new("gate32-mount", "A 32-bit call to mount(2) gets through.", |_| {
@@ -76,6 +77,7 @@ pub const ATTEMPTS: &[Attempt] = &[
     Attempt::new("gate32-reboot", "A 32-bit call to reboot(2) gets through.", |_| {
         got_through("reboot", sys::call32(88, [0, 0, 0, 0]))
     })
+    .surface()
     .control()
     .needs("kernel: CONFIG_IA32_EMULATION"),
     Attempt::new("x32-unshare", "A call by the x32 number makes a user namespace.", |_| {
@@ -90,6 +92,7 @@ pub const ATTEMPTS: &[Attempt] = &[
         let id = sys::call(libc::SYS_keyctl | X32, &mut [Arg::Num(0), Arg::Num(-3)])?;
         Ok(format!("keyring {id}"))
     })
+    .surface()
     .control()
     .needs("kernel: CONFIG_X86_X32_ABI, CONFIG_KEYS"),
     Attempt::new("x32-ptrace", "ptrace(2) by its x32 number traces the first process.", |_| {
