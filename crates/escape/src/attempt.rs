@@ -230,17 +230,17 @@ pub struct Scratch(PathBuf);
 impl Scratch {
     /// Makes one, in the folder for temporary files or in the working directory.
     pub fn new() -> Result<Self, No> {
+        Self::new_in(&[std::env::temp_dir(), std::env::current_dir().unwrap_or_default()])
+    }
+
+    /// Makes one in the first of these folders in which it can be made.
+    pub fn new_in(folders: &[PathBuf]) -> Result<Self, No> {
         let name = format!("denizen-escape-{}", std::process::id());
-        let here = std::env::current_dir().unwrap_or_default();
-        let path = std::env::temp_dir().join(&name);
-        let path = if std::fs::create_dir(&path).is_ok() {
-            path
-        } else {
-            let other = here.join(&name);
-            std::fs::create_dir(&other).preparing("a folder to work in")?;
-            other
-        };
-        Ok(Self(path))
+        let mut paths = folders.iter().map(|folder| folder.join(&name));
+        match paths.find(|path| std::fs::create_dir(path).is_ok()) {
+            Some(path) => Ok(Self(path)),
+            None => impossible("no folder to work in can be made"),
+        }
     }
 
     /// The folder.

@@ -604,13 +604,21 @@ fn rename_race(facts: &Facts) -> Verdict {
 /// The attribute names that the two ways of mounting an overlay give a meaning to.
 const PREFIXES: [&str; 2] = ["user.overlay", "trusted.overlay"];
 
+/// A folder of our own, on an overlay if there is one that we may write to.
+fn overlay_scratch() -> Result<Scratch, crate::attempt::No> {
+    let mut folders =
+        ["/", "/opt", "/srv", "/var/lib", "/var/tmp", "/tmp", ".", "/root"].map(PathBuf::from);
+    folders.sort_by_key(|folder| !on_overlay(folder));
+    Scratch::new_in(&folders)
+}
+
 fn overlay_redirect(facts: &Facts) -> Verdict {
     let file = facts.path("host-file")?;
     let (Some(folder), Some(name)) = (file.parent(), file.file_name()) else {
         return impossible("--host-file has no folder");
     };
     any_of(PREFIXES, |prefix| {
-        let scratch = Scratch::new()?;
+        let scratch = overlay_scratch()?;
         let own = scratch.folder("own")?;
         let redirect = format!("{prefix}.redirect");
         let value = folder.as_os_str().as_bytes();
@@ -625,7 +633,7 @@ fn overlay_redirect(facts: &Facts) -> Verdict {
 fn overlay_metacopy(facts: &Facts) -> Verdict {
     let file = facts.path("host-file")?;
     any_of(PREFIXES, |prefix| {
-        let scratch = Scratch::new()?;
+        let scratch = overlay_scratch()?;
         let own = scratch.file("own", b"")?;
         let attributes = [
             (format!("{prefix}.metacopy"), Vec::new()),

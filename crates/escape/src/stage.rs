@@ -227,6 +227,7 @@ impl Stage {
         let path = folder.join("fifo");
         rustix::fs::mknodat(CWD, &path, FileType::Fifo, Mode::from_raw_mode(0o622), 0)?;
         self.remove.push(path.clone());
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o666))?;
         self.fifo = Some(open(&path)?);
         self.path_fact("host-fifo", &path);
 
