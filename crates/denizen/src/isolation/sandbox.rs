@@ -45,14 +45,17 @@ const CAPABILITIES: u64 =
 const DEVICES: [&str; 6] = ["null", "zero", "full", "random", "urandom", "tty"];
 
 /// What the kernel tells in /proc and /sys of itself and of others.
-const HIDDEN: [&str; 13] = [
+const HIDDEN: [&str; 16] = [
     "/proc/acpi",
     "/proc/asound",
+    "/proc/diskstats",
     "/proc/kallsyms",
     "/proc/kcore",
     "/proc/keys",
     "/proc/kmsg",
     "/proc/latency_stats",
+    "/proc/mdstat",
+    "/proc/partitions",
     "/proc/sched_debug",
     "/proc/scsi",
     "/proc/timer_list",

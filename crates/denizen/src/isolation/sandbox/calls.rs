@@ -133,8 +133,8 @@ const CLONE_NEW: u32 = 0x7e02_0000;
 const SOCKETS: [u32; 4] = [1, 2, 10, 16];
 /// Fakes input on a terminal; the other works on consoles.
 const IOCTLS: [u32; 2] = [0x5412, 0x541c];
-/// Linux, 32-bit Linux, either without random addresses (debuggers), and the question.
-const PERSONALITIES: [u32; 5] = [0, 8, 0x4_0000, 0x4_0008, u32::MAX];
+/// Linux, 32-bit Linux, and the question.
+const PERSONALITIES: [u32; 3] = [0, 8, u32::MAX];
 
 #[cfg(target_arch = "x86_64")]
 const ARCHITECTURE: u32 = 0xc000_003e;
@@ -242,6 +242,18 @@ fn filter(alone: bool) -> Vec<libc::sock_filter> {
         }
         part.answer(refuse(Errno::PERM));
     });
+    // Another process's limits may be asked for (init does), not set: the first process's are
+    // all of the sandbox's.
+    filter.for_call(libc::SYS_prlimit64, |part| {
+        part.load_argument(0);
+        part.answer_if(0, ALLOW);
+        part.load_argument(2);
+        part.add(BPF_JMP | BPF_JEQ | BPF_K, 0, 1, 0);
+        part.answer(refuse(Errno::PERM));
+        part.load(16 + 8 * 2 + 4);
+        part.answer_if(0, ALLOW);
+        part.answer(refuse(Errno::PERM));
+    });
     filter.answer(ALLOW);
     filter.0
 }
@@ -266,6 +278,8 @@ mod tests {
         let data = |offset: u32| match offset {
             0 => call,
             4 => architecture,
+            // High halves.
+            offset if offset % 8 == 4 => 0,
             offset => args.get((offset as usize - 16) / 8).copied().unwrap_or(0),
         };
         let (mut at, mut loaded) = (0, 0);
@@ -324,6 +338,9 @@ mod tests {
         assert_eq!(ask(libc::SYS_ioctl, &[0, 0x5413]), ALLOW);
         assert_eq!(ask(libc::SYS_socket, &[40]), refuse(Errno::AFNOSUPPORT));
         assert_eq!(ask(libc::SYS_socket, &[2]), ALLOW);
+        assert_eq!(ask(libc::SYS_prlimit64, &[0, 7, 0x1000]), ALLOW);
+        assert_eq!(ask(libc::SYS_prlimit64, &[1, 7, 0]), ALLOW);
+        assert_eq!(ask(libc::SYS_prlimit64, &[1, 7, 0x1000]), refuse(Errno::PERM));
         assert_eq!(ask(libc::SYS_personality, &[0x40_0000]), refuse(Errno::PERM));
     }
 

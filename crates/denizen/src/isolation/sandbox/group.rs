@@ -134,10 +134,9 @@ fn own_group<'t>(text: &'t str, controller: &str) -> Option<&'t str> {
 /// Makes denizen's folder below a group, if that is allowed.
 fn claim(above: &Path, unified: bool, controllers: &[&str]) -> Option<PathBuf> {
     let folder = above.join("denizen");
-    match fs::create_dir(&folder) {
+    if fs::create_dir(&folder).is_err() {
         // Perhaps another user's denizen has made it.
-        Err(_) => rustix::fs::access(&folder, Access::WRITE_OK).ok()?,
-        Ok(()) => {}
+        rustix::fs::access(&folder, Access::WRITE_OK).ok()?;
     }
     if !unified {
         return Some(folder);
