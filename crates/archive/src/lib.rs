@@ -23,6 +23,8 @@
 //! - the first entry is `./`, the volume itself; every other name starts with `./`; a
 //!   directory's name ends in `/` and comes before what it holds; names are sorted bytewise
 //!   within a directory;
+//! - a folder that was kept beside the volume comes last, as `./.denizen/`, in the place of
+//!   anything the volume has of that name;
 //! - owners are numbers only (the name fields are empty);
 //! - a pax record `mtime` carries the nanoseconds when there are any; `path`, `linkpath`,
 //!   `size`, `uid` and `gid` appear when the fixed field is too small; names are the bytes
@@ -61,7 +63,7 @@ mod write;
 pub use error::Error;
 pub use restore::{Restored, restore};
 pub use store::{ArchiveId, Entry, NotAnArchive, clean, list};
-pub use write::{Reason, Skipped, Written, write};
+pub use write::{BESIDE, Reason, Skipped, Source, Written, write};
 
 use std::fs::File;
 use std::path::Path;

@@ -38,6 +38,31 @@ const OPEN_FOLDERS: usize = 64;
 /// The kernel's limit for a list of attribute names (`XATTR_LIST_MAX`, linux/limits.h).
 const XATTR_LIST: usize = 64 << 10;
 
+/// What [`write`] reads.
+#[derive(Clone, Copy, Debug)]
+pub struct Source<'a> {
+    /// The volume.
+    pub volume: &'a Path,
+    /// A folder to be archived as [`BESIDE`] in the volume's root, in the place of anything of
+    /// that name there.
+    pub beside: Option<&'a Path>,
+}
+
+/// The name that [`Source::beside`] has in an archive.
+pub const BESIDE: &str = ".denizen";
+
+impl<'a> From<&'a Path> for Source<'a> {
+    fn from(volume: &'a Path) -> Self {
+        Self { volume, beside: None }
+    }
+}
+
+impl<'a> From<&'a PathBuf> for Source<'a> {
+    fn from(volume: &'a PathBuf) -> Self {
+        Self::from(volume.as_path())
+    }
+}
+
 /// What [`write`] made.
 #[derive(Clone, Debug)]
 pub struct Written {
@@ -70,6 +95,8 @@ pub enum Reason {
     /// Something is mounted there. The mount's content is not the volume's; a directory is
     /// kept as an empty one, so that it can be mounted on again.
     MountPoint,
+    /// It has the name that what is kept beside the volume has in the archive.
+    Reserved,
 }
 
 impl std::fmt::Display for Reason {
@@ -78,11 +105,12 @@ impl std::fmt::Display for Reason {
             Self::Socket => "a socket",
             Self::Device => "a device node",
             Self::MountPoint => "a mount point",
+            Self::Reserved => "a reserved name",
         })
     }
 }
 
-/// Writes `volume` into a new archive in `destination`, checks it, and gives it its name.
+/// Writes a volume into a new archive in `destination`, checks it, and gives it its name.
 ///
 /// The name says `now`, in whole seconds of UTC, unless the session already has an archive of
 /// that time or later: then it is the first second after that one, so that the newest archive
@@ -100,14 +128,16 @@ impl std::fmt::Display for Reason {
 /// [`Error::Changed`] if the volume was written to meanwhile (try again later);
 /// [`Error::Denied`] names what this user cannot read: it is never made readable;
 /// [`Error::Cancelled`]; the others as they say.
-pub fn write(
-    volume: &Path,
+pub fn write<'a>(
+    source: impl Into<Source<'a>>,
     destination: &Path,
     session: Uuid,
     now: Timestamp,
     cancelled: &AtomicBool,
 ) -> Result<Written, Error> {
+    let Source { volume, beside } = source.into();
     let root = open_volume(volume)?;
+    let beside = beside.map(open_volume).transpose()?;
     let partial = Partial::create(destination, session)?;
     let progress = Progress::default();
     let (walked, read_back) = thread::scope(|scope| {
@@ -118,7 +148,7 @@ pub fn write(
             .name("denizen-verify".into())
             .spawn_scoped(scope, || read_back(follow, partial.path()))
             .map_err(|e| Error::io("start a thread to check", partial.path(), e))?;
-        let walked = feed(volume, root, &partial, &progress, cancelled);
+        let walked = feed(volume, root, beside, &partial, &progress, cancelled);
         progress.give_up();
         let read_back = checker.join();
         // What went wrong first explains what went wrong after it.
@@ -169,6 +199,7 @@ struct Walked {
 fn feed(
     volume: &Path,
     root: OwnedFd,
+    beside: Option<OwnedFd>,
     partial: &Partial,
     progress: &Progress,
     cancelled: &AtomicBool,
@@ -178,6 +209,7 @@ fn feed(
         volume,
         stream,
         path: b".".to_vec(),
+        reserved: beside.is_some(),
         linked: HashMap::new(),
         names: vec![0; XATTR_LIST],
         folder: Vec::with_capacity(32 << 10),
@@ -185,6 +217,11 @@ fn feed(
         skipped: Vec::new(),
     };
     walk.run(root)?;
+    if let Some(beside) = beside {
+        walk.reserved = false;
+        walk.path = [b"./", BESIDE.as_bytes()].concat();
+        walk.run(beside)?;
+    }
     let Walk { stream, summary, skipped, .. } = walk;
     stream.finish(summary.entries)?;
     progress.complete();
@@ -336,6 +373,8 @@ struct Walk<'a> {
     stream: Stream<'a>,
     /// `./a/b`, the name of the entry being done.
     path: Vec<u8>,
+    /// Whether [`BESIDE`] is to come, and what has its name is left out.
+    reserved: bool,
     /// The first name of every file that has several.
     linked: HashMap<FileId, Vec<u8>>,
     /// Room for a list of attribute names.
@@ -402,6 +441,11 @@ impl Walk<'_> {
         let kind = FileType::from_raw_mode(stat.stx_mode.into());
         let mounted = stat.stx_attributes.contains(StatxAttributes::MOUNT_ROOT);
         let whiteout = (stat.stx_rdev_major, stat.stx_rdev_minor) == (0, 0);
+        let reserved = self.reserved && self.path.strip_prefix(b"./") == Some(BESIDE.as_bytes());
+        if reserved {
+            self.skipped.push(Skipped { path: self.here(), reason: Reason::Reserved });
+            return Ok(None);
+        }
         let left_out = match kind {
             _ if mounted => Some(Reason::MountPoint),
             FileType::Socket => Some(Reason::Socket),

@@ -9,6 +9,7 @@ use std::time::SystemTime;
 use uuid::Uuid;
 
 use crate::error::{Error, Result};
+use crate::isolation::Site;
 
 pub use denizen_archive::Entry as Backup;
 
@@ -26,8 +27,7 @@ impl Backups {
     /// Writes and verifies a backup; gives its name.
     pub(crate) fn write(
         &self,
-        session: Uuid,
-        volume: &Path,
+        site: &Site,
         now: SystemTime,
         interrupted: &AtomicBool,
     ) -> Result<String> {
@@ -35,24 +35,16 @@ impl Backups {
             Error::volume("make the backup destination", &self.destination, source)
         })?;
         let now = jiff::Timestamp::try_from(now).unwrap_or_else(|_| jiff::Timestamp::now());
-        let written = denizen_archive::write(volume, &self.destination, session, now, interrupted)?;
-        for skipped in &written.skipped {
-            tracing::warn!(session = %session, ?skipped, "not in the backup");
-        }
-        Ok(written.entry.id.to_string())
+        pack(site, &self.destination, now, interrupted).map(|entry| entry.id.to_string())
     }
 
-    /// Puts a backup's files into `into`, which must not exist or be empty.
-    pub(crate) fn restore(&self, session: Uuid, name: &str, into: &Path) -> Result<()> {
+    /// Puts a backup's files into `home`, where they are then as a session's are.
+    pub(crate) fn restore(&self, session: Uuid, name: &str, home: &Path) -> Result<()> {
         let all = denizen_archive::list(&self.destination, Some(session))?;
         let Some(entry) = all.into_iter().find(|entry| entry.id.to_string() == name) else {
             return Err(Error::NoBackup { session, name: Some(name.to_owned()) });
         };
-        let restored = denizen_archive::restore(&entry.path, into, &AtomicBool::new(false))?;
-        for warning in &restored.warnings {
-            tracing::warn!(session = %session, backup = name, %warning, "restored with a loss");
-        }
-        Ok(())
+        unpack(&entry.path, home)
     }
 
     /// What can be restored, newest first.
@@ -67,4 +59,37 @@ impl Backups {
         }
         Ok(())
     }
+}
+
+/// Writes an archive of a session's volume and root changes.
+pub(crate) fn pack(
+    site: &Site,
+    destination: &Path,
+    now: jiff::Timestamp,
+    interrupted: &AtomicBool,
+) -> Result<Backup> {
+    let changes = site.root_changes();
+    let beside = changes.is_dir().then_some(changes.as_path());
+    let source = denizen_archive::Source { volume: &site.volume, beside };
+    let written = denizen_archive::write(source, destination, site.id, now, interrupted)?;
+    for skipped in &written.skipped {
+        tracing::warn!(session = %site.id, ?skipped, "not in the backup");
+    }
+    Ok(written.entry)
+}
+
+/// Puts what an archive holds into a session's folder, which has none of it.
+pub(crate) fn unpack(archive: &Path, home: &Path) -> Result<()> {
+    let into = Site::in_folder(Uuid::nil(), home.to_owned());
+    let restored = denizen_archive::restore(archive, &into.volume, &AtomicBool::new(false))?;
+    for warning in &restored.warnings {
+        tracing::warn!(archive = %archive.display(), %warning, "restored with a loss");
+    }
+    let beside = into.volume.join(denizen_archive::BESIDE);
+    // Not what a link leads to.
+    if fs::symlink_metadata(&beside).is_ok_and(|meta| meta.is_dir()) {
+        fs::rename(&beside, into.root_changes())
+            .map_err(|source| Error::volume("restore", &beside, source))?;
+    }
+    Ok(())
 }

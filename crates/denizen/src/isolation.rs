@@ -114,6 +114,16 @@ pub(crate) struct Site {
 }
 
 impl Site {
+    /// A session whose folder this is.
+    pub(crate) fn in_folder(id: Uuid, home: PathBuf) -> Self {
+        Self { id, volume: home.join("volume"), home }
+    }
+
+    /// What a session that has a root of its own has changed in it.
+    pub(crate) fn root_changes(&self) -> PathBuf {
+        self.home.join("root")
+    }
+
     /// How its init is launched: leaving a number to end it by, should all else die.
     pub(crate) fn launch(&self) -> Launch {
         Launch { record: Some(self.record()), ..Launch::default() }

@@ -101,8 +101,8 @@ struct State {
     next_waiter: WaiterId,
     /// Flags of operations that may be given up.
     interrupts: HashMap<Seq, Arc<AtomicBool>>,
-    /// Volumes that sessions about to be made begin with.
-    origins: HashMap<Uuid, PathBuf>,
+    /// Sessions that others about to be made are copies of.
+    origins: HashMap<Uuid, Site>,
     ids: BTreeMap<String, Uuid>,
     names: HashMap<Uuid, SessionName>,
     /// The last failure of each session that has not been followed by a success.
@@ -475,7 +475,7 @@ impl Pool {
         // Nobody changes it while it is copied.
         let hold = self.acquire(source).await?;
         let id = Uuid::new_v4();
-        self.state.lock().origins.insert(id, hold.place.site.volume.clone());
+        self.state.lock().origins.insert(id, hold.place.site.clone());
         let made = self.acquire(id).await;
         self.state.lock().origins.remove(&id);
         drop(made?);

@@ -58,7 +58,7 @@ impl Volumes {
 
     /// Where a session's instance finds its files.
     pub(crate) fn site(&self, id: Uuid) -> Site {
-        Site { id, home: self.home(id), volume: self.home(id).join("volume") }
+        Site::in_folder(id, self.home(id))
     }
 
     /// What is there of a session's volume.

@@ -8,6 +8,7 @@
 //! |---|---|
 //! | `map` | lines of `uid_map`, lines of `gid_map` (user_namespaces(7)) |
 //! | `alone` | – ; the maps are one user and group: no other may be had |
+//! | `shift` | path of a folder of the host, whose owners are to be those of the same numbers within |
 //! | `overlay` | target, attributes, upper, work, number of lower folders, these from the top |
 //! | `bind`, `rbind` | target, attributes, source; of one mount, or with those below it |
 //! | `fs` | target, attributes, type, number of settings, these (`key=value` or `flag`) |
@@ -26,7 +27,7 @@
 //!
 //! Attributes are `MOUNT_ATTR_…` in decimal (mount_setattr(2)). Sources are opened and mounts
 //! made while the host's files are still there, before anything of the session's is looked
-//! at; the first mount becomes the root; only then are targets and paths looked up, within
+//! at; what is shifted covers itself before that; the first mount becomes the root; only then are targets and paths looked up, within
 //! it. So no link that a session has left can lead a step out of its root.
 
 use std::ffi::{CStr, CString, OsStr};
@@ -39,7 +40,9 @@ use std::path::Path;
 
 use crate::sys::{self, sandbox as kernel};
 
-/// `MOUNT_ATTR_`: RDONLY, NOSUID, NODEV, NOEXEC.
+/// `MOUNT_ATTR_`: RDONLY, NOSUID, NODEV.
+const READ_ONLY: u64 = 1 | 2 | 4;
+/// And NOEXEC.
 const LOCKED_DOWN: u64 = 1 | 2 | 4 | 8;
 
 /// The step that could not be done, and the errno.
@@ -62,6 +65,15 @@ pub fn enter(plan: &[u8]) -> Result<Entered> {
         move |error: io::Error| (what, error.raw_os_error().unwrap_or(sys::EINVAL))
     };
     let (mut wait, mut go) = io::pipe().map_err(io("pipe"))?;
+    let mut shifted = Vec::new();
+    for step in &steps {
+        if let Step::Shift { path } = step {
+            // While this process still has its rights over the host's file systems.
+            let copy = kernel::open_path(path)
+                .and_then(|found| kernel::copy_mount(&found, false, READ_ONLY));
+            shifted.push((*path, copy.map_err(|error| (describe(step), error))?));
+        }
+    }
     match kernel::split().map_err(|error| ("namespaces".to_owned(), error))? {
         kernel::Side::Parent(pid) => {
             drop(wait);
@@ -75,6 +87,10 @@ pub fn enter(plan: &[u8]) -> Result<Entered> {
                     _ => {}
                 }
             }
+            for (path, copy) in &shifted {
+                let done = kernel::shift_owners(copy, pid);
+                done.map_err(|error| (format!("shift {}", path.to_string_lossy()), error))?;
+            }
             go.write_all(&[1]).map_err(io("go"))?;
             // The one inside holds it, and its end shall be seen.
             sys::close_control();
@@ -86,7 +102,7 @@ pub fn enter(plan: &[u8]) -> Result<Entered> {
             if wait.read_exact(&mut [0]).is_err() {
                 std::process::exit(1);
             }
-            inside(&steps)?;
+            inside(&steps, shifted)?;
             Ok(Entered::Inside)
         }
     }
@@ -101,6 +117,7 @@ fn write_map(pid: i32, name: &str, content: &CStr) -> Result<()> {
 enum Step<'p> {
     Map { users: &'p CStr, groups: &'p CStr },
     Alone,
+    Shift { path: &'p CStr },
     Mount { at: &'p CStr, what: Mount<'p> },
     Dir { path: &'p CStr, mode: u32 },
     File { path: &'p CStr },
@@ -131,6 +148,7 @@ fn parse(plan: &[u8]) -> Result<Vec<Step<'_>>> {
         steps.push(match step {
             b"map" => Step::Map { users: next()?, groups: next()? },
             b"alone" => Step::Alone,
+            b"shift" => Step::Shift { path: next()? },
             b"overlay" => {
                 let (at, attributes) = (next()?, number(next()?, 10).ok_or_else(bad)?);
                 let (upper, work) = (next()?, next()?);
@@ -191,10 +209,13 @@ fn path_of(word: &CStr) -> &Path {
 }
 
 /// The rest, as the first process of the new namespaces.
-fn inside(steps: &[Step<'_>]) -> Result<()> {
+fn inside(steps: &[Step<'_>], shifted: Vec<(&CStr, OwnedFd)>) -> Result<()> {
     let at = |name: &'static str| move |error| (name.to_owned(), error);
     kernel::bind_to_parent().map_err(at("dumpable"))?;
     kernel::keep_mounts_private().map_err(at("private mounts"))?;
+    for (path, copy) in shifted {
+        kernel::attach(&copy, path).map_err(at("cover what is shifted"))?;
+    }
     let mut sources = open_sources(steps)?;
     let alone = steps.iter().any(|step| matches!(step, Step::Alone));
     kernel::become_root(alone).map_err(at("user"))?;
@@ -315,7 +336,7 @@ fn follow(step: &Step<'_>) -> std::result::Result<(), i32> {
     };
     match step {
         // Done before, or elsewhere.
-        Step::Map { .. } | Step::Alone | Step::Mount { .. } => Ok(()),
+        Step::Map { .. } | Step::Alone | Step::Shift { .. } | Step::Mount { .. } => Ok(()),
         Step::Dir { path, mode } => {
             unless_there(DirBuilder::new().mode(*mode).create(path_of(path)))
         }
@@ -358,6 +379,7 @@ fn describe(step: &Step<'_>) -> String {
     let (verb, what) = match step {
         Step::Map { .. } => ("map", None),
         Step::Alone => ("alone", None),
+        Step::Shift { path } => ("shift", Some(path)),
         Step::Mount { at, .. } => ("mount", Some(at)),
         Step::Dir { path, .. } => ("make folder", Some(path)),
         Step::File { path } => ("make file", Some(path)),

@@ -99,7 +99,7 @@ impl Sandbox {
             overlays.push(Folders::new(site, &path.replace('/', "-"), &format!("/{path}")));
         }
         for overlay in &overlays {
-            DirBuilder::new().recursive(true).mode(0o700).create(site.home.join("root"))?;
+            DirBuilder::new().recursive(true).mode(0o700).create(site.root_changes())?;
             DirBuilder::new().recursive(true).mode(0o700).create(site.home.join("work"))?;
             self.folder(&overlay.upper, 0o755)?;
             self.folder(&overlay.work, 0o755)?;
@@ -124,6 +124,11 @@ impl Sandbox {
             plan.step(["alone"]);
         }
         plan.step(["map", &user_map, &group_map]);
+        if !self.users.is_alone() {
+            for path in &self.root.merged {
+                plan.step(["shift", &format!("/{path}")]);
+            }
+        }
         for folders in overlays {
             let name = folders.target.strip_prefix("/").unwrap_or(Path::new(""));
             let (copy, host) = (self.root.copy.join(name), Path::new("/").join(name));
@@ -264,7 +269,7 @@ impl Folders {
     fn new(site: &Site, name: &str, target: &str) -> Self {
         Self {
             target: target.into(),
-            upper: site.home.join("root").join(name),
+            upper: site.root_changes().join(name),
             work: site.home.join("work").join(name),
         }
     }

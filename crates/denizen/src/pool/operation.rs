@@ -2,7 +2,6 @@
 //!
 //! Operations are all or nothing where the lifecycle says so, and never begin another one.
 
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
@@ -10,10 +9,11 @@ use std::time::Duration;
 use uuid::Uuid;
 
 use super::{Place, Pool, blocking};
-use crate::bootstrap;
 use crate::error::{Error, Result as Fallible};
+use crate::isolation::Site;
 use crate::lifecycle::{Found, Op, Outcome, Seq};
 use crate::volume::Volumes;
+use crate::{backup, bootstrap};
 
 /// How long processes have between being asked to end and being ended.
 const GRACE: Duration = Duration::from_secs(5);
@@ -36,7 +36,7 @@ pub(super) async fn run(pool: Arc<Pool>, id: Uuid, seq: Seq, op: Op) {
         Op::Create => create(&pool, &place).await,
         Op::Start => start(&pool, &place).await,
         Op::Stop { force } => stop(&pool, &place, force).await,
-        Op::Backup => backup(&pool, id, seq).await,
+        Op::Backup => save(&pool, id, seq).await,
         Op::Restore(name) => restore(&pool, &place, name).await,
         Op::Prune | Op::Remove => delete(&pool, &place).await,
     });
@@ -48,9 +48,9 @@ async fn create(pool: &Arc<Pool>, place: &Place) -> Result {
     let make = {
         let pool = pool.clone();
         blocking(move || {
-            let volume = pool.volumes.begin(id)?;
+            pool.volumes.begin(id)?;
             match origin {
-                Some(origin) => copy(&pool, id, &origin, &volume).map(|()| true),
+                Some(origin) => copy(&pool, id, &origin).map(|()| true),
                 None => Ok(false),
             }
         })
@@ -82,15 +82,14 @@ async fn create(pool: &Arc<Pool>, place: &Place) -> Result {
     result.map(|()| Outcome::Done)
 }
 
-/// Copies a volume with all that a backup keeps, by way of one.
-fn copy(pool: &Pool, id: Uuid, origin: &Path, volume: &Path) -> Fallible<()> {
+/// Copies what another session has, with all that a backup keeps, by way of one.
+fn copy(pool: &Pool, id: Uuid, origin: &Site) -> Fallible<()> {
     let staging = pool.volumes.stage(id)?;
     let never = AtomicBool::new(false);
-    let copied = denizen_archive::write(origin, &staging, id, jiff::Timestamp::now(), &never)
-        .and_then(|written| denizen_archive::restore(&written.entry.path, volume, &never));
+    let copied = backup::pack(origin, &staging, jiff::Timestamp::now(), &never)
+        .and_then(|archive| backup::unpack(&archive.path, &pool.volumes.home(id)));
     Volumes::unstage(&staging);
-    copied?;
-    Ok(())
+    copied
 }
 
 async fn start(pool: &Arc<Pool>, place: &Arc<Place>) -> Result {
@@ -117,15 +116,15 @@ async fn stop(pool: &Pool, place: &Place, force: bool) -> Result {
     Ok(Outcome::Done)
 }
 
-async fn backup(pool: &Arc<Pool>, id: Uuid, seq: Seq) -> Result {
+async fn save(pool: &Arc<Pool>, id: Uuid, seq: Seq) -> Result {
     let interrupted = pool.state.lock().interrupts.get(&seq).cloned().unwrap_or_default();
     let pool = pool.clone();
     blocking(move || {
         if pool.volumes.found(id) != Found::Whole {
             return Ok(Outcome::Missing);
         }
-        let volume = pool.volumes.home(id).join("volume");
-        let name = pool.backups()?.write(id, &volume, pool.clock.wall(), &interrupted)?;
+        let site = pool.volumes.site(id);
+        let name = pool.backups()?.write(&site, pool.clock.wall(), &interrupted)?;
         Ok(Outcome::BackedUp(name))
     })
     .await
@@ -138,7 +137,7 @@ async fn restore(pool: &Arc<Pool>, place: &Arc<Place>, name: String) -> Result {
         let staging = pool.volumes.stage(id)?;
         let restored = pool
             .backups()
-            .and_then(|backups| backups.restore(id, &name, &staging.join("volume")))
+            .and_then(|backups| backups.restore(id, &name, &staging))
             .and_then(|()| pool.volumes.install(id, &staging));
         if restored.is_err() {
             Volumes::unstage(&staging);

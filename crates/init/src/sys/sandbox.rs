@@ -44,6 +44,7 @@ const O_PATH: c_int = 0x20_0000;
 const O_CLOEXEC: c_int = 0x8_0000;
 const OPEN_TREE_CLONE: c_long = 1;
 const MOVE_MOUNT_F_EMPTY_PATH: c_long = 4;
+const MOUNT_ATTR_IDMAP: u64 = 0x10_0000;
 const FSCONFIG_SET_FLAG: c_long = 0;
 const FSCONFIG_SET_STRING: c_long = 1;
 const FSCONFIG_CMD_CREATE: c_long = 6;
@@ -241,6 +242,22 @@ pub fn copy_mount(of: &OwnedFd, recursive: bool, attributes: u64) -> Result<Owne
         )
     })?;
     Ok(copy)
+}
+
+/// Shows the owners in a mount that is mounted nowhere yet as the user namespace of a process
+/// maps them (`mount_setattr(2)`, ID-mapped mounts).
+pub fn shift_owners(mount: &OwnedFd, pid: i32) -> Result<()> {
+    let namespace = std::fs::File::open(format!("/proc/{pid}/ns/user"));
+    let namespace = namespace.map_err(|error| error.raw_os_error().unwrap_or(EINVAL))?;
+    let userns = u64::from(namespace.as_raw_fd().unsigned_abs());
+    let wanted = MountAttr { set: MOUNT_ATTR_IDMAP, userns, ..MountAttr::default() };
+    // SAFETY: open descriptors, an empty C string, and a structure of the size given.
+    done(unsafe {
+        let fd = c_long::from(mount.as_raw_fd());
+        let size = size_of::<MountAttr>();
+        let empty = c"".as_ptr();
+        syscall(SYS_MOUNT_SETATTR, fd, empty, AT_EMPTY_PATH, &raw const wanted, size)
+    })
 }
 
 /// Mounts what was mounted nowhere.

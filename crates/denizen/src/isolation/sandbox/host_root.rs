@@ -6,26 +6,28 @@
 //! others may read: the configuration in `/etc` without keys and secrets. No other folder of
 //! the host exists within: `/home`, `/root`, `/srv`, `/opt` and `/var` are new.
 //!
-//! The copy also has every folder that goes over one of the host's, empty. In a merged folder
+//! The host's files belong to users that a sandbox does not have. Where this is root, they are
+//! shown with their owners shifted into the sandbox's range. Any other user may not do that:
+//! there, the copy has every folder that goes over one of the host's, empty. In a merged folder
 //! an overlay shows the owner of the topmost one, so these make the host's folders the
-//! sandbox's own: root within can put files there, replace and delete them, though it owns
-//! none of the files below. That is what a package manager needs.
+//! sandbox's own: root within can put files there, replace and delete them, though it owns none
+//! of the files below. That is what a package manager needs, and [`APT_HOOK`] for the rest.
 //!
-//! Nothing here reads what is not everybody's: a file or folder that others may not read is
-//! left out, whoever runs this.
+//! Nothing here shows what is not everybody's: a file or folder that others may not read is
+//! left out, or covered, whoever runs this.
 
 use std::fs::{self, DirBuilder, File, Metadata};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::FlockOperation;
+use rustix::fs::{CWD, FileType, FlockOperation, Mode, mknodat};
 
 use super::users::Users;
 use crate::error::{Error, Result};
 
 /// Made anew when what is copied, or how, has changed.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// Folders with programs and libraries, and what package managers know of them. Where they
 /// are links (`/bin` to `usr/bin`), the copy has the links.
@@ -111,9 +113,33 @@ const FILES: [(&str, &str, u32); 6] = [
     ("etc/fstab", "", 0o644),
 ];
 
+/// Folders of [`MERGED`] whose own files, not those in folders below, are copied: they are
+/// linked to other names, which needs their owner.
+const LINKED: [&str; 1] = ["var/lib/dpkg"];
+
 /// Tells apt not to become somebody else: where there is one user only it would find out that
 /// it has not (see `calls`).
-const APT_ALONE: (&str, &str) = ("etc/apt/apt.conf.d/90denizen", "APT::Sandbox::User \"root\";\n");
+const APT_ALONE: (&str, &str) = (
+    "etc/apt/apt.conf.d/90denizen",
+    "APT::Sandbox::User \"root\";\nDPkg::Pre-Install-Pkgs { \"/etc/apt/denizen-own\"; };\n",
+);
+
+/// Makes files that a package is about to replace the sandbox's own: dpkg links them to other
+/// names first, which only their owner may. Reads the packages' files as apt.conf(5) says.
+const APT_HOOK: (&str, &str) = (
+    "etc/apt/denizen-own",
+    r#"#!/bin/sh
+# Packages replace files of the machine below, which are not this user's: copies are.
+while read -r package; do
+    dpkg-deb --fsys-tarfile "$package" | tar -tf -
+done | while read -r file; do
+    file="/${file#./}"
+    if [ -f "$file" ] && [ ! -L "$file" ] && [ ! -O "$file" ]; then
+        cp -p "$file" "$file.denizen-own" && mv "$file.denizen-own" "$file"
+    fi
+done
+"#,
+);
 
 /// The copy, and which of the host's folders go below it.
 #[derive(Debug)]
@@ -190,8 +216,14 @@ fn make(root: &Path, users: Users, merged: &[&str]) -> io::Result<()> {
             }
             Ok(meta) if merged.contains(&name) => {
                 copier.folder(name, mode_of(&meta), (meta.uid(), meta.gid()))?;
-                copier.tree(&source, Path::new(name), &|copier, _, to, meta| {
-                    if meta.is_dir() { copier.merged(to, meta) } else { Ok(false) }
+                copier.tree(&source, Path::new(name), &|copier, from, to, meta| {
+                    if meta.is_dir() {
+                        copier.merged(to, meta)
+                    } else if LINKED.iter().any(|path| to.parent() == Some(Path::new(path))) {
+                        copier.whole(from, to, meta)
+                    } else {
+                        copier.covered(to, meta)
+                    }
                 })?;
             }
             _ => {}
@@ -221,6 +253,7 @@ fn make(root: &Path, users: Users, merged: &[&str]) -> io::Result<()> {
     }
     if users.is_alone() && root.join("etc/apt/apt.conf.d").is_dir() {
         copier.file(APT_ALONE.0, APT_ALONE.1, 0o644)?;
+        copier.file(APT_HOOK.0, APT_HOOK.1, 0o755)?;
     }
     Ok(())
 }
@@ -267,14 +300,32 @@ impl Copier<'_> {
         self.users.give(&target, (0, 0))
     }
 
-    /// A folder whose content will be the host's below. One that others may not look into
-    /// stays empty: what it kept from them would be open under a new owner.
+    /// A folder whose content will be the host's below. One that others may not look into is
+    /// empty: what it kept from them would be open under a new owner.
     fn merged(&self, to: &Path, meta: &Metadata) -> io::Result<bool> {
-        self.folder(to, mode_of(meta), (meta.uid(), meta.gid()))?;
-        if others_may_look(meta) {
-            return Ok(true);
+        let open = others_may_look(meta);
+        if self.users.is_alone() || !open {
+            self.folder(to, mode_of(meta), (meta.uid(), meta.gid()))?;
         }
-        xattr::set(self.root.join(to), "user.overlay.opaque", b"y")?;
+        if !open {
+            xattr::set(self.root.join(to), "user.overlay.opaque", b"y")?;
+        }
+        Ok(open)
+    }
+
+    /// A file of the host's below: not there, if others may not read it.
+    fn covered(&self, to: &Path, meta: &Metadata) -> io::Result<bool> {
+        if meta.mode() & 0o004 == 0 && !meta.is_symlink() {
+            if let Some(above) = to.parent()
+                && !self.root.join(above).is_dir()
+            {
+                let meta = fs::symlink_metadata(Path::new("/").join(above))?;
+                self.folder(above, mode_of(&meta), (meta.uid(), meta.gid()))?;
+            }
+            // What an overlay takes for a removed file.
+            let (kind, none) = (FileType::CharacterDevice, rustix::fs::makedev(0, 0));
+            mknodat(CWD, self.root.join(to), kind, Mode::empty(), none)?;
+        }
         Ok(false)
     }
 

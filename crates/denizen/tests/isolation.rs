@@ -1,0 +1,410 @@
+//! What every isolation promises, by one suite run over each of them; then what only a sandbox
+//! does. The last test runs all of it again as an ordinary user.
+#![allow(clippy::unwrap_used)]
+
+use std::path::{Path, PathBuf};
+use std::process::Command as Program;
+use std::sync::Arc;
+use std::time::Duration;
+
+use denizen::{
+    Error, Exit, Isolation, Limits, MicroVmManager, Output, Stream, VmExecutionGuard,
+    VmPoolRuntimeConfig,
+};
+use tempfile::TempDir;
+use tokio::io::AsyncWriteExt;
+use uuid::Uuid;
+
+const ALL: [Isolation; 2] = [Isolation::Host, Isolation::Sandbox];
+
+struct World {
+    folder: TempDir,
+    config: VmPoolRuntimeConfig,
+    isolation: Isolation,
+    limits: Limits,
+}
+
+impl World {
+    fn new(isolation: Isolation) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let config = denizen::VmPoolConfig {
+            enabled: true,
+            volume_root: folder.path().join("pool"),
+            shell: "/bin/sh".into(),
+            shell_args: vec!["-c".to_owned()],
+            backup_destination: Some(folder.path().join("backups")),
+            ..denizen::VmPoolConfig::default()
+        };
+        Self { config: (&config).into(), folder, isolation, limits: Limits::default() }
+    }
+
+    fn open(&self) -> Arc<MicroVmManager> {
+        let builder = MicroVmManager::builder(self.config.clone()).isolation(self.isolation);
+        builder.cache(cache()).limits(self.limits.clone()).build().unwrap()
+    }
+}
+
+/// Shared by all tests of one user, so that the host's root is copied once.
+fn cache() -> PathBuf {
+    match std::env::var_os("DENIZEN_TEST_CACHE") {
+        Some(folder) => folder.into(),
+        None => Path::new(env!("CARGO_TARGET_TMPDIR")).join("cache"),
+    }
+}
+
+async fn sh(guard: &VmExecutionGuard, line: &str) -> Output {
+    guard.command(line).output().await.unwrap()
+}
+
+async fn text(guard: &VmExecutionGuard, line: &str) -> String {
+    let output = sh(guard, line).await;
+    assert!(output.exit.success(), "{line}: {output:?}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// A number of seconds by which a process can be told from all others.
+fn mark(number: u32) -> String {
+    format!("91{number}{:05}", rustix::process::geteuid().as_raw())
+}
+
+/// Processes on this machine whose command line begins with the mark.
+fn running(mark: &str) -> usize {
+    let processes = std::fs::read_dir("/proc").unwrap().flatten();
+    let lines = processes.filter_map(|it| std::fs::read(it.path().join("cmdline")).ok());
+    let lines = lines.map(|line| String::from_utf8_lossy(&line).replace('\0', " "));
+    lines.filter(|line| line.starts_with(mark)).count()
+}
+
+/// What other processes do has no event to wait for.
+async fn until(what: &str, condition: impl Fn() -> bool) {
+    let begin = std::time::Instant::now();
+    while !condition() {
+        assert!(begin.elapsed() < Duration::from_secs(30), "waited in vain until {what}");
+        tokio::task::yield_now().await;
+    }
+}
+
+#[tokio::test]
+async fn commands_are_what_they_are_elsewhere() {
+    for isolation in ALL {
+        let pool = World::new(isolation);
+        let pool = pool.open();
+        let guard = pool.acquire(Uuid::new_v4()).await.unwrap();
+        let output = sh(&guard, r"printf 'out\377'; printf 'err\376' >&2; exit 7").await;
+        assert_eq!(output.exit, Exit::Code(7), "{isolation:?}");
+        assert_eq!((&output.stdout[..], &output.stderr[..]), (&b"out\xff"[..], &b"err\xfe"[..]));
+        assert_eq!(sh(&guard, "kill -9 $$").await.exit, Exit::Signal(9));
+        let workdir = guard.workdir().to_str().unwrap().to_owned();
+        assert_eq!(text(&guard, "pwd").await.trim(), workdir);
+        assert_eq!(text(&guard, "echo $HOME").await.trim(), workdir);
+        let echoed = guard.command("cat").stdin(vec![7; 300_000]).output().await.unwrap();
+        assert_eq!(echoed.stdout, vec![7; 300_000]);
+        let env = guard.program("env").env("MINE", "yes").output().await.unwrap();
+        let env = String::from_utf8(env.stdout).unwrap();
+        assert!(env.contains("MINE=yes\n") && !env.contains("CARGO"), "{isolation:?}: {env}");
+        let error = guard.program("no-such-program").output().await.unwrap_err();
+        let error = error.to_string();
+        assert!(error.contains("no-such-program"), "{isolation:?}: {error}");
+        let error = guard.command("true").current_dir("none").output().await.unwrap_err();
+        assert!(error.to_string().contains("none"), "{isolation:?}: {error}");
+        let big = guard.program("printf").args(["%s", &"x".repeat(100_000)]).output();
+        assert_eq!(big.await.unwrap().stdout.len(), 100_000);
+    }
+}
+
+#[tokio::test]
+async fn a_command_is_followed_and_fed_while_it_runs() {
+    for isolation in ALL {
+        let world = World::new(isolation);
+        let pool = world.open();
+        let guard = pool.acquire(Uuid::new_v4()).await.unwrap();
+        let line = "while read word; do echo got $word; echo also >&2; done; echo end";
+        let mut running = guard.command(line).piped_stdin().spawn().await.unwrap();
+        let mut stdin = running.stdin().unwrap();
+        let mut heard = Vec::new();
+        for word in ["one", "two"] {
+            stdin.write_all(format!("{word}\n").as_bytes()).await.unwrap();
+            let wanted = format!("got {word}\n");
+            while !String::from_utf8_lossy(&heard).contains(&wanted) {
+                let chunk = running.next().await.unwrap().unwrap();
+                if chunk.stream == Stream::Stdout {
+                    heard.extend_from_slice(&chunk.bytes);
+                }
+            }
+        }
+        drop(stdin);
+        while let Some(chunk) = running.next().await.unwrap() {
+            heard.extend_from_slice(&chunk.bytes);
+        }
+        assert!(heard.ends_with(b"end\n"), "{isolation:?}");
+        assert_eq!(running.wait().await.unwrap(), Exit::Code(0));
+    }
+}
+
+#[tokio::test]
+async fn the_whole_tree_ends_with_its_command() {
+    for (isolation, mark) in ALL.into_iter().zip([mark(51), mark(52)]) {
+        let world = World::new(isolation);
+        let pool = world.open();
+        let guard = pool.acquire(Uuid::new_v4()).await.unwrap();
+        let line = format!(
+            "(setsid sh -c 'setsid env -i sleep {mark}1 & exit' &); sleep {mark}2 & sleep {mark}3"
+        );
+        let all = |count| {
+            let mark = format!("sleep {mark}");
+            move || running(&mark) == count
+        };
+        let timed = guard.command(line.clone()).timeout(Duration::from_millis(700));
+        assert_eq!(timed.output().await.unwrap().exit, Exit::TimedOut);
+        assert!(all(0)(), "{isolation:?}: after its time");
+        let dropped = guard.command(line).spawn().await.unwrap();
+        until("the tree runs", all(3)).await;
+        drop(dropped);
+        until("the tree is gone", all(0)).await;
+    }
+}
+
+#[tokio::test]
+async fn what_is_left_running_counts_as_use() {
+    for (isolation, mark) in ALL.into_iter().zip([mark(53), mark(54)]) {
+        let world = World::new(isolation);
+        let pool = world.open();
+        let id = Uuid::new_v4();
+        let guard = pool.acquire(id).await.unwrap();
+        text(&guard, &format!("echo kept > file; setsid sleep {mark} > /dev/null 2>&1 &")).await;
+        drop(guard);
+        until("it runs", || running(&format!("sleep {mark}")) == 1).await;
+        let error = pool.stop(id, false).await.unwrap_err();
+        assert!(matches!(error, Error::InUse { .. }), "{isolation:?}: {error}");
+        pool.stop(id, true).await.unwrap();
+        assert_eq!(running(&format!("sleep {mark}")), 0, "{isolation:?}");
+        let guard = pool.acquire(id).await.unwrap();
+        assert_eq!(text(&guard, "cat file").await, "kept\n");
+    }
+}
+
+#[tokio::test]
+async fn a_terminal_is_one_and_has_a_name() {
+    use denizen_agent::{Spec, Stdio};
+    for isolation in ALL {
+        let world = World::new(isolation);
+        let pool = world.open();
+        let guard = pool.acquire(Uuid::new_v4()).await.unwrap();
+        let mut spec = Spec::new("sh", guard.workdir());
+        let line = "stty size; tty; test -c $(tty) && echo there; echo $((6*7)) > /dev/tty";
+        spec.args = ["-c", line].map(Into::into).to_vec();
+        spec.stdio = Stdio::Pty { columns: 77, rows: 33 };
+        let mut child = guard.agent().unwrap().spawn(spec).await.unwrap();
+        let mut output = child.take_output().unwrap();
+        let mut heard = Vec::new();
+        while let Some(chunk) = output.next().await.unwrap() {
+            heard.extend_from_slice(&chunk.bytes);
+        }
+        let heard = String::from_utf8(heard).unwrap();
+        for part in ["33 77", "/dev/pts/", "there", "42"] {
+            assert!(heard.contains(part), "{isolation:?}: {heard}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn bootstrap_runs_within_and_once() {
+    for isolation in ALL {
+        let mut world = World::new(isolation);
+        let mark = mark(55);
+        let line = format!("pwd >> where; hostname >> where; sleep {mark} &");
+        world.config.bootstrap_command = Some(["sh", "-c", &line].map(str::to_owned).to_vec());
+        let pool = world.open();
+        let id = Uuid::new_v4();
+        let guard = pool.acquire(id).await.unwrap();
+        let expected = text(&guard, "pwd; hostname").await;
+        assert_eq!(text(&guard, "cat where").await, expected, "{isolation:?}");
+        assert_eq!(running(&format!("sleep {mark}")), 0, "nothing of it goes on");
+        drop(guard);
+        pool.stop(id, false).await.unwrap();
+        let guard = pool.acquire(id).await.unwrap();
+        assert_eq!(text(&guard, "cat where").await, expected, "{isolation:?}");
+    }
+}
+
+#[tokio::test]
+async fn backups_bring_it_back_and_forks_go_their_own_way() {
+    for isolation in ALL {
+        let world = World::new(isolation);
+        let pool = world.open();
+        let id = Uuid::new_v4();
+        let guard = pool.acquire(id).await.unwrap();
+        let line = "mkdir -p deep/er; echo old > deep/er/file; ln -s /nowhere link; chmod 700 deep";
+        text(&guard, line).await;
+        if isolation == Isolation::Sandbox {
+            let line = "echo changed > /usr/bin/new; rm /etc/passwd; mkdir /opt/new; \
+                        rm -r /usr/share/doc; mkdir /usr/share/doc; echo only > /usr/share/doc/this";
+            text(&guard, line).await;
+        }
+        drop(guard);
+        pool.backup(id).await.unwrap();
+        let fork = pool.fork(id).await.unwrap();
+        let guard = pool.acquire(id).await.unwrap();
+        text(&guard, "echo new > deep/er/file").await;
+        if isolation == Isolation::Sandbox {
+            text(&guard, "rm /usr/bin/new; echo back > /etc/passwd").await;
+        }
+        drop(guard);
+        pool.restore(id, None).await.unwrap();
+        // From before, by its name: the latest is of just now.
+        let all = pool.backups(id).await.unwrap();
+        let first = all.last().unwrap().id.to_string();
+        pool.restore(id, Some(&first)).await.unwrap();
+        for session in [id, fork] {
+            let guard = pool.acquire(session).await.unwrap();
+            assert_eq!(text(&guard, "cat deep/er/file").await, "old\n", "{isolation:?}");
+            assert_eq!(text(&guard, "readlink link; stat -c %a deep").await, "/nowhere\n700\n");
+            assert_eq!(text(&guard, "ls -A").await, "deep\nlink\n", "{isolation:?}");
+            if isolation == Isolation::Sandbox {
+                assert_eq!(
+                    text(&guard, "cat /usr/bin/new; ls /usr/share/doc").await,
+                    "changed\nthis\n"
+                );
+                assert!(!sh(&guard, "test -e /etc/passwd").await.exit.success());
+                assert!(sh(&guard, "test -d /opt/new").await.exit.success());
+            }
+        }
+        pool.shutdown().await.unwrap();
+    }
+}
+
+// ---- Only a sandbox ---------------------------------------------------------------------
+
+/// A package with a program and a folder that it gives to another user.
+fn package(folder: &Path) -> PathBuf {
+    let tree = folder.join("package");
+    let script = |path: &str, content: &str| {
+        let path = tree.join(path);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(&path, content).unwrap();
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+        std::fs::set_permissions(path, mode).unwrap();
+    };
+    script("usr/bin/denizen-test", "#!/bin/sh\necho installed\n");
+    script("var/lib/denizen-test/state", "");
+    script("DEBIAN/postinst", "#!/bin/sh\nset -e\nchown -R daemon:daemon /var/lib/denizen-test\n");
+    let control = "Package: denizen-test\nVersion: 1\nArchitecture: all\nMaintainer: nobody\n\
+                   Description: a test\n";
+    std::fs::write(tree.join("DEBIAN/control"), control).unwrap();
+    let file = folder.join("denizen-test.deb");
+    let mut build = Program::new("dpkg-deb");
+    build.args(["--root-owner-group", "--build"]).arg(tree).arg(&file);
+    assert!(build.output().unwrap().status.success());
+    file
+}
+
+#[tokio::test]
+async fn a_package_is_installed_and_stays() {
+    let world = World::new(Isolation::Sandbox);
+    let package = std::fs::read(package(world.folder.path())).unwrap();
+    let pool = world.open();
+    let (id, other) = (Uuid::new_v4(), Uuid::new_v4());
+    let guard = pool.acquire(id).await.unwrap();
+    let line = "cat > it.deb && apt-get install -y ./it.deb && denizen-test";
+    let output = guard.command(line).stdin(package).output().await.unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(said.ends_with("installed\n"), "{said}{}", String::from_utf8_lossy(&output.stderr));
+    drop(guard);
+    pool.backup(id).await.unwrap();
+    pool.restore(id, None).await.unwrap();
+    let guard = pool.acquire(id).await.unwrap();
+    assert_eq!(text(&guard, "denizen-test").await, "installed\n");
+    assert!(text(&guard, "dpkg -s denizen-test").await.contains("install ok installed"));
+    assert!(!Path::new("/usr/bin/denizen-test").exists(), "not on the host");
+    let guard = pool.acquire(other).await.unwrap();
+    assert!(!sh(&guard, "denizen-test").await.exit.success(), "not in another session");
+    drop(guard);
+}
+
+#[tokio::test]
+async fn a_sandbox_has_its_own_of_everything() {
+    let world = World::new(Isolation::Sandbox);
+    let pool = world.open();
+    let guard = pool.acquire(Uuid::new_v4()).await.unwrap();
+    assert_eq!(text(&guard, "id -u; id -g").await, "0\n0\n");
+    assert!(text(&guard, "hostname").await.starts_with("denizen-"));
+    assert_eq!(text(&guard, "cat /proc/1/comm").await, "denizen-init\n");
+    assert_eq!(text(&guard, "ls /sys/class/net").await, "lo\n");
+    assert_eq!(text(&guard, "ls -A /tmp /home /root /run /srv").await.lines().count(), 9);
+    assert_eq!(text(&guard, "grep NoNewPrivs /proc/self/status").await, "NoNewPrivs:\t1\n");
+    assert_eq!(text(&guard, "grep Seccomp: /proc/self/status").await, "Seccomp:\t2\n");
+    text(&guard, "echo hello > /dev/shm/a; echo hello > /tmp/a; head -c 9 /dev/urandom | wc -c")
+        .await;
+    text(&guard, "exec 3<> /dev/ptmx; ls /dev/pts").await;
+    // Not the host's secrets.
+    let secret = world.folder.path().to_str().unwrap();
+    assert!(!sh(&guard, &format!("ls {secret}")).await.exit.success());
+    assert!(!sh(&guard, "grep -q '\\$' /etc/shadow").await.exit.success());
+}
+
+/// One session does its worst; another one and this process go on.
+#[tokio::test]
+async fn a_session_that_runs_wild_leaves_the_others_alone() {
+    let mut world = World::new(Isolation::Sandbox);
+    world.limits = Limits {
+        memory_bytes: Some(256 << 20),
+        processes: Some(64),
+        cpu_percent: Some(50),
+        open_files: Some(128),
+    };
+    let pool = world.open();
+    let (wild, calm) = (Uuid::new_v4(), Uuid::new_v4());
+    let guard = pool.acquire(wild).await.unwrap();
+    let calm = pool.acquire(calm).await.unwrap();
+    let answers = async || {
+        let begin = std::time::Instant::now();
+        assert_eq!(text(&calm, "echo here").await, "here\n");
+        assert!(begin.elapsed() < Duration::from_secs(5), "{:?}", begin.elapsed());
+    };
+    let bomb = guard.command("f() { f | f & f; }; f 2> /dev/null").spawn().await.unwrap();
+    answers().await;
+    answers().await;
+    // Also what goes on after the shell that began it has given up.
+    bomb.kill().await.unwrap();
+    answers().await;
+    let hog = "head -c 1G /dev/zero | tail | wc -c; echo ${PIPESTATUS:-}";
+    let hog = sh(&guard, hog).await;
+    assert_ne!(hog.stdout, b"1073741824\n", "{hog:?}");
+    answers().await;
+    let files = "i=0; while [ $i -lt 200 ]; do eval \"exec $((i+10))< /dev/null\" || exit 9; i=$((i+1)); done";
+    assert!(!guard.program("bash").args(["-c", files]).output().await.unwrap().exit.success());
+    let flood = guard.command("yes").timeout(Duration::from_secs(1)).output_limit(1000).output();
+    let flood = flood.await.unwrap();
+    assert_eq!((flood.exit, flood.stdout.len()), (Exit::TimedOut, 1000));
+    assert!(flood.stdout_cut > 0);
+    answers().await;
+    assert_eq!(text(&guard, "echo still here").await, "still here\n");
+}
+
+#[test]
+fn all_of_it_again_as_an_ordinary_user() {
+    if std::env::var_os("DENIZEN_TEST_CACHE").is_some() {
+        return;
+    }
+    if !rustix::process::geteuid().is_root() {
+        println!("skipped: this already is an ordinary user");
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let program = folder.path().join("test");
+    std::fs::copy(std::env::current_exe().unwrap(), &program).unwrap();
+    std::fs::set_permissions(folder.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755))
+        .unwrap();
+    std::os::unix::fs::chown(folder.path(), Some(12345), Some(12345)).unwrap();
+    let output = Program::new("setpriv")
+        .args(["--reuid=12345", "--regid=12345", "--clear-groups"])
+        .arg(&program)
+        .args(["--test-threads=2"])
+        .env("DENIZEN_TEST_CACHE", folder.path().join("cache"))
+        .env("TMPDIR", folder.path())
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{said}\n{}", String::from_utf8_lossy(&output.stderr));
+    assert!(said.contains("test result: ok. 11 passed"), "{said}");
+}
