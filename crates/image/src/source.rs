@@ -69,7 +69,7 @@ impl Store {
         for _ in 0..3 {
             for (index, layer) in found.wanted.layers.iter().enumerate() {
                 let blob = &found.blobs[index];
-                let (reader, total) = source.open_member(&blob.member)?;
+                let (reader, total) = source.open_member(&blob.name)?;
                 let at =
                     |stage, bytes| Progress { layer: index, layers: count, stage, bytes, total };
                 if !self.has_layer(*layer) {
@@ -122,7 +122,7 @@ struct Found {
 }
 
 struct Member {
-    member: String,
+    name: String,
     /// What the manifest says of it; nothing in the archives of `docker save`.
     digest: Option<Digest>,
     size: Option<u64>,
@@ -228,7 +228,7 @@ impl Source {
         let bytes = self.blob(manifest.config.digest, &what, &options.limits)?;
         let (config, layers) = manifest::config(&bytes, &wanted, manifest.layers.len(), &what)?;
         let blobs = manifest.layers.iter().map(|layer| Member {
-            member: member(layer.digest),
+            name: member(layer.digest),
             digest: Some(layer.digest),
             size: Some(layer.size),
         });
@@ -291,7 +291,7 @@ impl Source {
         let wanted = Platform::wanted(options.architecture.as_deref());
         let (config, layers) = manifest::config(&bytes, &wanted, image.layers.len(), &what)?;
         let name = options.image.clone().or_else(|| names(image).into_iter().next());
-        let blob = |member: &String| Member { member: member.clone(), digest: None, size: None };
+        let blob = |member: &String| Member { name: member.clone(), digest: None, size: None };
         Ok(Found {
             wanted: Wanted { name: self.name(name.as_deref(), options), digest, layers, config },
             blobs: image.layers.iter().map(blob).collect(),

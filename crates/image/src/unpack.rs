@@ -163,7 +163,8 @@ impl Layer<'_> {
             return self.directory(&path, Some(entry.into()));
         }
         let (parent, name) = split(&path);
-        for step in parent.split(|&b| b == b'/').filter(|step| step.starts_with(WHITEOUT)) {
+        let mut above = parent.split(|&b| b == b'/');
+        if let Some(step) = above.find(|step| step.starts_with(WHITEOUT)) {
             if step.starts_with(RESERVED) {
                 return Ok(());
             }
