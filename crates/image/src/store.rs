@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::manifest::{Digest, ImageConfig};
 use crate::stream::Bounds;
-use crate::unpack::{NOBODY, OPAQUE, Report, unpack};
+use crate::unpack::{NOBODY, Report, unpack};
 use crate::work::{FOLDER, Work, sweep};
 use crate::{Error, Owners, Reference, Result};
 
@@ -283,24 +283,21 @@ impl Store {
         let mut layers = Vec::new();
         for layer in record.layers.iter().rev() {
             let tree = self.tree(*layer);
-            // Overlayfs does not ask a layer's root whether it hides those below.
-            let mut value = [0; 1];
-            let hides = match rustix::fs::lgetxattr(&tree, OPAQUE, &mut value) {
-                Ok(length) => value[..length] == *b"y",
-                Err(Errno::NODATA | Errno::OPNOTSUPP | Errno::RANGE) => false,
-                Err(Errno::NOENT) => {
+            // Not asked of the folder itself, whose mode may not let us in.
+            let report = match self.report(&tree) {
+                Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
                     return Err(Error::NotFound {
                         what: format!("{} of the image {:?}", tree.display(), record.name),
                         hint: "somebody removed it; pull or import the image again",
                     });
                 }
-                Err(e) => return Err(Error::io("look at", &tree, e)),
+                report => report?,
             };
             // The same layer twice shows nothing more, and overlayfs takes it only once.
             if !layers.contains(&tree) {
                 layers.push(tree);
             }
-            if hides {
+            if report.hides_lower {
                 break;
             }
         }

@@ -35,7 +35,7 @@ use crate::work::FOLDER;
 use crate::{Error, Limits, Owners, Result};
 
 /// The attribute of a directory that hides what lower layers have there.
-pub const OPAQUE: &str = "user.overlay.opaque";
+const OPAQUE: &str = "user.overlay.opaque";
 /// What the name of a deleted file starts with.
 const WHITEOUT: &[u8] = b".wh.";
 /// What the names start with that AUFS, the first user of this scheme, kept for itself.
@@ -67,6 +67,8 @@ pub struct Report {
     pub attributes: u64,
     /// Entries whose owner has no place in the range and belongs to nobody now.
     pub owners: u64,
+    /// Whether the layer hides everything below it. Overlayfs does not ask a layer's root.
+    pub hides_lower: bool,
 }
 
 /// Unpacks `blob` into the folder `root`, which must be empty. `trash` is one beside it, for
@@ -174,6 +176,7 @@ impl Layer<'_> {
             self.report.entries += 1;
             let folder = self.folder(parent, &entry)?;
             self.hide_lower(folder.as_fd())?;
+            self.report.hides_lower |= parent.is_empty();
             self.current = Some((parent.to_vec(), folder));
             return Ok(());
         }

@@ -167,9 +167,23 @@ fn deleted_and_hidden_names_as_overlayfs_shows_them() {
     assert_eq!(
         names(&merged),
         [
-            "again", "etc/", "etc/changed", "etc/kept", "gone/", "gone/new", "hidden/",
-            "hidden/high", "lib/", "lib/top", "replaced/", "replaced/high", "replaced2/",
-            "replaced2/high", "usr/", "usr/lib/", "usr/lib/low",
+            "again",
+            "etc/",
+            "etc/changed",
+            "etc/kept",
+            "gone/",
+            "gone/new",
+            "hidden/",
+            "hidden/high",
+            "lib/",
+            "lib/top",
+            "replaced/",
+            "replaced/high",
+            "replaced2/",
+            "replaced2/high",
+            "usr/",
+            "usr/lib/",
+            "usr/lib/low",
         ]
     );
     assert_eq!(fs::read_to_string(merged.join("etc/changed")).unwrap(), "high");
