@@ -116,6 +116,7 @@ impl Store {
     /// What met the reading of the records. One that cannot be read is not passed over: what
     /// it needs could be removed.
     pub fn list(&self) -> Result<Vec<Image>> {
+        let _locked = self.lock()?;
         self.records()?.into_iter().map(|record| self.image(record)).collect()
     }
 
@@ -125,6 +126,7 @@ impl Store {
     /// # Errors
     /// What met the reading of the record.
     pub fn get(&self, name: &str) -> Result<Option<Image>> {
+        let _locked = self.lock()?;
         self.find(name)?.map(|record| self.image(record)).transpose()
     }
 
