@@ -44,20 +44,30 @@ fn has(program: &str, arg: &str) -> bool {
     output.is_ok_and(|output| output.status.success())
 }
 
+/// Whether a program is installed. Not every one of them can be asked for its version.
+fn is_there(program: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).any(|folder| folder.join(program).is_file())
+}
+
 /// Programs that the tests run, with the Debian package that has each.
-const NEEDED: [(&str, &str); 6] = [
+const NEEDED: [(&str, &str); 10] = [
     ("sqlite3", "sqlite3"),
     ("tar", "tar"),
     ("zstd", "zstd"),
     ("setsid", "util-linux"),
     ("mount", "mount"),
     ("script", "bsdutils"),
+    ("docker-registry", "docker-registry"),
+    ("busybox", "busybox-static"),
+    ("skopeo", "skopeo"),
+    ("openssl", "openssl"),
 ];
 
 fn install() -> Result<(), String> {
     let missing: Vec<&str> = NEEDED
         .iter()
-        .filter(|(program, _)| !has(program, "--version") && !has(program, "-version"))
+        .filter(|(program, _)| !is_there(program))
         .map(|(_, package)| *package)
         .collect();
     if !missing.is_empty() {

@@ -15,13 +15,14 @@ use std::time::Duration;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use futures::StreamExt as _;
-use futures::stream::{self, TryStreamExt as _};
+use futures::stream;
 use reqwest::header::{ACCEPT, AUTHORIZATION, HeaderMap, HeaderValue, RANGE, WWW_AUTHENTICATE};
 use reqwest::{Client, Response, StatusCode, Url};
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject as _;
 use serde::Deserialize;
 use sha2::{Digest as _, Sha256};
+use tokio::sync::Notify;
 
 use crate::error::shown;
 use crate::manifest::{self, Blob, Digest, MOST_INDEXES, Manifest, Parsed, Platform};
@@ -133,24 +134,15 @@ impl Store {
             budget: Budget::new(&options.limits),
             work: blocking(&self.clone(), Self::work).await?,
             cancelled: AtomicBool::new(false),
+            stopped: Notify::new(),
             progress: Box::new(progress),
         });
-        // What is being unpacked when the caller gives up stops too.
-        let _stop = Stop(Arc::clone(&pull));
-        // Twice only if a layer was removed while the others were fetched.
-        for _ in 0..3 {
-            let layers = stream::iter(0..pull.wanted.layers.len());
-            let fetch = |index| Pull::layer(Arc::clone(&pull), index);
-            layers.map(Ok).try_for_each_concurrent(AT_ONCE, fetch).await?;
-            let add = |pull: &Arc<Pull>| pull.store.add_image(&pull.wanted, &pull.work);
-            if let Some(image) = blocking(&pull, add).await? {
-                return Ok(image);
-            }
-        }
-        Err(Error::NotFound {
-            what: format!("a layer of {:?}", pull.wanted.name),
-            hint: "it was removed as often as it was fetched; try again",
-        })
+        // What is being unpacked when the caller gives up stops too, if a moment later.
+        let stop = Stop(Arc::clone(&pull));
+        let done = Pull::all(&pull).await;
+        // What was unpacked in vain may take a while to remove.
+        let _ = tokio::task::spawn_blocking(move || drop((stop, pull))).await;
+        done
     }
 }
 
@@ -173,6 +165,7 @@ struct Pull {
     budget: Budget,
     work: Work,
     cancelled: AtomicBool,
+    stopped: Notify,
     progress: Box<dyn Fn(Progress) + Send + Sync>,
 }
 
@@ -180,11 +173,57 @@ struct Stop(Arc<Pull>);
 
 impl Drop for Stop {
     fn drop(&mut self) {
-        self.0.cancelled.store(true, Ordering::Relaxed);
+        self.0.stop();
     }
 }
 
 impl Pull {
+    fn stop(&self) {
+        self.cancelled.store(true, Ordering::Relaxed);
+        self.stopped.notify_waiters();
+    }
+
+    async fn stopped(&self) {
+        loop {
+            let stopped = self.stopped.notified();
+            if self.cancelled.load(Ordering::Relaxed) {
+                return;
+            }
+            stopped.await;
+        }
+    }
+
+    async fn all(pull: &Arc<Self>) -> Result<Image> {
+        // Twice only if a layer was removed while the others were fetched.
+        for _ in 0..3 {
+            Self::layers(pull).await?;
+            let add = |pull: &Arc<Self>| pull.store.add_image(&pull.wanted, &pull.work);
+            if let Some(image) = blocking(pull, add).await? {
+                return Ok(image);
+            }
+        }
+        Err(Error::NotFound {
+            what: format!("a layer of {:?}", pull.wanted.name),
+            hint: "it was removed as often as it was fetched; try again",
+        })
+    }
+
+    /// Brings all layers into the store. If one fails, waits for the others to stop: nothing
+    /// goes on, and nothing lies about, when the caller hears of it.
+    async fn layers(pull: &Arc<Self>) -> Result<()> {
+        let indexes = stream::iter(0..pull.wanted.layers.len());
+        let mut done =
+            indexes.map(|index| Self::layer(Arc::clone(pull), index)).buffer_unordered(AT_ONCE);
+        let mut first = Ok(());
+        while let Some(result) = done.next().await {
+            if result.is_err() {
+                pull.stop();
+                first = first.and(result);
+            }
+        }
+        first
+    }
+
     async fn layer(pull: Arc<Self>, index: usize) -> Result<()> {
         let layer = pull.wanted.layers[index];
         let blob = pull.blobs[index].clone();
@@ -199,7 +238,13 @@ impl Pull {
         pull.work.remove_file(&file);
         let mut to = pull.work.file(&file)?;
         let tell = |bytes| (pull.progress)(at(Stage::Fetching, bytes));
-        pull.registry.blob(&blob, &mut to, &pull.work, &tell).await?;
+        tokio::select! {
+            biased;
+            () = pull.stopped() => {
+                return Err(Error::Cancelled { what: format!("the layer {layer}") });
+            }
+            fetched = pull.registry.blob(&blob, &mut to, &pull.work, &tell) => fetched?,
+        }
         blocking(&pull, move |pull| {
             let mut done = 0;
             std::io::Seek::rewind(&mut to).map_err(|e| Error::io("read", pull.work.path(), e))?;

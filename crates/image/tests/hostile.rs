@@ -270,7 +270,7 @@ fn wrong_digests() {
     // Another blob with the same content under the name of the first one.
     let bench = Bench::new();
     let folder = bench.path("layout");
-    layout(&folder, &[layer.clone()]);
+    layout(&folder, std::slice::from_ref(&layer));
     let blob = folder.join("blobs").join(digest(&layer.blob).replace(':', "/"));
     let mut other = layer.blob.clone();
     other[4] ^= 1; // The time in the gzip header, which no checksum covers.
@@ -307,7 +307,7 @@ fn bombs() {
     let tar = Tar::new().add(b'L', "x", "", b"", |h| h.set_size(1 << 33));
     limited(&tar.plain(), |_| {});
     // Many times itself.
-    let mut many = gzip(&[0; 1 << 20]);
+    let mut many = gzip(&vec![0; 1 << 20]);
     many = many.repeat(100);
     limited(&Layer::new(b"", many, ""), |_| {});
 }

@@ -335,7 +335,7 @@ fn removing_keeps_what_others_have_and_what_is_in_use() {
     assert_eq!(bench.store.get("one").unwrap(), None);
     assert_eq!(bench.store.get("two").unwrap(), Some(two.clone()));
     let removed = bench.store.prune(|_| false).unwrap();
-    assert_eq!(removed.layers, [used.clone()]);
+    assert_eq!(removed.layers, std::slice::from_ref(&used));
     assert!(!used.exists());
     assert_eq!(names(&two.layers[1]), ["a"]);
 

@@ -152,7 +152,7 @@ pub fn gzip(bytes: &[u8]) -> Vec<u8> {
 
 pub fn record(key: &str, value: &[u8]) -> Vec<u8> {
     let rest = key.len() + value.len() + 3;
-    let length = (rest + 1..).find(|l| rest + l.to_string().len() == *l).unwrap();
+    let length = (rest + 1..rest + 20).find(|l| rest + l.to_string().len() == *l).unwrap();
     [format!("{length} {key}=").as_bytes(), value, b"\n"].concat()
 }
 
