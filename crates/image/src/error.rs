@@ -183,9 +183,11 @@ fn colon(detail: &str) -> String {
     if detail.is_empty() { String::new() } else { format!(" ({detail})") }
 }
 
-/// Text of somebody else's, as much of it as belongs in a message.
+/// Text of somebody else's, as much of it as belongs in a message: it may be on its way to a
+/// terminal.
 pub(crate) fn shown(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(&bytes[..bytes.len().min(200)]).into_owned()
+    let text = String::from_utf8_lossy(&bytes[..bytes.len().min(200)]);
+    text.replace(char::is_control, "\u{fffd}")
 }
 
 impl Error {

@@ -11,6 +11,7 @@
 //! images/{sha256 of the name}.json    one image: its name, layers and configuration
 //! layers/{diff_id}/tree               one layer, ready to be a lowerdir of an overlay
 //! layers/{diff_id}/layer.json         what was made of it, and what was left out
+//! owners.json                         whom all of them belong to
 //! work/{pid}-{random}/                what is not finished; its writer holds a lock on it
 //! lock                                held for the instant in which images or layers change
 //! ```
@@ -39,6 +40,8 @@ mod stream;
 mod unpack;
 mod work;
 
+use serde::{Deserialize, Serialize};
+
 pub use error::{Error, Result};
 pub use manifest::{Digest, ImageConfig};
 pub use reference::Reference;
@@ -48,7 +51,7 @@ pub use store::{Image, Removed, Store};
 pub use unpack::Report;
 
 /// Whom the files of a layer belong to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Owners {
     /// The calling user, who needs no privilege. The owners in the archive are dropped.
     Mine,

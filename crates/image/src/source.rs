@@ -27,6 +27,8 @@ use crate::{Error, Limits, OnProgress, Progress, Reference, Result, Stage};
 
 /// The most members of an archive of an image. One of 127 layers has less than 400.
 const MOST_MEMBERS: u64 = 100_000;
+/// The longest name an archive may give its image.
+const LONGEST_NAME: usize = 512;
 /// How many links in a row are followed between members of an archive.
 const MOST_LINKS: usize = 8;
 
@@ -308,6 +310,8 @@ impl Source {
             let stem = stem.strip_suffix(".tar").unwrap_or(&stem).to_owned();
             if stem.is_empty() { "image".to_owned() } else { stem }
         };
+        // A name of somebody else's may be on its way to a terminal.
+        let own = own.filter(|own| own.len() <= LONGEST_NAME && !own.contains(char::is_control));
         match own {
             None => stem(),
             // Many layouts give the tag only.

@@ -103,11 +103,36 @@ impl Store {
                 Err(e) => return Err(Error::io("make", &path, e)),
             }
         }
-        let swept = sweep(&root.join("work"))?;
+        let store = Self { root, owners };
+        store.claim()?;
+        let swept = sweep(&store.root.join("work"))?;
         if swept > 0 {
             tracing::info!(swept, "removed what was left unfinished among the images");
         }
-        Ok(Self { root, owners })
+        Ok(store)
+    }
+
+    /// Layers are shared by all images, so all have to be of the same owners.
+    fn claim(&self) -> Result<()> {
+        let _locked = self.lock()?;
+        let path = self.root.join("owners.json");
+        match fs::read(&path) {
+            Ok(text) => {
+                if serde_json::from_slice::<Owners>(&text).ok() == Some(self.owners) {
+                    return Ok(());
+                }
+                Err(Error::Owners { reason: "the store was made for others; use another folder" })
+            }
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {
+                let work = self.work()?;
+                let mut file = work.file("owners.json")?;
+                write_json(&mut file, &self.owners, &path)?;
+                file.sync_all().map_err(|e| Error::io("write to disk", &path, e))?;
+                rustix::fs::renameat(work.folder(), "owners.json", CWD, &path)
+                    .map_err(|e| Error::io("write", &path, e))
+            }
+            Err(e) => Err(Error::io("read", &path, e)),
+        }
     }
 
     /// All images, by name.

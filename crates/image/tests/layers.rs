@@ -276,6 +276,12 @@ fn owners_are_shifted_into_the_range() {
     assert_eq!(owner("foreign"), (265_534, 300_000, 0o755), "and not setuid nobody");
     assert_eq!(owner("fifo"), (200_000, 365_534, 0o644));
     assert_eq!(store.report(root).unwrap().owners, 2);
+    // The layers would be wrong for anybody else.
+    let error = Store::open(&bench.path("shifted"), Owners::Mine).unwrap_err();
+    assert!(matches!(error, Error::Owners { .. }), "{error}");
+    let other = Owners::Shifted { uid_base: 200_000, gid_base: 300_001, count: 65_536 };
+    Store::open(&bench.path("shifted"), other).unwrap_err();
+    assert_eq!(Store::open(&bench.path("shifted"), owners).unwrap().list().unwrap(), [image]);
 }
 
 #[test]
