@@ -36,6 +36,9 @@ use crate::{Error, Limits, Owners, Result};
 
 /// The attribute of a directory that hides what lower layers have there.
 const OPAQUE: &str = "user.overlay.opaque";
+/// The attribute of a directory that may hold deleted names. Without it, overlayfs lists a
+/// directory that only one layer has as it is, and the devices with it.
+const LOOKED_THROUGH: &str = "user.overlay.origin";
 /// What the name of a deleted file starts with.
 const WHITEOUT: &[u8] = b".wh.";
 /// What the names start with that AUFS, the first user of this scheme, kept for itself.
@@ -367,16 +370,16 @@ impl Layer<'_> {
         match self.look(folder.as_fd(), name)? {
             None => {
                 let kind = FileType::CharacterDevice;
-                rustix::fs::mknodat(&folder, name, kind, Mode::empty(), 0).map_err(
-                    |e| match e {
-                        Errno::PERM => Error::FileSystem {
-                            path: self.path.to_path_buf(),
-                            reason: "a character device 0:0 cannot be made there, which marks a \
+                let made = rustix::fs::mknodat(&folder, name, kind, Mode::empty(), 0);
+                made.map_err(|e| match e {
+                    Errno::PERM => Error::FileSystem {
+                        path: self.path.to_path_buf(),
+                        reason: "a character device 0:0 cannot be made there, which marks a \
                                  deleted file; it takes Linux 5.8 and no filter against mknod",
-                        },
-                        e => self.failed("mark a deletion in", e),
                     },
-                )?;
+                    e => self.failed("mark a deletion in", e),
+                })?;
+                self.mark(folder.as_fd(), LOOKED_THROUGH, b"")?;
             }
             Some((FileType::Directory, _)) => {
                 let there = self.step(folder.as_fd(), name)?;
@@ -389,7 +392,11 @@ impl Layer<'_> {
     }
 
     fn hide_lower(&self, folder: BorrowedFd<'_>) -> Result<()> {
-        rustix::fs::fsetxattr(folder, OPAQUE, b"y", XattrFlags::empty()).map_err(|e| match e {
+        self.mark(folder, OPAQUE, b"y")
+    }
+
+    fn mark(&self, folder: BorrowedFd<'_>, name: &str, value: &[u8]) -> Result<()> {
+        rustix::fs::fsetxattr(folder, name, value, XattrFlags::empty()).map_err(|e| match e {
             Errno::OPNOTSUPP => Error::FileSystem {
                 path: self.path.to_path_buf(),
                 reason: "it keeps no attributes named user.*, which overlayfs needs; use ext4, \

@@ -196,6 +196,22 @@ fn deleted_and_hidden_names_as_overlayfs_shows_them() {
 }
 
 #[test]
+fn a_deleted_name_that_no_lower_layer_has_is_not_listed() {
+    if !apart("a_deleted_name_that_no_lower_layer_has_is_not_listed") {
+        return;
+    }
+    let bench = Bench::new();
+    let low = Tar::new().file("only/.wh.x", "").file("only/y", "").file("o/low", "");
+    let top = Tar::new().file("o/.wh..wh..opq", "").file("o/.wh.x", "").file("o/y", "");
+    let image = bench.layers("only", &[low.gzip(), top.gzip()]).unwrap();
+    let merged = mount(&image, bench.dir.path());
+    assert_eq!(names(&merged), ["o/", "o/y", "only/", "only/y"]);
+    fs::write(merged.join("only/x"), "new").unwrap();
+    fs::remove_dir_all(merged.join("o")).unwrap();
+    assert_eq!(names(&merged), ["only/", "only/x", "only/y"]);
+}
+
+#[test]
 fn a_layer_that_hides_everything_below_it() {
     if !apart("a_layer_that_hides_everything_below_it") {
         return;
