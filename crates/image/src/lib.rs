@@ -18,7 +18,8 @@
 //!
 //! A layer is a folder named after the SHA-256 of its tar stream. It is made under `work` and
 //! renamed when it is complete, checked and on disk, so it is whole or absent. [`Store::open`]
-//! removes what dead processes left under `work`. Several processes may use one store.
+//! removes what dead processes left under `work`. Several processes may use one store: layers
+//! of an image that is on its way are not removed.
 //!
 //! `layers` and `work` let in nobody but their owner: with [`Owners::Mine`] a program in a
 //! layer that is setuid belongs to the caller, and no other user of the machine may run it.

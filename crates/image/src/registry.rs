@@ -194,18 +194,9 @@ impl Pull {
     }
 
     async fn all(pull: &Arc<Self>) -> Result<Image> {
-        // Twice only if a layer was removed while the others were fetched.
-        for _ in 0..3 {
-            Self::layers(pull).await?;
-            let add = |pull: &Arc<Self>| pull.store.add_image(&pull.wanted, &pull.work);
-            if let Some(image) = blocking(pull, add).await? {
-                return Ok(image);
-            }
-        }
-        Err(Error::NotFound {
-            what: format!("a layer of {:?}", pull.wanted.name),
-            hint: "it was removed as often as it was fetched; try again",
-        })
+        blocking(pull, |pull| pull.store.pin(&pull.wanted.layers, &pull.work)).await?;
+        Self::layers(pull).await?;
+        blocking(pull, |pull| pull.store.add_image(&pull.wanted, &pull.work)).await
     }
 
     /// Brings all layers into the store. If one fails, waits for the others to stop: nothing

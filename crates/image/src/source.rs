@@ -67,38 +67,29 @@ impl Store {
         let source = Source::open(path, &work, &bounds)?;
         let found = source.find(options)?;
         let count = found.wanted.layers.len();
-        // Twice only if a layer was removed while the others were unpacked.
-        for _ in 0..3 {
-            for (index, layer) in found.wanted.layers.iter().enumerate() {
-                let blob = &found.blobs[index];
-                let (reader, total) = source.open_member(&blob.name)?;
-                let at =
-                    |stage, bytes| Progress { layer: index, layers: count, stage, bytes, total };
-                if !self.has_layer(*layer) {
-                    if blob.size.is_some_and(|size| size != total) {
-                        let detail = "its size is not the one in the manifest";
-                        return Err(Error::damaged(&format!("the layer {layer}"), detail));
-                    }
-                    let mut done = 0;
-                    let told = Told {
-                        inner: reader,
-                        tell: |got| {
-                            done += got;
-                            progress(at(Stage::Unpacking, done));
-                        },
-                    };
-                    self.add_layer(told, *layer, blob.digest, &work, &bounds)?;
+        self.pin(&found.wanted.layers, &work)?;
+        for (index, layer) in found.wanted.layers.iter().enumerate() {
+            let blob = &found.blobs[index];
+            let (reader, total) = source.open_member(&blob.name)?;
+            let at = |stage, bytes| Progress { layer: index, layers: count, stage, bytes, total };
+            if !self.has_layer(*layer) {
+                if blob.size.is_some_and(|size| size != total) {
+                    let detail = "its size is not the one in the manifest";
+                    return Err(Error::damaged(&format!("the layer {layer}"), detail));
                 }
-                progress(at(Stage::Done, total));
+                let mut done = 0;
+                let told = Told {
+                    inner: reader,
+                    tell: |got| {
+                        done += got;
+                        progress(at(Stage::Unpacking, done));
+                    },
+                };
+                self.add_layer(told, *layer, blob.digest, &work, &bounds)?;
             }
-            if let Some(image) = self.add_image(&found.wanted, &work)? {
-                return Ok(image);
-            }
+            progress(at(Stage::Done, total));
         }
-        Err(Error::NotFound {
-            what: format!("a layer of {:?}", found.wanted.name),
-            hint: "it was removed as often as it was unpacked; try again",
-        })
+        self.add_image(&found.wanted, &work)
     }
 }
 

@@ -17,11 +17,14 @@ use serde::{Deserialize, Serialize};
 use crate::manifest::{Digest, ImageConfig};
 use crate::stream::Bounds;
 use crate::unpack::{NOBODY, Report, unpack};
-use crate::work::{FOLDER, Work, sweep};
+use crate::work::{FOLDER, Work, names, sweep};
 use crate::{Error, Owners, Reference, Result};
 
 /// The most bytes of an image's record. A configuration is smaller by the limits on it.
 const MOST_RECORD: u64 = 64 << 20;
+
+/// What the names of the files start with that keep a layer while an image is on its way.
+const PIN: &str = "pin-";
 
 /// The images in one folder.
 #[derive(Clone, Debug)]
@@ -184,8 +187,9 @@ impl Store {
     }
 
     fn prune_locked(&self, locked: File, in_use: impl Fn(&Path) -> bool) -> Result<Removed> {
-        let used: BTreeSet<Digest> =
-            self.records()?.into_iter().flat_map(|record| record.layers).collect();
+        sweep(&self.root.join("work"))?;
+        let mut used = self.pinned()?;
+        used.extend(self.records()?.into_iter().flat_map(|record| record.layers));
         let mut removed = Removed::default();
         let mut work = None;
         let layers = self.root.join("layers");
@@ -282,12 +286,45 @@ impl Store {
         }
     }
 
-    /// Writes the image down if all its layers are there. `None` if one is not: it was removed
-    /// since it was looked for, and has to be fetched again.
-    pub(crate) fn add_image(&self, wanted: &Wanted, work: &Work) -> Result<Option<Image>> {
+    /// Keeps these layers from being removed as long as `work` is there: an image is on its way
+    /// that has them. To be called before looking which of them are there.
+    pub(crate) fn pin(&self, layers: &[Digest], work: &Work) -> Result<()> {
         let _locked = self.lock()?;
-        if !wanted.layers.iter().all(|layer| self.has_layer(*layer)) {
-            return Ok(None);
+        for layer in layers.iter().collect::<BTreeSet<_>>() {
+            work.file(&format!("{PIN}{}", layer.hex()))?;
+        }
+        Ok(())
+    }
+
+    /// The layers that images on their way have. A writer that died no longer counts once its
+    /// folder is swept.
+    fn pinned(&self) -> Result<BTreeSet<Digest>> {
+        let path = self.root.join("work");
+        let folder = rustix::fs::openat(CWD, &path, FOLDER, Mode::empty())
+            .map_err(|e| Error::io("open", &path, e))?;
+        let mut pinned = BTreeSet::new();
+        for name in names(folder.as_fd()).map_err(|e| Error::io("read", &path, e))? {
+            let pins = match rustix::fs::openat(&folder, &*name, FOLDER, Mode::empty()) {
+                Ok(work) => names(work.as_fd()).map_err(|e| Error::io("read", &path, e))?,
+                // Its image has come, or will not.
+                Err(Errno::NOENT | Errno::NOTDIR) => continue,
+                Err(e) => return Err(Error::io("open", &path, e)),
+            };
+            let digest =
+                |pin: &Vec<u8>| Digest::from_hex(std::str::from_utf8(pin).ok()?.strip_prefix(PIN)?);
+            pinned.extend(pins.iter().filter_map(digest));
+        }
+        Ok(pinned)
+    }
+
+    /// Writes the image down. Its layers must have been pinned and added.
+    pub(crate) fn add_image(&self, wanted: &Wanted, work: &Work) -> Result<Image> {
+        let _locked = self.lock()?;
+        if let Some(layer) = wanted.layers.iter().find(|layer| !self.has_layer(**layer)) {
+            return Err(Error::NotFound {
+                what: format!("the layer {layer} of {:?}", wanted.name),
+                hint: "somebody removed it by hand; pull or import the image again",
+            });
         }
         let record = Record {
             name: wanted.name.clone(),
@@ -295,7 +332,6 @@ impl Store {
             layers: wanted.layers.clone(),
             config: wanted.config.clone(),
         };
-        work.remove_file("image.json");
         let mut file = work.file("image.json")?;
         write_json(&mut file, &record, work.path())?;
         file.sync_all().map_err(|e| Error::io("write to disk", work.path(), e))?;
@@ -303,7 +339,7 @@ impl Store {
         rustix::fs::renameat(work.folder(), "image.json", CWD, &to)
             .map_err(|e| Error::io("write", &to, e))?;
         self.sync("images")?;
-        self.image(record).map(Some)
+        self.image(record)
     }
 
     fn image(&self, record: Record) -> Result<Image> {

@@ -87,6 +87,10 @@ fn writing_through_a_symlink() {
         assert!(refused(link.clone().file("l/.wh.b", "")).contains("symlink"), "{target}");
         assert!(refused(link.file("l/.wh..wh..opq", "")).contains("symlink"), "{target}");
     }
+    // Through it to what is there.
+    let through = Tar::new().dir("a/b").link(b'2', "l", "a");
+    assert!(refused(through.clone().file("l/b/c", "x")).contains("symlink"));
+    assert!(refused(through.file("a/b/c", "").link(b'1', "h", "l/b/c")).contains("symlink"));
     // Deeper, and after the directory was open already.
     let swapped = Tar::new().dir("a/b").file("a/b/c", "").link(b'2', "a/b", "/tmp");
     assert!(refused(swapped.file("a/b/d", "x")).contains("symlink"));
