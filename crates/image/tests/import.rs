@@ -104,6 +104,12 @@ fn what_an_older_and_a_newer_docker_saves() {
     let error = asked("other").unwrap_err();
     assert!(error.to_string().contains("demo:2"), "{error}");
 
+    // No manifest says how large these layers are, so it is found out on the way.
+    let small = options(|options| options.limits.blob_bytes = 1000);
+    let store = Store::open(&bench.path("small"), Owners::Mine).unwrap();
+    let error = store.import(&archive, &small, &NEVER, &|_| {}).unwrap_err();
+    assert!(matches!(error, Error::TooLarge { .. }), "{error}");
+
     // An altered configuration no longer has the digest in its name.
     fs::write(old.join(format!("{hex}.json")), [&config[..], b" "].concat()).unwrap();
     tar_of(&old, &archive, &[]);
@@ -275,10 +281,19 @@ fn folders_and_archives_made_to_hurt() {
     let folder = bench.path("layout");
     // Links to what is not in the folder, and what would never end.
     fs::create_dir_all(&folder).unwrap();
-    fs::write(bench.path("layout-index"), "{}").unwrap();
-    symlink(bench.path("layout-index"), folder.join("index.json")).unwrap();
-    import(&bench, &folder).unwrap_err();
-    fs::remove_file(folder.join("index.json")).unwrap();
+    layout(&bench.path("layout-outside"), &two());
+    for outside in [bench.path("layout-outside").as_path(), Path::new("../layout-outside")] {
+        for name in ["index.json", "blobs"] {
+            symlink(outside.join(name), folder.join(name)).unwrap();
+        }
+        assert!(matches!(import(&bench, &folder).unwrap_err(), Error::Io { .. }));
+        fs::remove_file(folder.join("index.json")).unwrap();
+        fs::copy(bench.path("layout-outside/index.json"), folder.join("index.json")).unwrap();
+        assert!(matches!(import(&bench, &folder).unwrap_err(), Error::Io { .. }));
+        for name in ["index.json", "blobs"] {
+            fs::remove_file(folder.join(name)).unwrap();
+        }
+    }
     assert!(matches!(import(&bench, &folder).unwrap_err(), Error::Unsupported { .. }));
     assert!(Command::new("mkfifo").arg(folder.join("index.json")).status().unwrap().success());
     assert!(matches!(import(&bench, &folder).unwrap_err(), Error::Unsupported { .. }));

@@ -139,6 +139,7 @@ fn deleted_and_hidden_names_as_overlayfs_shows_them() {
         .file("hidden/low", "low")
         .file("replaced/low", "low")
         .file("replaced2/low", "low")
+        .file("replaced3/low", "low")
         .file("again", "low")
         .dir("usr/lib")
         .file("usr/lib/low", "low")
@@ -154,6 +155,9 @@ fn deleted_and_hidden_names_as_overlayfs_shows_them() {
         .file("replaced/high", "high")
         .file("replaced2/high", "high")
         .file(".wh.replaced2", "")
+        .file(".wh.replaced3", "")
+        .dir("replaced3")
+        .file("replaced3/high", "high")
         .file("again", "high")
         .file(".wh.again", "")
         // What AUFS kept for itself.
@@ -181,6 +185,8 @@ fn deleted_and_hidden_names_as_overlayfs_shows_them() {
             "replaced/high",
             "replaced2/",
             "replaced2/high",
+            "replaced3/",
+            "replaced3/high",
             "usr/",
             "usr/lib/",
             "usr/lib/low",
