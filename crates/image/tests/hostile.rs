@@ -380,7 +380,7 @@ fn entries(random: &mut Random) -> Vec<u8> {
         ["a", "b", "c", "..", ".", ".wh.a", ".wh.b", ".wh..wh..opq", "", "outside", "/", ".wh."];
     let mut tar = Tar::new();
     let mut random_length = Random(random.next() | 1);
-    for _ in 0..random.below(40) {
+    for _ in 0..random.below(16) {
         let mut name = || {
             let mut step = || match STEPS[random.below(STEPS.len())] {
                 // The first refusal ends it, so mostly harmless ones.
@@ -409,7 +409,7 @@ fn random_and_mutated_streams_neither_panic_nor_reach_outside() {
     let bench = Bench::new();
     let folder = bench.path("layout");
     let (mut whole, mut kinds) = (0, std::collections::BTreeMap::<String, u32>::new());
-    for round in 0..rounds.unwrap_or(1500) {
+    for round in 0..rounds.unwrap_or(600) {
         let seed: u64 = seed.unwrap_or(round + 1);
         let mut random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15));
         let mut stream = entries(&mut random);
