@@ -22,7 +22,13 @@ async fn main() {
     match row.as_str() {
         "warm" => warm(&folder).await,
         "pass" => pass(&folder).await,
-        "exec" => exec(&folder).await,
+        "exec" => exec(&folder, denizen::Isolation::Host).await,
+        "sandbox" => {
+            exec(&folder.join("exec"), denizen::Isolation::Sandbox).await;
+            new_sandboxes(&folder.join("new")).await;
+            many_sandboxes(&folder.join("many")).await;
+        }
+        "program" => program(&folder, &PathBuf::from(args.next().expect("the program"))),
         "make" => make(&folder, 10_000),
         "start" => start(&folder).await,
         other => panic!("no row {other}"),
@@ -53,6 +59,10 @@ fn config(root: &Path) -> denizen::VmPoolConfig {
 
 fn denizen_pool(root: &Path) -> Arc<denizen::MicroVmManager> {
     denizen::MicroVmManager::new((&config(root)).into()).unwrap()
+}
+
+fn isolated_pool(root: &Path, isolation: denizen::Isolation) -> Arc<denizen::MicroVmManager> {
+    denizen::MicroVmManager::builder((&config(root)).into()).isolation(isolation).build().unwrap()
 }
 
 #[cfg(feature = "seed")]
@@ -131,25 +141,141 @@ async fn pass(folder: &Path) {
     }
 }
 
-async fn exec(folder: &Path) {
-    let ours = denizen_pool(folder);
+async fn exec(folder: &Path, isolation: denizen::Isolation) {
+    let ours = isolated_pool(folder, isolation);
     let guard = ours.acquire(Uuid::new_v4()).await.unwrap();
     let (mut a, mut b) = (Vec::new(), Vec::new());
     for round in 0..1_050 {
         let begin = Instant::now();
-        let output = std::process::Command::new("/bin/true").output().unwrap();
-        assert!(output.status.success());
+        run(&mut std::process::Command::new("/bin/true"));
         let between = Instant::now();
-        guard.program("/bin/true").output().await.unwrap();
+        let output = guard.program("/bin/true").output().await.unwrap();
+        assert!(output.exit.success());
         // The first ones fill caches.
         if round >= 50 {
             b.push(nanoseconds(between - begin, 1));
             a.push(nanoseconds(between.elapsed(), 1));
         }
     }
-    print("/bin/true in a warm host session", median(a), Some(median(b)));
+    let name = format!("/bin/true in a warm {} session", isolation.name());
+    print(&name, median(a), Some(median(b)));
     drop(guard);
     ours.shutdown().await.unwrap();
+}
+
+fn run(command: &mut std::process::Command) {
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+}
+
+/// From nothing to the end of the first command.
+async fn new_sandboxes(folder: &Path) {
+    let ours = isolated_pool(folder, denizen::Isolation::Sandbox);
+    let bwrap = || {
+        let mut bwrap = std::process::Command::new("bwrap");
+        bwrap.args(["--unshare-all", "--ro-bind", "/", "/", "--proc", "/proc", "--dev", "/dev"]);
+        bwrap.args(["--tmpfs", "/tmp", "/bin/true"]);
+        bwrap
+    };
+    let (mut a, mut b) = (Vec::new(), Vec::new());
+    for round in 0..110 {
+        let begin = Instant::now();
+        run(&mut bwrap());
+        let between = Instant::now();
+        let id = Uuid::new_v4();
+        let guard = ours.acquire(id).await.unwrap();
+        assert!(guard.program("/bin/true").output().await.unwrap().exit.success());
+        let end = Instant::now();
+        drop(guard);
+        ours.remove(id).await.unwrap();
+        if round >= 10 {
+            b.push(nanoseconds(between - begin, 1));
+            a.push(nanoseconds(end - between, 1));
+        }
+    }
+    print("new sandbox, to the end of its first command", median(a), Some(median(b)));
+    ours.shutdown().await.unwrap();
+}
+
+/// What sandboxes take of memory beyond the command that runs in each.
+async fn many_sandboxes(folder: &Path) {
+    const MANY: usize = 1_000;
+    let ours = isolated_pool(folder, denizen::Isolation::Sandbox);
+    // The first has caches filled.
+    let first = ours.acquire(Uuid::new_v4()).await.unwrap();
+    assert!(first.program("/bin/true").output().await.unwrap().exit.success());
+    let (before, used_before) = (own_memory(), memory_used());
+    let mut guards = Vec::new();
+    let begin = Instant::now();
+    for _ in 0..MANY {
+        let guard = ours.acquire(Uuid::new_v4()).await.unwrap();
+        let started = guard.command("sleep 1000 > /dev/null 2>&1 &").output().await.unwrap();
+        assert!(started.exit.success());
+        guards.push(guard);
+    }
+    let time = begin.elapsed();
+    let (after, used_after) = (own_memory(), memory_used());
+    print("1,000 sandboxes made, each", nanoseconds(time, MANY), None);
+    // A sleep of its own is all that each runs; it is not taken off.
+    let all = (used_after - used_before) / MANY as f64;
+    print("memory of a running sandbox and its sleep (bytes)", all, None);
+    print("memory of it in the daemon (bytes)", (after - before) / MANY as f64, None);
+    drop((first, guards));
+    ours.shutdown().await.unwrap();
+}
+
+fn memory_used() -> f64 {
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap();
+    let kib = |name: &str| -> f64 {
+        let line = text.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+        line.split_whitespace().next().unwrap().parse().unwrap()
+    };
+    (kib("MemTotal:") - kib("MemAvailable:")) * 1024.0
+}
+
+fn own_memory() -> f64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+    let kib: f64 = line.split_whitespace().next().unwrap().parse().unwrap();
+    kib * 1024.0
+}
+
+/// The whole program, beside `runc exec` into a container that runs.
+fn program(folder: &Path, program: &Path) {
+    let denizen = |args: &[&str]| {
+        let mut denizen = std::process::Command::new(program);
+        denizen.env("DENIZEN_STATE", folder.join("state"));
+        denizen.env("DENIZEN_CACHE", folder.join("cache")).args(args);
+        denizen
+    };
+    let runc = |args: &[&str]| {
+        let mut runc = std::process::Command::new("runc");
+        runc.arg("--root").arg(folder.join("runc")).args(args).current_dir(folder);
+        runc
+    };
+    run(&mut denizen(&["exec", "bench", "--", "/bin/true"]));
+    run(&mut runc(&["spec"]));
+    let spec = std::fs::read_to_string(folder.join("config.json")).unwrap();
+    let spec = spec.replace("\"terminal\": true", "\"terminal\": false");
+    let spec = spec.replace("\"path\": \"rootfs\"", "\"path\": \"/\"");
+    let spec = spec.replace("\"sh\"", "\"sleep\", \"1000\"");
+    std::fs::write(folder.join("config.json"), spec).unwrap();
+    let quiet = std::process::Stdio::null;
+    let mut started = runc(&["run", "-d", "denizen-bench"]);
+    started.stdin(quiet()).stdout(quiet()).stderr(quiet());
+    assert!(started.status().unwrap().success(), "runc");
+    let (mut a, mut b) = (Vec::new(), Vec::new());
+    for _ in 0..100 {
+        let begin = Instant::now();
+        run(&mut runc(&["exec", "denizen-bench", "/bin/true"]));
+        let between = Instant::now();
+        run(&mut denizen(&["exec", "bench", "--", "/bin/true"]));
+        b.push(nanoseconds(between - begin, 1));
+        a.push(nanoseconds(between.elapsed(), 1));
+    }
+    run(&mut runc(&["delete", "--force", "denizen-bench"]));
+    run(&mut denizen(&["shutdown"]));
+    print("`denizen exec` in a warm sandbox, whole process", median(a), Some(median(b)));
 }
 
 /// The second start finds what the first one wrote down.
@@ -158,10 +284,8 @@ async fn start(root: &Path) {
     let ours = denizen_pool(root);
     drop(ours.acquire(Uuid::new_v4()).await.unwrap());
     let time = begin.elapsed();
-    let status = std::fs::read_to_string("/proc/self/status").unwrap();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
-    let kib: f64 = line.split_whitespace().next().unwrap().parse().unwrap();
+    let memory = own_memory();
     print("start with 10,000 sessions, to the first guard", nanoseconds(time, 1), None);
-    print("resident memory then (bytes)", kib * 1024.0, None);
+    print("resident memory then (bytes)", memory, None);
     ours.shutdown().await.unwrap();
 }

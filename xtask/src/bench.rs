@@ -9,23 +9,34 @@ use std::process::Command;
 use crate::root;
 
 /// Rows, and what each is allowed: a ratio to the peer, or nanoseconds or bytes.
-const LIMITS: [(&str, &str, Limit); 6] = [
+const LIMITS: [(&str, &str, Limit); 12] = [
     ("warm acquire and release", "the seed", Limit::Ratio(1.0)),
     ("maintenance pass, 5000 sessions", "the seed", Limit::Most(50_000.0)),
     ("maintenance pass, 100000 sessions", "the seed with 5000", Limit::Most(50_000.0)),
     ("/bin/true in a warm host session", "std::process::Command", Limit::Ratio(1.1)),
+    ("/bin/true in a warm sandbox session", "std::process::Command", Limit::Ratio(2.0)),
+    ("new sandbox, to the end of its first command", "bwrap", Limit::Ratio(1.0)),
+    ("1,000 sandboxes made, each", "", Limit::None),
+    ("memory of a running sandbox and its sleep (bytes)", "", Limit::Most(2.0 * MIB)),
+    ("memory of it in the daemon (bytes)", "", Limit::None),
+    ("`denizen exec` in a warm sandbox, whole process", "runc exec", Limit::Most(5e6)),
     ("start with 10,000 sessions, to the first guard", "", Limit::Most(1e9)),
-    ("resident memory then (bytes)", "", Limit::Most(64.0 * 1024.0 * 1024.0)),
+    ("resident memory then (bytes)", "", Limit::Most(64.0 * MIB)),
 ];
+
+const MIB: f64 = 1_048_576.0;
 
 #[derive(Clone, Copy)]
 enum Limit {
+    /// Only to be known.
+    None,
     Ratio(f64),
     Most(f64),
 }
 
 /// Measures everything. The seed's file is a peer where it is given.
 pub fn run(seed: Option<&str>) -> Result<(), String> {
+    crate::install(&[("bwrap", "bubblewrap"), ("runc", "runc")])?;
     let failed = |error: std::io::Error| error.to_string();
     let work = root().join("target/bench");
     let source = work.join("src");
@@ -65,9 +76,11 @@ pub fn run(seed: Option<&str>) -> Result<(), String> {
         return Err("the peers do not build".to_owned());
     }
     let mut lines = Vec::new();
-    for row in ["warm", "pass", "exec"] {
+    for row in ["warm", "pass", "exec", "sandbox"] {
         lines.extend(measure(&work, row, &work.join(format!("run-{row}")))?);
     }
+    crate::run("cargo", &["build", "--release", "--package", "denizen-cli"])?;
+    lines.extend(measure(&work, "program", &work.join("run-program"))?);
     let known = work.join("run-start");
     measure_in(&work, "make", &known)?;
     // Finds the folders and writes them down; what is measured is the start after it.
@@ -91,7 +104,8 @@ fn measure_in(work: &Path, row: &str, folder: &Path) -> Result<Vec<String>, Stri
     std::fs::create_dir_all(folder).map_err(|error| error.to_string())?;
     eprintln!("+ peers {row}");
     let peers = work.join("target/release/peers");
-    let output = Command::new(peers).arg(row).arg(folder).output();
+    let program = root().join("target/release/denizen");
+    let output = Command::new(peers).arg(row).arg(folder).arg(program).output();
     let output = output.map_err(|error| error.to_string())?;
     if !output.status.success() {
         return Err(format!("{row}: {}", String::from_utf8_lossy(&output.stderr)));
@@ -116,14 +130,11 @@ fn page(lines: &[String]) -> Result<String, String> {
             .find(|(row, _, _)| *row == name)
             .ok_or_else(|| format!("what is wanted of {name:?} is not written down"))?;
         let show = |value: f64| {
-            if name.ends_with("(bytes)") {
-                format!("{:.1} MiB", value / 1_048_576.0)
-            } else {
-                time(value)
-            }
+            if name.ends_with("(bytes)") { format!("{:.2} MiB", value / MIB) } else { time(value) }
         };
         let ratio = peer.map(|peer| ours / peer);
         let (wanted, held) = match limit {
+            Limit::None => ("–".to_owned(), Some(true)),
             Limit::Ratio(most) => (format!("≤ {most}×"), ratio.map(|ratio| ratio <= *most)),
             Limit::Most(most) => (format!("≤ {}", show(*most)), Some(ours <= *most)),
         };

@@ -51,11 +51,14 @@ fn is_there(program: &str) -> bool {
 }
 
 /// Programs that the tests run, with the Debian package that has each.
-const NEEDED: [(&str, &str); 10] = [
+const NEEDED: [(&str, &str); 13] = [
     ("sqlite3", "sqlite3"),
     ("tar", "tar"),
     ("zstd", "zstd"),
     ("setsid", "util-linux"),
+    ("setpriv", "util-linux"),
+    ("dpkg-deb", "dpkg"),
+    ("hostname", "hostname"),
     ("mount", "mount"),
     ("script", "bsdutils"),
     ("docker-registry", "docker-registry"),
@@ -64,8 +67,9 @@ const NEEDED: [(&str, &str); 10] = [
     ("openssl", "openssl"),
 ];
 
-fn install() -> Result<(), String> {
-    let missing: Vec<&str> = NEEDED
+/// Installs Debian packages whose programs are not there.
+fn install(needed: &[(&str, &str)]) -> Result<(), String> {
+    let missing: Vec<&str> = needed
         .iter()
         .filter(|(program, _)| !is_there(program))
         .map(|(_, package)| *package)
@@ -75,6 +79,11 @@ fn install() -> Result<(), String> {
         let install = ["install", "-y", "-qq", "--no-install-recommends"];
         run("apt-get", &[&install[..], &missing].concat())?;
     }
+    Ok(())
+}
+
+/// Installs what the tests are run and checked with.
+fn install_tools() -> Result<(), String> {
     for tool in ["cargo-nextest", "cargo-deny"] {
         if !has(tool, "--version") {
             run("cargo", &["install", tool, "--locked"])?;
@@ -84,7 +93,8 @@ fn install() -> Result<(), String> {
 }
 
 fn test() -> Result<(), String> {
-    install()?;
+    install(&NEEDED)?;
+    install_tools()?;
     run("cargo", &["fmt", "--all", "--check"])?;
     // Advisories would have to be fetched; what we are built from is known here.
     run("cargo", &["deny", "check", "licenses", "bans", "sources"])?;
