@@ -97,8 +97,9 @@ impl Isolation {
 /// What can be chosen for the instances of a pool.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Options {
-    /// Where to keep what can be made again; other pools may share it.
-    pub(crate) cache: PathBuf,
+    /// Where to keep what can be made again, if not in the pool's own folder; other pools may
+    /// share it.
+    pub(crate) cache: Option<PathBuf>,
     pub(crate) limits: Limits,
     pub(crate) agent_program: Option<PathBuf>,
 }

@@ -515,8 +515,8 @@ impl Lifecycle {
         let was = row.phase;
         row.phase = match (was, found) {
             (Phase::Creating, Found::Half) if self.has(Fault::HalfMadeKept) => Phase::Stopped,
-            (Phase::Absent | Phase::Creating, Found::Half | Found::Nothing)
-            | (Phase::Removing, _) => Phase::Removing,
+            // Nobody was granted what was still being made, so nothing is lost with it.
+            (Phase::Absent | Phase::Creating, _) | (Phase::Removing, _) => Phase::Removing,
             (Phase::Pruning, Found::Whole | Found::Half) => Phase::Pruning,
             (_, Found::Whole | Found::Half) => Phase::Stopped,
             (Phase::Pruning, Found::Nothing) if row.backup.is_none() => Phase::Removing,
@@ -542,7 +542,7 @@ impl Lifecycle {
                 row.unsaved = true;
                 row.stopped_at = self.now;
             }
-            Phase::Creating | Phase::Restoring if row.phase == Phase::Stopped => {
+            Phase::Restoring if row.phase == Phase::Stopped => {
                 row.stopped_at = self.now;
             }
             _ => {}

@@ -67,7 +67,7 @@ impl Builder {
     /// The folder for what can be made again, which pools of one user may share. Default: in
     /// the volume root.
     pub fn cache(mut self, folder: impl Into<PathBuf>) -> Self {
-        self.settings.instances.cache = folder.into();
+        self.settings.instances.cache = Some(folder.into());
         self
     }
 
@@ -131,10 +131,7 @@ impl MicroVmManager {
     pub fn builder(config: VmPoolRuntimeConfig) -> Builder {
         let settings = Settings {
             isolation: Isolation::default(),
-            instances: Options {
-                cache: config.volume_root.join(".denizen/cache"),
-                ..Options::default()
-            },
+            instances: Options::default(),
             clock: Arc::new(SystemClock),
             acquire_timeout: None,
             background_is_use: true,

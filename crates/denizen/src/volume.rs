@@ -2,7 +2,8 @@
 //! things in `<volume_root>/.denizen`.
 //!
 //! Each change of a session's folder has one instant at which it has happened: making ends
-//! with the removal of the `incomplete` mark, putting back and deleting are one rename each.
+//! with the row that says so (and before it with the removal of the `incomplete` mark, for
+//! whoever finds the folder without its row), putting back and deleting are one rename each.
 //! Before that instant a crash leaves what was there, after it what shall be; so a start finds
 //! out by looking ([`Volumes::found`]). Nothing here follows a symlink out of a session.
 
@@ -99,9 +100,8 @@ impl Volumes {
             // Left over from an earlier try; the registry says that nothing of it is wanted.
             self.discard(id)?;
             make_private(&home)?;
-            File::create(home.join(INCOMPLETE))?.sync_all()?;
-            sync(&home)?;
-            sync(&self.root)?;
+            // Nothing of it has to outlast a power cut: its row says that it is being made.
+            File::create(home.join(INCOMPLETE))?;
             fs::create_dir(&volume)
         };
         make().map_err(|source| Error::volume("make", &volume, source))?;
@@ -112,9 +112,8 @@ impl Volumes {
     pub(crate) fn complete(&self, id: Uuid) -> Result<()> {
         let home = self.home(id);
         let end = || {
-            sync(&home)?;
             fs::remove_file(home.join(INCOMPLETE))?;
-            sync(&home)
+            sync(&self.root)
         };
         end().map_err(|source| Error::volume("make", &home, source))
     }

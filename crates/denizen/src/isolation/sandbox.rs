@@ -79,7 +79,10 @@ impl Sandbox {
     /// Prepares what all sandboxes of a pool share, in the pool's own folder.
     pub(super) fn new(own: &Path, options: Options) -> Result<Self> {
         let users = Users::of_this_process()?;
-        let root = HostRoot::prepare(&options.cache.join("roots"), users)?;
+        // Instances stand elsewhere.
+        let cache = options.cache.unwrap_or_else(|| own.join("cache"));
+        let cache = std::path::absolute(&cache).map_err(|source| Error::root(&cache, source))?;
+        let root = HostRoot::prepare(&cache.join("roots"), users)?;
         let carried = options.agent_program.map(|program| {
             let carried = Carried::this_program(&program, own);
             carried.map_err(|source| Error::volume("keep this program in", own, source))

@@ -36,6 +36,8 @@ impl Random {
 #[derive(Clone, Debug)]
 struct Disk {
     half: bool,
+    /// Somebody has had it, or the session it is of.
+    granted: bool,
     version: u64,
     bootstraps: u32,
 }
@@ -207,7 +209,7 @@ impl World {
             ensure!(!early, "{op:?} of {id} at {:?}, due at {due:?}", self.now);
         }
         if op == Op::Remove {
-            let half = self.disks.get(&id).is_none_or(|disk| disk.half);
+            let half = self.disks.get(&id).is_none_or(|disk| disk.half || !disk.granted);
             let line = self.lines.get(&id).into_iter().flatten();
             let asked = line.map(|(_, want)| want).any(|want| *want == Want::Removed);
             let asked = asked || self.removals.contains(&id);
@@ -237,12 +239,13 @@ impl World {
         let first = line.iter().find(|(_, want)| matches!(want, Want::Guard { .. }));
         ensure!(first.map(|(first, _)| *first) == Some(waiter), "{id}: not served in order");
         self.answered(id, waiter)?;
-        let Some(disk) = self.disks.get(&id) else {
+        let Some(disk) = self.disks.get_mut(&id) else {
             // Taken away by hand; nobody can know.
             ensure!(self.expected.get(&id) == Some(&None), "{id} granted without a volume");
             self.holders.insert(id, waiter);
             return Ok(());
         };
+        disk.granted = true;
         ensure!(!disk.half, "{id} granted half-made");
         ensure!(disk.bootstraps == 1, "{id} bootstrapped {} times", disk.bootstraps);
         if let Some(Some(expected)) = self.expected.get(&id) {
@@ -278,7 +281,7 @@ impl World {
         match op {
             Op::Create => {
                 let version = self.fresh();
-                self.disks.insert(id, Disk { half: false, version, bootstraps: 1 });
+                self.disks.insert(id, Disk { half: false, granted: false, version, bootstraps: 1 });
                 self.expected.insert(id, Some(version));
             }
             Op::Start => {
@@ -311,7 +314,7 @@ impl World {
                     return Ok(Outcome::Failed);
                 };
                 self.give_up(id, op)?;
-                self.disks.insert(id, Disk { half: false, version, bootstraps: 1 });
+                self.disks.insert(id, Disk { half: false, granted: true, version, bootstraps: 1 });
                 self.expected.insert(id, Some(version));
                 self.stopped.insert(id, self.now);
             }
@@ -478,7 +481,8 @@ impl World {
                 0 => {}
                 1 if op == Op::Create => {
                     let version = self.fresh();
-                    self.disks.insert(id, Disk { half: true, version, bootstraps: 0 });
+                    self.disks
+                        .insert(id, Disk { half: true, granted: false, version, bootstraps: 0 });
                 }
                 1 => {}
                 _ => {
