@@ -94,6 +94,9 @@ impl Client {
         let (mut sender, connection) = handshake.map_err(|error| failed(&error))?;
         tokio::spawn(connection);
         let mut request = Request::builder().method(method).uri(path).header("host", "denizen");
+        if method == "POST" && session.is_none() {
+            request = request.header("content-type", "application/json");
+        }
         if let Some(session) = session {
             request = request.header(denizen_server::SESSION, session);
         }
@@ -125,8 +128,7 @@ impl Client {
 
     /// Asks for a stream of lines.
     pub async fn lines(&self, path: &str) -> Result<Lines> {
-        let body = self.request("GET", path, None, empty()).await?.into_body();
-        Ok(Lines { body, buffer: Vec::new() })
+        Ok(Lines::new(self.request("GET", path, None, empty()).await?))
     }
 
     /// Copies what the daemon answers to `into`.
@@ -152,6 +154,11 @@ pub struct Lines {
 }
 
 impl Lines {
+    /// Those of an answer.
+    pub fn new(response: Response<Incoming>) -> Self {
+        Self { body: response.into_body(), buffer: Vec::new() }
+    }
+
     /// The next line, without its end.
     pub async fn next(&mut self) -> Result<Option<String>> {
         loop {

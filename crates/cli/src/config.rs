@@ -35,6 +35,10 @@ pub struct Options {
     /// How far sessions are kept from this machine: host or sandbox [default: sandbox]
     #[arg(long, global = true, env = "DENIZEN_ISOLATION", value_name = "ISOLATION")]
     isolation: Option<Isolation>,
+    /// The root of new sessions: an image's name or a folder's absolute path [default: what
+    /// every user of this machine sees of its operating system]
+    #[arg(long, global = true, env = "DENIZEN_IMAGE", value_name = "IMAGE")]
+    image: Option<String>,
     /// What each session may use, as a TOML inline table
     #[arg(
         long,
@@ -160,6 +164,7 @@ struct FileConfig {
     socket: Option<PathBuf>,
     acquire_timeout_seconds: Option<u64>,
     isolation: Option<Isolation>,
+    image: Option<String>,
     limits: Option<Limits>,
     pool: toml::Table,
 }
@@ -178,6 +183,9 @@ pub struct Settings {
     pub acquire_timeout: Duration,
     /// How far sessions are kept from this machine.
     pub isolation: Isolation,
+    /// The root of new sessions.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub image: Option<String>,
     /// What each session may use.
     pub limits: Limits,
     /// The pool.
@@ -246,6 +254,7 @@ pub fn load(options: &Options) -> Result<Settings> {
         socket: absolute(&socket.unwrap_or_else(|| state.join("denizen.sock")))?,
         acquire_timeout: Duration::from_secs(wait),
         isolation: options.isolation.or(given.isolation).unwrap_or(Isolation::Sandbox),
+        image: options.image.clone().or(given.image),
         limits: options.limits.clone().map(|Toml(it)| it).or(given.limits).unwrap_or_default(),
         state,
         cache: absolute(&cache)?,

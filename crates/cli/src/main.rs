@@ -6,6 +6,7 @@ mod command;
 mod config;
 mod copy;
 mod doctor;
+mod image;
 mod show;
 
 use std::os::fd::AsFd;
@@ -125,6 +126,11 @@ enum Verb {
         from: String,
         /// Where to
         to: String,
+    },
+    /// Bring, list and remove images: root file systems for new sessions (`--image`)
+    Image {
+        #[command(subcommand)]
+        verb: image::Verb,
     },
     /// Run the daemon in the foreground
     Serve {
@@ -282,6 +288,7 @@ async fn act(cli: Cli, settings: config::Settings) -> Result<i32> {
                 client.json("DELETE", &path).await?;
             }
         }
+        Verb::Image { verb } => image::run(&client, verb, json).await?,
         Verb::Cp { from, to } => copy::run(&client, &from, &to).await?,
         Verb::Serve { .. }
         | Verb::Agent
@@ -320,7 +327,11 @@ async fn serve(settings: config::Settings, idle_exit: Option<u64>, background: b
     let failed = |error: &dyn std::fmt::Display| Failure::new(error.to_string());
     settings.pool.validate().map_err(|error| failed(&error))?;
     let program = std::env::current_exe().map_err(|error| failed(&error))?;
-    let pool = denizen::MicroVmManager::builder((&settings.pool).into())
+    let mut builder = denizen::MicroVmManager::builder((&settings.pool).into());
+    if let Some(image) = settings.image {
+        builder = builder.image(image);
+    }
+    let pool = builder
         .agent_program(program)
         .cache(settings.cache)
         .isolation(settings.isolation)

@@ -87,6 +87,19 @@ pub fn backups(value: &Value, as_json: bool) -> Result<()> {
     table(["TAKEN", "BYTES", "NAME"], rows)
 }
 
+/// Images.
+pub fn images(value: &Value, as_json: bool) -> Result<()> {
+    if as_json {
+        return json(value);
+    }
+    let rows = value
+        .as_array()
+        .into_iter()
+        .flatten()
+        .map(|image| ["name", "layers", "digest"].map(|field| text(&image[field])));
+    table(["NAME", "LAYERS", "DIGEST"], rows)
+}
+
 /// One event, if it is of the session asked for.
 pub fn event(line: &str, session: Option<&str>, as_json: bool) -> Result<()> {
     let value: Value =

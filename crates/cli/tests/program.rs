@@ -426,3 +426,108 @@ fn events_are_told_as_they_happen() {
     follower.kill().unwrap();
     follower.wait().unwrap();
 }
+
+/// An archive as `docker save` writes it, of busybox and nothing else.
+fn saved_image(folder: &Path) -> PathBuf {
+    let script = r#"
+        set -e
+        mkdir -p root/bin root/etc root/tmp layer
+        cp "$(command -v busybox)" root/bin/busybox
+        for name in sh cat ls echo touch id env rm test sleep; do ln -s busybox root/bin/$name; done
+        echo root:x:0:0::/:/bin/sh > root/etc/passwd
+        echo from-the-image > root/etc/motd
+        tar -C root --owner=0 --group=0 -cf layer/layer.tar .
+        id=$(sha256sum layer/layer.tar | cut -d' ' -f1)
+        echo '{"architecture":"amd64","os":"linux","config":{"Env":["PATH=/bin","FROM_IMAGE=yes"]},"rootfs":{"type":"layers","diff_ids":["sha256:'$id'"]}}' > config.json
+        config=$(sha256sum config.json | cut -d' ' -f1)
+        mv config.json $config.json
+        echo '[{"Config":"'$config'.json","RepoTags":["demo/busybox:1"],"Layers":["layer/layer.tar"]}]' > manifest.json
+        tar -cf image.tar manifest.json $config.json layer
+    "#;
+    let made = Command::new("sh").args(["-c", script]).current_dir(folder).output().unwrap();
+    assert!(made.status.success(), "{made:?}");
+    folder.join("image.tar")
+}
+
+#[test]
+fn sessions_can_have_an_image_as_their_root() {
+    let user = User::new();
+    let folder = tempfile::tempdir().unwrap();
+    let image = saved_image(folder.path());
+    let image = image.to_str().unwrap();
+    let brought = user.run(&["image", "import", image]);
+    assert!(text(&brought.stdout).contains("demo/busybox:1"), "{brought:?}");
+    assert_eq!(user.json(&["image", "ls"])[0]["layers"], 1);
+    // Made before, on the host's root: it stays what it was.
+    user.exec("host", "echo here > file");
+    assert!(user.run(&["shutdown"]).status.success());
+    until("the daemon leaves", || user.daemon_pid().is_none());
+    let run = |session: &str, line: &str| {
+        user.run(&["--image", "demo/busybox:1", "exec", session, "--", "sh", "-c", line])
+    };
+    let output = run("small", "cat /etc/motd; ls /; env; id -u; echo mine > /etc/mine");
+    let said = text(&output.stdout);
+    assert!(output.status.success(), "{output:?}");
+    for part in
+        ["from-the-image\n", "bin\n", "FROM_IMAGE=yes\n", "volume\n", "PATH=/bin\n", "\n0\n"]
+    {
+        assert!(said.contains(part), "{part:?} in {said}");
+    }
+    assert!(!said.contains("usr\n"), "{said}");
+    assert!(text(&run("host", "cat file; ls /usr/bin/env").stdout).contains("here\n"));
+    // Files are served from within, though there is no libc in this root.
+    std::fs::write(folder.path().join("file"), "in").unwrap();
+    let file = folder.path().join("file");
+    let copied = user.run(&["cp", file.to_str().unwrap(), "small:there"]);
+    assert!(copied.status.success(), "{copied:?}");
+    assert_eq!(text(&run("small", "cat there").stdout), "in");
+    let back = user.run(&["cp", "small:/etc/motd", file.to_str().unwrap()]);
+    assert!(back.status.success(), "{back:?}");
+    assert_eq!(std::fs::read(&file).unwrap(), b"from-the-image\n");
+    // Removed, its layers stay for the session that needs them.
+    assert!(user.run(&["backup", "small"]).status.success());
+    assert!(user.run(&["image", "rm", "demo/busybox:1"]).status.success());
+    assert_eq!(user.json(&["image", "ls"]), serde_json::json!([]));
+    assert_eq!(text(&run("small", "cat /etc/mine").stdout), "mine\n");
+    assert_eq!(user.run(&["image", "rm", "demo/busybox:1"]).status.code(), Some(125));
+}
+
+#[test]
+fn an_image_comes_from_a_registry() {
+    let user = User::new();
+    let folder = tempfile::tempdir().unwrap();
+    let image = saved_image(folder.path());
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let config = format!(
+        "version: 0.1\nstorage:\n  filesystem:\n    rootdirectory: {}\nhttp:\n  addr: 127.0.0.1:{port}\n",
+        folder.path().join("registry").display()
+    );
+    std::fs::write(folder.path().join("registry.yml"), config).unwrap();
+    let mut registry = Command::new("docker-registry")
+        .arg("serve")
+        .arg(folder.path().join("registry.yml"))
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    until("the registry answers", || std::net::TcpStream::connect(("127.0.0.1", port)).is_ok());
+    let reference = format!("127.0.0.1:{port}/demo/busybox:2");
+    let pushed = Command::new("skopeo")
+        .args(["copy", "--dest-tls-verify=false"])
+        .arg(format!("docker-archive:{}", image.display()))
+        .arg(format!("docker://{reference}"))
+        .output()
+        .unwrap();
+    assert!(pushed.status.success(), "{pushed:?}");
+    let pulled = user.run(&["image", "pull", &reference]);
+    let missing = user.run(&["image", "pull", &format!("127.0.0.1:{port}/demo/none:1")]);
+    registry.kill().unwrap();
+    registry.wait().unwrap();
+    assert!(text(&pulled.stdout).contains(&reference), "{pulled:?}");
+    assert_eq!(missing.status.code(), Some(125), "{missing:?}");
+    assert!(text(&missing.stderr).contains("demo/none"), "{missing:?}");
+    assert!(user.run(&["shutdown"]).status.success());
+    until("the daemon leaves", || user.daemon_pid().is_none());
+    let output = user.run(&["--image", &reference, "exec", "a", "--", "cat", "/etc/motd"]);
+    assert_eq!(text(&output.stdout), "from-the-image\n", "{output:?}");
+}

@@ -11,6 +11,7 @@ use denizen_agent::{Agent, Exit, Spec, Stdio};
 
 use crate::config::VmPoolRuntimeConfig;
 use crate::error::{Error, Result};
+use crate::isolation::Instance;
 use crate::pool::Place;
 
 /// How much of a failed command's output an error keeps, in bytes.
@@ -20,13 +21,18 @@ const TAIL: usize = 4096;
 /// of the new session, and ends the instance.
 ///
 /// Not cancel-safe: dropped, it ends what it runs and leaves the volume as it is then.
-pub(crate) async fn run(config: &VmPoolRuntimeConfig, agent: Agent, place: &Place) -> Result<()> {
+pub(crate) async fn run(
+    config: &VmPoolRuntimeConfig,
+    instance: Instance,
+    place: &Place,
+) -> Result<()> {
+    let Instance { agent, .. } = &instance;
     if let Some(command) = &config.bootstrap_command {
-        one(&config.env, &agent, place, command).await?;
+        one(&config.env, agent, place, command).await?;
     }
     if let Some(profile) = &config.nix_profile {
         let command = ["nix", "develop", profile, "--command", "true"].map(str::to_owned);
-        one(&config.env, &agent, place, &command).await?;
+        one(&config.env, agent, place, &command).await?;
     }
     // Whatever it left running would belong to nobody's use of the session.
     Ok(agent.shutdown(std::time::Duration::ZERO).await?)

@@ -38,6 +38,8 @@ pub enum Exit {
     Signal(i32),
     /// It ran into its timeout, and all it had started was killed.
     TimedOut,
+    /// It was killed because the session's memory had run out.
+    OutOfMemory,
 }
 
 impl Exit {
@@ -176,7 +178,7 @@ impl<'g> Command<'g> {
             Some(limit) => tokio::time::timeout(limit, collect).await.ok().transpose()?,
         };
         match ended {
-            Some(exit) => output.exit = exit.into(),
+            Some(exit) => output.exit = ended_by(exit, execution.guard),
             None => execution.child.kill_tree().await?,
         }
         Ok(output)
@@ -203,7 +205,7 @@ impl<'g> Command<'g> {
         };
         let output = child.take_output();
         let output = output.ok_or_else(|| Error::Task("a new command has no output".to_owned()))?;
-        Ok(Execution { child, output, _guard: guard })
+        Ok(Execution { child, output, guard })
     }
 
     /// Gives it a pipe as standard input, to be written to through [`Execution::stdin`].
@@ -231,12 +233,13 @@ impl Output {
     }
 }
 
-impl From<denizen_agent::Exit> for Exit {
-    fn from(exit: denizen_agent::Exit) -> Self {
-        match exit {
-            denizen_agent::Exit::Code(code) => Self::Code(code),
-            denizen_agent::Exit::Signal(signal) => Self::Signal(signal),
-        }
+/// How a command ended, where the kernel may have ended it for want of memory.
+fn ended_by(exit: denizen_agent::Exit, guard: &VmExecutionGuard) -> Exit {
+    const SIGKILL: i32 = 9;
+    match exit {
+        denizen_agent::Exit::Code(code) => Exit::Code(code),
+        denizen_agent::Exit::Signal(SIGKILL) if guard.ran_out_of_memory() => Exit::OutOfMemory,
+        denizen_agent::Exit::Signal(signal) => Exit::Signal(signal),
     }
 }
 
@@ -246,7 +249,7 @@ pub struct Execution<'g> {
     child: denizen_agent::Child,
     output: denizen_agent::Output,
     /// The session stays ours for as long as this lives.
-    _guard: &'g VmExecutionGuard,
+    guard: &'g VmExecutionGuard,
 }
 
 impl Execution<'_> {
@@ -274,7 +277,7 @@ impl Execution<'_> {
     /// # Errors
     /// [`Error::Agent`] if the session's init has died.
     pub async fn wait(&self) -> Result<Exit> {
-        Ok(self.child.wait().await?.into())
+        Ok(ended_by(self.child.wait().await?, self.guard))
     }
 
     /// Sends a signal to its process group.

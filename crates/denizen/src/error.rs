@@ -187,6 +187,10 @@ pub enum Error {
         problem: String,
     },
 
+    /// An image could not be had or used.
+    #[error(transparent)]
+    Image(#[from] denizen_image::Error),
+
     /// A command could not be run, or its processes not be reached.
     #[error(transparent)]
     Agent(#[from] denizen_agent::Error),

@@ -6,12 +6,14 @@
 mod host;
 mod sandbox;
 
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
 
 use denizen_agent::{Agent, Launch};
+use denizen_image::{Image, Store};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -102,6 +104,35 @@ pub(crate) struct Options {
     pub(crate) cache: Option<PathBuf>,
     pub(crate) limits: Limits,
     pub(crate) agent_program: Option<PathBuf>,
+    /// What new sessions' roots are: an image's name or a folder's path.
+    pub(crate) image: Option<String>,
+}
+
+/// A session's live incarnation.
+#[derive(Clone, Debug)]
+pub(crate) struct Instance {
+    pub(crate) agent: Agent,
+    /// What its root adds to every command's environment.
+    pub(crate) env: BTreeMap<String, String>,
+}
+
+/// An image that sessions can be made of.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct ImageInfo {
+    /// Its name.
+    pub name: String,
+    /// Of its manifest.
+    pub digest: String,
+    /// How many layers it has.
+    pub layers: usize,
+}
+
+pub(crate) fn info(image: &Image) -> ImageInfo {
+    ImageInfo {
+        name: image.name.clone(),
+        digest: image.digest.to_string(),
+        layers: image.layers.len(),
+    }
 }
 
 /// Where an instance finds its session.
@@ -144,7 +175,7 @@ impl Site {
 pub(crate) trait Driver: Send + Sync {
     /// Makes the instance of a session whose volume is whole. May block; called within a
     /// runtime, where blocking is allowed.
-    fn start(&self, site: &Site) -> Result<Agent>;
+    fn start(&self, site: &Site) -> Result<Instance>;
 
     /// Clears away what an instance leaves outside of its session's folder. Nothing runs in it.
     fn ended(&self, site: &Site);
@@ -158,4 +189,13 @@ pub(crate) trait Driver: Send + Sync {
 
     /// Which resources of a whole session are limited.
     fn limits(&self) -> Vec<&'static str>;
+
+    /// How often so far a process of the instance was ended for want of memory.
+    fn out_of_memory(&self, site: &Site) -> u64;
+
+    /// The images that sessions can be made of, where that is possible.
+    fn images(&self) -> Option<&Store>;
+
+    /// The layers of images that a session needs.
+    fn layers(&self, site: &Site) -> Vec<PathBuf>;
 }

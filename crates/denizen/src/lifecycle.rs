@@ -516,7 +516,7 @@ impl Lifecycle {
         row.phase = match (was, found) {
             (Phase::Creating, Found::Half) if self.has(Fault::HalfMadeKept) => Phase::Stopped,
             // Nobody was granted what was still being made, so nothing is lost with it.
-            (Phase::Absent | Phase::Creating, _) | (Phase::Removing, _) => Phase::Removing,
+            (Phase::Absent | Phase::Creating | Phase::Removing, _) => Phase::Removing,
             (Phase::Pruning, Found::Whole | Found::Half) => Phase::Pruning,
             (_, Found::Whole | Found::Half) => Phase::Stopped,
             (Phase::Pruning, Found::Nothing) if row.backup.is_none() => Phase::Removing,

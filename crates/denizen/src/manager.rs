@@ -4,9 +4,11 @@ use std::collections::HashMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use denizen_agent::Agent;
+use denizen_image::{ImportOptions, Progress, PullOptions, Store};
 use uuid::Uuid;
 
 use crate::backup::Backup;
@@ -14,7 +16,7 @@ use crate::command::Command;
 use crate::config::VmPoolRuntimeConfig;
 use crate::error::{Error, Result};
 use crate::event::Events;
-use crate::isolation::{Isolation, Limits, Options};
+use crate::isolation::{ImageInfo, Isolation, Limits, Options, info};
 use crate::lifecycle::Want;
 use crate::name::SessionName;
 use crate::pool::{Hold, Pool, SessionInfo, Settings, Tasks, blocking};
@@ -61,6 +63,14 @@ impl Builder {
     /// What each session may use.
     pub fn limits(mut self, limits: Limits) -> Self {
         self.settings.instances.limits = limits;
+        self
+    }
+
+    /// What new sessions have as their root: the name of an image in the pool
+    /// ([`MicroVmManager::pull_image`]), or the absolute path of a folder. Default: what every
+    /// user of the host sees of its operating system. Sessions keep the root they were made with.
+    pub fn image(mut self, image: impl Into<String>) -> Self {
+        self.settings.instances.image = Some(image.into());
         self
     }
 
@@ -155,6 +165,15 @@ impl MicroVmManager {
     /// [`Error::Disabled`].
     pub fn isolation(&self) -> Result<Isolation> {
         Ok(self.pool()?.isolation())
+    }
+
+    /// Which resources are limited for a session as a whole (`memory`, `pids`, `cpu`), rather
+    /// than for each of its processes.
+    ///
+    /// # Errors
+    /// [`Error::Disabled`].
+    pub fn limited_resources(&self) -> Result<Vec<&'static str>> {
+        Ok(self.pool()?.driver().limits())
     }
 
     fn pool(&self) -> Result<&Arc<Pool>> {
@@ -291,6 +310,61 @@ impl MicroVmManager {
         self.pool()?.ask(session_id, Want::Removed).await.map(drop)
     }
 
+    /// The images that sessions can be made of. Cancel-safe.
+    ///
+    /// # Errors
+    /// [`Error::Disabled`], [`Error::Image`], [`Error::Isolation`] where sessions have no root
+    /// of their own.
+    pub async fn images(&self) -> Result<Vec<ImageInfo>> {
+        let images = self.pool()?.with_images(|_, store| Ok(store.list()?)).await?;
+        Ok(images.iter().map(info).collect())
+    }
+
+    /// Brings an image from a registry; `progress` is told of every step. Cancel-safe: dropped,
+    /// what is on its way is given up.
+    ///
+    /// # Errors
+    /// As [`MicroVmManager::images`].
+    pub async fn pull_image(
+        &self,
+        reference: &str,
+        options: &PullOptions,
+        progress: impl Fn(Progress) + Send + Sync + 'static,
+    ) -> Result<ImageInfo> {
+        Ok(info(&self.pool()?.images()?.pull(reference, options, progress).await?))
+    }
+
+    /// Brings an image from an OCI layout or from what `docker save` wrote. Cancel-safe: dropped,
+    /// the import goes on to its end.
+    ///
+    /// # Errors
+    /// As [`MicroVmManager::images`].
+    pub async fn import_image(
+        &self,
+        path: PathBuf,
+        options: ImportOptions,
+        progress: impl Fn(Progress) + Send + Sync + 'static,
+    ) -> Result<ImageInfo> {
+        let never = AtomicBool::new(false);
+        let import = move |_: &Pool, store: &Store| {
+            Ok(info(&store.import(&path, &options, &never, &progress)?))
+        };
+        self.pool()?.with_images(import).await
+    }
+
+    /// Removes an image, and its layers as far as no session on this disk needs them. False if
+    /// there is none of that name. Cancel-safe: what has begun goes on.
+    ///
+    /// # Errors
+    /// As [`MicroVmManager::images`].
+    pub async fn remove_image(&self, name: &str) -> Result<bool> {
+        let name = name.to_owned();
+        let remove = move |pool: &Pool, store: &Store| {
+            Ok(store.remove(&name, |layer| pool.needs_layer(layer))?.image)
+        };
+        self.pool()?.with_images(remove).await
+    }
+
     /// What happens to sessions from now on.
     ///
     /// # Errors
@@ -365,6 +439,11 @@ impl VmExecutionGuard {
         &self.hold.place.workdir
     }
 
+    /// Whether memory has run out in the session since this was last asked.
+    pub(crate) fn ran_out_of_memory(&self) -> bool {
+        self.hold.pool.ran_out_of_memory(&self.hold.place)
+    }
+
     /// How the program that was given as [`Builder::agent_program`] is run in the session; none
     /// where files can be reached from here, or no program was given.
     pub fn agent_command(&self) -> Option<Vec<std::ffi::OsString>> {
@@ -397,7 +476,8 @@ impl VmExecutionGuard {
     }
 
     /// What a command's environment begins with: a plain `PATH`, `HOME` and `PWD` in the
-    /// volume, a UTF-8 locale, and then the configuration's own. Nothing of the host's.
+    /// volume, a UTF-8 locale, then what the session's image has, and then the configuration's
+    /// own. Nothing of the host's.
     pub fn base_environment(&self) -> std::collections::BTreeMap<String, String> {
         let workdir = self.workdir().to_string_lossy().into_owned();
         let shell = self.shell_path().to_string_lossy().into_owned();
@@ -410,6 +490,7 @@ impl VmExecutionGuard {
         ]
         .map(|(name, value)| (name.to_owned(), value.to_owned()))
         .into();
+        env.extend(self.hold.place.env());
         env.insert("DENIZEN_SESSION".to_owned(), self.session_id().to_string());
         env.extend(self.environment().clone());
         env

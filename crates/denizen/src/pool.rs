@@ -9,12 +9,13 @@
 mod operation;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, SystemTime};
 
 use denizen_agent::Agent;
+use denizen_image::Store;
 use parking_lot::Mutex;
 use serde::Serialize;
 use tokio::sync::{Notify, mpsc, oneshot};
@@ -27,7 +28,7 @@ use crate::error::{Error, Result};
 use crate::event::{
     Announcer, Event, EventKind, Events, maybe_unix_seconds, op_name, unix_seconds,
 };
-use crate::isolation::{Driver, Isolation, Options, Site};
+use crate::isolation::{Driver, Instance, Isolation, Options, Site};
 use crate::lifecycle::{
     Change, Effect, Lifecycle, Op, Phase, Policy, PoolTime, Refusal, Seq, View, WaiterId, Want,
 };
@@ -58,12 +59,19 @@ pub(crate) struct Place {
     /// Where commands start, as they see it.
     pub(crate) workdir: PathBuf,
     /// Set while the session is active.
-    instance: Mutex<Option<Agent>>,
+    instance: Mutex<Option<Instance>>,
+    /// How often a process of the instance was ended for want of memory, as last seen.
+    out_of_memory: AtomicU64,
 }
 
 impl Place {
     pub(crate) fn agent(&self) -> Option<Agent> {
-        self.instance.lock().clone()
+        self.instance.lock().as_ref().map(|instance| instance.agent.clone())
+    }
+
+    /// What the instance's root adds to every command's environment.
+    pub(crate) fn env(&self) -> BTreeMap<String, String> {
+        self.instance.lock().as_ref().map(|instance| instance.env.clone()).unwrap_or_default()
     }
 }
 
@@ -400,7 +408,12 @@ impl Pool {
         let place = state.places.entry(id).or_insert_with(|| {
             let site = self.volumes.site(id);
             let workdir = self.driver.workdir(&site);
-            Arc::new(Place { site, workdir, instance: Mutex::new(None) })
+            Arc::new(Place {
+                site,
+                workdir,
+                instance: Mutex::default(),
+                out_of_memory: AtomicU64::new(0),
+            })
         });
         place.clone()
     }
@@ -570,6 +583,35 @@ impl Pool {
 
     pub(crate) fn driver(&self) -> &dyn Driver {
         &*self.driver
+    }
+
+    /// Runs `work` with the images, where it may block.
+    pub(crate) async fn with_images<T: Send + 'static>(
+        self: &Arc<Self>,
+        work: impl FnOnce(&Self, &Store) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let pool = self.clone();
+        blocking(move || work(&pool, pool.images()?)).await
+    }
+
+    pub(crate) fn images(&self) -> Result<&Store> {
+        self.driver.images().ok_or_else(|| Error::Isolation {
+            isolation: self.settings.isolation.name(),
+            problem: "its sessions have no root of their own that an image could be".to_owned(),
+        })
+    }
+
+    /// Whether a session on this disk needs a layer.
+    pub(crate) fn needs_layer(&self, layer: &Path) -> bool {
+        let sessions = self.volumes.scan().unwrap_or_default();
+        let mut sessions = sessions.into_iter().map(|id| self.volumes.site(id));
+        sessions.any(|site| self.driver.layers(&site).iter().any(|needed| needed == layer))
+    }
+
+    /// Whether memory has run out in a session since this was last asked.
+    pub(crate) fn ran_out_of_memory(&self, place: &Place) -> bool {
+        let now = self.driver.out_of_memory(&place.site);
+        place.out_of_memory.swap(now, Ordering::Relaxed) < now
     }
 
     pub(crate) fn isolation(&self) -> Isolation {

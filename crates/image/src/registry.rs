@@ -105,6 +105,14 @@ pub enum Transport {
     Plain,
 }
 
+/// What a registry demands.
+enum Challenge {
+    /// A token of the service at `realm`.
+    Token { realm: String, service: Option<String> },
+    /// The user and the password, as the header has them.
+    Password(HeaderValue),
+}
+
 impl Store {
     /// Pulls the image that `reference` names, and gives it that name, made whole. What is in
     /// the store already is not fetched again. Dropping the future ends it.
@@ -438,6 +446,14 @@ impl Registry {
 
     /// What the registry asks for: a token of its service, or the user and the password.
     async fn authorize(&self, response: &Response) -> Result<HeaderValue> {
+        match self.challenge(response)? {
+            Challenge::Token { realm, service } => self.token(&realm, service).await,
+            Challenge::Password(value) => Ok(value),
+        }
+    }
+
+    /// The first of the registry's demands that can be met.
+    fn challenge(&self, response: &Response) -> Result<Challenge> {
         let headers = response.headers().get_all(WWW_AUTHENTICATE).iter();
         let texts: Vec<&str> = headers.filter_map(|header| header.to_str().ok()).collect();
         let challenges = texts.iter().filter_map(|text| http_auth::parse_challenges(text).ok());
@@ -449,12 +465,13 @@ impl Registry {
                     found.map(|(_, value)| value.to_unescaped())
                 };
                 let realm = parameter("realm").unwrap_or_default();
-                return self.token(&realm, parameter("service")).await;
+                return Ok(Challenge::Token { realm, service: parameter("service") });
             }
             if challenge.scheme.eq_ignore_ascii_case("basic")
                 && let Some((user, password)) = &self.user
             {
-                return sensitive(&basic(user, password)).ok_or_else(|| self.unauthorized());
+                let value = sensitive(&basic(user, password));
+                return value.map(Challenge::Password).ok_or_else(|| self.unauthorized());
             }
         }
         Err(self.unauthorized())

@@ -9,7 +9,7 @@ use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
-use denizen::{Error, MicroVmManager};
+use denizen::{Credentials, Error, ImportOptions, MicroVmManager, Progress, PullOptions, Stage};
 use futures::{StreamExt, stream};
 use serde::{Deserialize, Serialize};
 use tokio::sync::Notify;
@@ -29,6 +29,7 @@ pub(crate) fn router(pool: Arc<MicroVmManager>, leases: Arc<Leases>, stop: Arc<N
         .route("/v1/health", get(health))
         .route("/v1/shutdown", post(shutdown))
         .route("/v1/events", get(events))
+        .route("/v1/images", get(images).post(bring_image).delete(remove_image))
         .route("/v1/sessions", get(list))
         .route("/v1/sessions/{session}", get(inspect).delete(remove))
         .route("/v1/sessions/{session}/start", post(start))
@@ -68,6 +69,10 @@ impl From<Error> for Refused {
             Error::AtCapacity { .. } | Error::AcquireTimeout { .. } => {
                 (StatusCode::SERVICE_UNAVAILABLE, "at_capacity")
             }
+            Error::Image(denizen_image::Error::NotFound { .. }) => {
+                (StatusCode::NOT_FOUND, "unknown_image")
+            }
+            Error::Isolation { .. } => (StatusCode::CONFLICT, "isolation"),
             Error::ShuttingDown => (StatusCode::SERVICE_UNAVAILABLE, "shutting_down"),
             _ => (StatusCode::INTERNAL_SERVER_ERROR, "failed"),
         };
@@ -227,4 +232,110 @@ async fn log(
         Err(error) => stream::iter([Err(error)]).right_stream(),
     });
     Ok(Body::from_stream(pieces).into_response())
+}
+
+async fn images(State(api): State<Api>) -> Answer<Response> {
+    Ok(Json(api.pool.images().await?).into_response())
+}
+
+/// Which image to bring, and from where.
+#[derive(Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+enum Bring {
+    /// From a registry.
+    Pull {
+        reference: String,
+        user: Option<String>,
+        password: Option<String>,
+        /// Certificates to trust besides the system's.
+        #[serde(default)]
+        certificates: Vec<PathBuf>,
+    },
+    /// From a file or folder of this machine.
+    Import {
+        path: PathBuf,
+        /// The name it gets.
+        name: Option<String>,
+        /// Which one, if there are several.
+        image: Option<String>,
+    },
+}
+
+/// One JSON object a line: steps, then the image or an error.
+async fn bring_image(State(api): State<Api>, Json(bring): Json<Bring>) -> Answer<Response> {
+    api.pool.images().await?;
+    let (lines, told) = tokio::sync::mpsc::unbounded_channel::<serde_json::Value>();
+    let progress = {
+        let lines = lines.clone();
+        move |step: Progress| {
+            let stage = match step.stage {
+                Stage::Fetching => "fetching",
+                Stage::Unpacking => "unpacking",
+                Stage::Done => "done",
+            };
+            // Whoever asked may have gone.
+            let _ = lines.send(serde_json::json!({
+                "stage": stage, "layer": step.layer, "layers": step.layers,
+                "bytes": step.bytes, "total": step.total,
+            }));
+        }
+    };
+    let work = async move {
+        let brought = match bring {
+            Bring::Pull { reference, user, password, certificates } => {
+                let mut options = PullOptions::default();
+                options.certificates = certificates;
+                options.credentials = match (user, password) {
+                    (Some(user), Some(password)) => Credentials::Password { user, password },
+                    _ => docker_credentials(),
+                };
+                api.pool.pull_image(&reference, &options, progress).await
+            }
+            Bring::Import { path, name, image } => {
+                let mut options = ImportOptions::default();
+                options.name = name;
+                options.image = image;
+                api.pool.import_image(path, options, progress).await
+            }
+        };
+        let last = match brought {
+            Ok(image) => serde_json::json!({ "image": image }),
+            Err(error) => serde_json::json!({ "error": Refused::from(error) }),
+        };
+        let _ = lines.send(last);
+    };
+    // Ends with the response: nobody waits for it any more.
+    let work = stream::once(work).filter_map(|()| async { None });
+    let told = tokio_stream::wrappers::UnboundedReceiverStream::new(told);
+    let lines = stream::select(work, told).map(|line| {
+        let mut line = line.to_string();
+        line.push('\n');
+        Ok::<_, std::convert::Infallible>(line)
+    });
+    Ok(([("content-type", "application/x-ndjson")], Body::from_stream(lines)).into_response())
+}
+
+/// As whom Docker would ask.
+fn docker_credentials() -> Credentials {
+    let folder = std::env::var_os("DOCKER_CONFIG")
+        .map(PathBuf::from)
+        .or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".docker")));
+    let file = folder.map(|folder| folder.join("config.json")).filter(|file| file.exists());
+    file.map_or(Credentials::Anonymous, Credentials::DockerConfig)
+}
+
+#[derive(Deserialize)]
+struct ImageQuery {
+    name: String,
+}
+
+async fn remove_image(
+    State(api): State<Api>,
+    Query(query): Query<ImageQuery>,
+) -> Answer<StatusCode> {
+    if api.pool.remove_image(&query.name).await? {
+        return Ok(StatusCode::NO_CONTENT);
+    }
+    let message = format!("there is no image {}", query.name);
+    Err(Refused { status: StatusCode::NOT_FOUND, code: "unknown_image", message })
 }

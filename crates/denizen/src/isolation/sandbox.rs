@@ -13,6 +13,7 @@ mod carried;
 mod group;
 mod host_root;
 mod plan;
+mod root;
 mod users;
 
 use std::ffi::OsString;
@@ -22,14 +23,16 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use denizen_agent::{Agent, Enter, Launch};
+use denizen_image::Store;
 use rustix::process::Resource;
 
 use self::carried::Carried;
 use self::group::Groups;
 use self::host_root::HostRoot;
 use self::plan::{Attributes, Overlay, Plan};
+use self::root::{Below, Roots};
 use self::users::Users;
-use super::{Driver, Limits, Options, Site};
+use super::{Driver, Instance, Limits, Options, Site};
 use crate::error::{Error, Result};
 
 /// Where the volume is within, and commands start.
@@ -70,7 +73,7 @@ const PROTECTED: [&str; 5] =
 pub(super) struct Sandbox {
     users: Users,
     groups: Groups,
-    root: HostRoot,
+    roots: Roots,
     limits: Limits,
     carried: Option<Carried>,
 }
@@ -82,32 +85,62 @@ impl Sandbox {
         // Instances stand elsewhere.
         let cache = options.cache.unwrap_or_else(|| own.join("cache"));
         let cache = std::path::absolute(&cache).map_err(|source| Error::root(&cache, source))?;
-        let root = HostRoot::prepare(&cache.join("roots"), users)?;
+        let host = HostRoot::prepare(&cache.join("roots"), users)?;
+        let folder = own.join("images");
+        let images = Store::open(&folder, users.owners())?;
+        let roots = Roots { host, images, folder, default: options.image };
+        // Now rather than when somebody needs it.
+        roots.default_base()?;
         let carried = options.agent_program.map(|program| {
             let carried = Carried::this_program(&program, own);
             carried.map_err(|source| Error::volume("keep this program in", own, source))
         });
         let carried = carried.transpose()?;
-        Ok(Self { users, groups: Groups::find(), root, limits: options.limits, carried })
+        Ok(Self { users, groups: Groups::find(), roots, limits: options.limits, carried })
     }
 
-    /// Makes the folders that a sandbox writes to; gives them with their targets.
-    fn folders(&self, site: &Site) -> std::io::Result<Vec<Folders>> {
+    /// Makes the folders that a sandbox writes to, in the order of what is below them.
+    fn folders(&self, site: &Site, below: &[Below]) -> std::io::Result<Vec<Folders>> {
         let tmp = site.home.join("tmp");
         crate::volume::remove_tree(&tmp)?;
         self.folder(&tmp, 0o1777)?;
         self.users.take_over(&site.volume)?;
-        let mut overlays = vec![Folders::new(site, "main", "/")];
-        for path in &self.root.merged {
-            overlays.push(Folders::new(site, &path.replace('/', "-"), &format!("/{path}")));
-        }
+        DirBuilder::new().recursive(true).mode(0o700).create(site.root_changes())?;
+        DirBuilder::new().recursive(true).mode(0o700).create(site.home.join("work"))?;
+        let overlays: Vec<_> =
+            below.iter().map(|below| Folders::new(site, &below.target)).collect();
         for overlay in &overlays {
-            DirBuilder::new().recursive(true).mode(0o700).create(site.root_changes())?;
-            DirBuilder::new().recursive(true).mode(0o700).create(site.home.join("work"))?;
             self.folder(&overlay.upper, 0o755)?;
             self.folder(&overlay.work, 0o755)?;
         }
+        self.settle_in(&overlays, below)?;
         Ok(overlays)
+    }
+
+    /// What an image lacks that programs in a sandbox need.
+    fn settle_in(&self, overlays: &[Folders], below: &[Below]) -> std::io::Result<()> {
+        let (Some(main), Some(root)) = (overlays.first(), below.first()) else { return Ok(()) };
+        let add = |path: &str, content: &str| {
+            let (folder, _) = path.rsplit_once('/').unwrap_or_default();
+            let is_there = |path: &str| root.lower.iter().any(|lower| lower.join(path).exists());
+            let target = main.upper.join(path);
+            if !is_there(folder) || is_there(path) || target.exists() {
+                return Ok(());
+            }
+            let mut above = PathBuf::new();
+            for part in Path::new(folder) {
+                above.push(part);
+                self.folder(&main.upper.join(&above), 0o755)?;
+            }
+            fs::write(&target, content)?;
+            self.users.give(&target, (0, 0))
+        };
+        add("etc/hosts", host_root::HOSTS)?;
+        if self.users.is_alone() {
+            let (path, content) = host_root::APT_ALONE;
+            add(path, content)?;
+        }
+        Ok(())
     }
 
     /// Makes a folder of the sandbox's root, unless it is there.
@@ -120,29 +153,23 @@ impl Sandbox {
         self.users.give(path, (0, 0))
     }
 
-    fn plan(&self, site: &Site, overlays: &[Folders]) -> Plan {
+    fn plan(&self, site: &Site, overlays: &[Folders], below: &[Below]) -> Plan {
         let mut plan = Plan::default();
         let [user_map, group_map] = self.users.maps();
         if self.users.is_alone() {
             plan.step(["alone"]);
         }
         plan.step(["map", &user_map, &group_map]);
-        if !self.users.is_alone() {
-            for path in &self.root.merged {
-                plan.step(["shift", &format!("/{path}")]);
+        for below in below.iter().filter(|below| below.hosts && !self.users.is_alone()) {
+            if let Some(lowest) = below.lower.last() {
+                plan.step(["shift".as_ref(), lowest.as_os_str()]);
             }
         }
-        for folders in overlays {
-            let name = folders.target.strip_prefix("/").unwrap_or(Path::new(""));
-            let (copy, host) = (self.root.copy.join(name), Path::new("/").join(name));
-            let mut lower = vec![copy.as_path()];
-            let mut target = folders.target.as_path();
-            if name.as_os_str().is_empty() {
-                // Only until it is the root: a folder that is there, and that all may enter.
-                target = Path::new("/usr");
-            } else {
-                lower.push(&host);
-            }
+        for (folders, below) in overlays.iter().zip(below) {
+            // Only until it is the root: a folder that is there, and that all may enter.
+            let is_root = below.target == Path::new("/");
+            let target = if is_root { Path::new("/usr") } else { &below.target };
+            let lower = below.lower.iter().map(PathBuf::as_path).collect();
             plan.overlay(&Overlay { target, lower, upper: &folders.upper, work: &folders.work });
         }
         for (path, mode) in [("/dev", 0o755), ("/proc", 0o555), ("/sys", 0o555), ("/run", 0o755)] {
@@ -227,10 +254,12 @@ impl Sandbox {
 }
 
 impl Driver for Sandbox {
-    fn start(&self, site: &Site) -> Result<Agent> {
+    fn start(&self, site: &Site) -> Result<Instance> {
         let failed = |source| Error::volume("prepare", &site.home, source);
-        let overlays = self.folders(site).map_err(failed)?;
-        let plan = self.plan(site, &overlays).finish();
+        let base = self.roots.of(site)?;
+        let below = self.roots.below(&base)?;
+        let overlays = self.folders(site, &below).map_err(failed)?;
+        let plan = self.plan(site, &overlays, &below).finish();
         let groups = self.groups.make(site.id, &self.limits).map_err(|source| {
             self.groups.remove(site.id);
             Error::volume("make control groups for", &site.home, source)
@@ -241,7 +270,7 @@ impl Driver for Sandbox {
         tokio::runtime::Handle::current().block_on(agent.launch()).inspect_err(|_| {
             self.groups.remove(site.id);
         })?;
-        Ok(agent)
+        Ok(Instance { agent, env: base.env() })
     }
 
     fn ended(&self, site: &Site) {
@@ -259,21 +288,31 @@ impl Driver for Sandbox {
     fn limits(&self) -> Vec<&'static str> {
         self.groups.controllers()
     }
+
+    fn out_of_memory(&self, site: &Site) -> u64 {
+        self.groups.out_of_memory(site.id)
+    }
+
+    fn images(&self) -> Option<&Store> {
+        Some(&self.roots.images)
+    }
+
+    fn layers(&self, site: &Site) -> Vec<PathBuf> {
+        self.roots.layers_of(site)
+    }
 }
 
-/// The two folders of an overlay on the host, and where it is within.
+/// The two folders of an overlay on the host.
 struct Folders {
-    target: PathBuf,
     upper: PathBuf,
     work: PathBuf,
 }
 
 impl Folders {
-    fn new(site: &Site, name: &str, target: &str) -> Self {
-        Self {
-            target: target.into(),
-            upper: site.root_changes().join(name),
-            work: site.home.join("work").join(name),
-        }
+    fn new(site: &Site, target: &Path) -> Self {
+        // `/` is `main`, `/var/lib/dpkg` is `var-lib-dpkg`.
+        let name = target.strip_prefix("/").unwrap_or(target).to_string_lossy().replace('/', "-");
+        let name = if name.is_empty() { "main".to_owned() } else { name };
+        Self { upper: site.root_changes().join(&name), work: site.home.join("work").join(&name) }
     }
 }

@@ -59,8 +59,8 @@ async fn create(pool: &Arc<Pool>, place: &Place) -> Result {
         let copied = make.await?;
         if !copied && bootstrap::is_wanted(&pool.config) {
             let (driver, site) = (pool.driver.clone(), place.site.clone());
-            let agent = blocking(move || driver.start(&site)).await?;
-            let done = bootstrap::run(&pool.config, agent, place).await;
+            let instance = blocking(move || driver.start(&site)).await?;
+            let done = bootstrap::run(&pool.config, instance, place).await;
             pool.driver.ended(&place.site);
             done?;
         }
@@ -98,8 +98,7 @@ async fn start(pool: &Arc<Pool>, place: &Arc<Place>) -> Result {
         if pool.volumes.found(place.site.id) != Found::Whole {
             return Ok(Outcome::Missing);
         }
-        let agent = pool.driver.start(&place.site)?;
-        *place.instance.lock() = Some(agent);
+        *place.instance.lock() = Some(pool.driver.start(&place.site)?);
         Ok(Outcome::Done)
     })
     .await

@@ -27,7 +27,7 @@ use super::users::Users;
 use crate::error::{Error, Result};
 
 /// Made anew when what is copied, or how, has changed.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 
 /// Folders with programs and libraries, and what package managers know of them. Where they
 /// are links (`/bin` to `usr/bin`), the copy has the links.
@@ -103,9 +103,12 @@ const FOLDERS: [(&str, u32); 23] = [
 const LOCKS: [&str; 3] =
     ["var/lib/dpkg/lock", "var/lib/dpkg/lock-frontend", "var/lib/dpkg/triggers/Lock"];
 
+/// What a machine without neighbours knows.
+pub(super) const HOSTS: &str = "127.0.0.1 localhost\n::1 localhost\n";
+
 /// New files with their content and modes.
 const FILES: [(&str, &str, u32); 6] = [
-    ("etc/hosts", "127.0.0.1 localhost\n::1 localhost\n", 0o644),
+    ("etc/hosts", HOSTS, 0o644),
     ("etc/resolv.conf", "", 0o644),
     ("etc/shadow", "root:*:19000:0:99999:7:::\n", 0o600),
     ("etc/gshadow", "root:*::\n", 0o600),
@@ -119,10 +122,12 @@ const LINKED: [&str; 1] = ["var/lib/dpkg"];
 
 /// Tells apt not to become somebody else: where there is one user only it would find out that
 /// it has not (see `calls`).
-const APT_ALONE: (&str, &str) = (
-    "etc/apt/apt.conf.d/90denizen",
-    "APT::Sandbox::User \"root\";\nDPkg::Pre-Install-Pkgs { \"/etc/apt/denizen-own\"; };\n",
-);
+pub(super) const APT_ALONE: (&str, &str) =
+    ("etc/apt/apt.conf.d/90denizen", "APT::Sandbox::User \"root\";\n");
+
+/// Has apt call the next one.
+const APT_OWN: (&str, &str) =
+    ("etc/apt/apt.conf.d/91denizen", "DPkg::Pre-Install-Pkgs { \"/etc/apt/denizen-own\"; };\n");
 
 /// Makes files that a package is about to replace the sandbox's own: dpkg links them to other
 /// names first, which only their owner may. Reads the packages' files as apt.conf(5) says.
@@ -253,6 +258,7 @@ fn make(root: &Path, users: Users, merged: &[&str]) -> io::Result<()> {
     }
     if users.is_alone() && root.join("etc/apt/apt.conf.d").is_dir() {
         copier.file(APT_ALONE.0, APT_ALONE.1, 0o644)?;
+        copier.file(APT_OWN.0, APT_OWN.1, 0o644)?;
         copier.file(APT_HOOK.0, APT_HOOK.1, 0o755)?;
     }
     Ok(())

@@ -9,6 +9,7 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 
+use denizen_image::Owners;
 use rustix::fs::{AtFlags, CWD, Gid, Uid, chownat};
 
 use crate::error::{Error, Result};
@@ -52,6 +53,16 @@ impl Users {
         match self {
             Self::Alone { user, group } => [format!("0 {user} 1"), format!("0 {group} 1")],
             Self::Range { base } => [(), ()].map(|()| format!("0 {base} {COUNT}")),
+        }
+    }
+
+    /// Whom an image's files are to be given to.
+    pub(super) fn owners(self) -> Owners {
+        match self {
+            Self::Alone { .. } => Owners::Mine,
+            Self::Range { base } => {
+                Owners::Shifted { uid_base: base, gid_base: base, count: COUNT }
+            }
         }
     }
 

@@ -1,0 +1,151 @@
+//! What lies below a session's own changes to its root: the host's root, an image, or a folder
+//! that the operator names. It is chosen when the session is made and written down beside the
+//! changes, which mean nothing over anything else; a backup takes it along.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use denizen_image::Store;
+use serde::{Deserialize, Serialize};
+
+use super::host_root::HostRoot;
+use crate::error::{Error, Result};
+use crate::isolation::Site;
+
+/// The name of the record, beside the folders of the overlays.
+const RECORD: &str = "base.json";
+
+/// What is written down of a session's base.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Base {
+    /// The host's root.
+    Host,
+    /// A folder of the host.
+    Folder { path: PathBuf },
+    /// An image.
+    Image {
+        name: String,
+        /// Of its manifest.
+        digest: String,
+        /// The layers' digests, top first.
+        layers: Vec<String>,
+        env: BTreeMap<String, String>,
+    },
+}
+
+/// An overlay of a base: where it goes, and what is below, from the top.
+pub(super) struct Below {
+    pub(super) target: PathBuf,
+    pub(super) lower: Vec<PathBuf>,
+    /// Whether the lowest is the host's, and belongs to users of the host.
+    pub(super) hosts: bool,
+}
+
+/// Where bases are found.
+pub(super) struct Roots {
+    pub(super) host: HostRoot,
+    pub(super) images: Store,
+    /// The images' folder.
+    pub(super) folder: PathBuf,
+    /// What new sessions get: an image's name or a folder's path; none is the host's root.
+    pub(super) default: Option<String>,
+}
+
+impl Roots {
+    /// The base of a session; a new one is given its own.
+    pub(super) fn of(&self, site: &Site) -> Result<Base> {
+        let record = site.root_changes().join(RECORD);
+        let failed = |source| Error::volume("read", &record, source);
+        match fs::read(&record) {
+            Ok(text) => {
+                return serde_json::from_slice(&text)
+                    .map_err(|error| failed(io::Error::other(error)));
+            }
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
+            Err(_) => {}
+        }
+        let base = self.default_base()?;
+        let text = serde_json::to_vec(&base).map_err(|error| failed(io::Error::other(error)))?;
+        let made = fs::create_dir_all(site.root_changes()).and_then(|()| fs::write(&record, text));
+        made.map_err(|source| Error::volume("write", &record, source))?;
+        Ok(base)
+    }
+
+    /// What a new session gets.
+    pub(super) fn default_base(&self) -> Result<Base> {
+        let Some(name) = &self.default else { return Ok(Base::Host) };
+        if Path::new(name).is_absolute() {
+            return Ok(Base::Folder { path: name.into() });
+        }
+        let image = self.images.get(name)?.ok_or_else(|| missing(name))?;
+        let layers = image.layers.iter().filter_map(|layer| {
+            let digest = layer.parent()?.file_name()?;
+            Some(digest.to_string_lossy().into_owned())
+        });
+        Ok(Base::Image {
+            name: image.name.clone(),
+            digest: image.digest.to_string(),
+            layers: layers.collect(),
+            env: image.config.env.iter().cloned().collect(),
+        })
+    }
+
+    /// The overlays of a base, the root first.
+    pub(super) fn below(&self, base: &Base) -> Result<Vec<Below>> {
+        let root = |lower, hosts| Below { target: "/".into(), lower, hosts };
+        Ok(match base {
+            Base::Host => {
+                let mut all = vec![root(vec![self.host.copy.clone()], false)];
+                all.extend(self.host.merged.iter().map(|path| Below {
+                    target: Path::new("/").join(path),
+                    lower: vec![self.host.copy.join(path), Path::new("/").join(path)],
+                    hosts: true,
+                }));
+                all
+            }
+            Base::Folder { path } => vec![root(vec![path.clone()], true)],
+            Base::Image { name, digest, layers, .. } => {
+                let layers = layers.iter().map(|layer| self.layer(layer));
+                let layers: Vec<_> = layers.collect();
+                if !layers.iter().all(|layer| layer.is_dir()) {
+                    return Err(missing(&format!("{name}@{digest}")));
+                }
+                vec![root(layers, false)]
+            }
+        })
+    }
+
+    /// Where a layer is in the store.
+    fn layer(&self, digest: &str) -> PathBuf {
+        self.folder.join("layers").join(digest).join("tree")
+    }
+
+    /// The layers that a session's record names.
+    pub(super) fn layers_of(&self, site: &Site) -> Vec<PathBuf> {
+        let text = fs::read(site.root_changes().join(RECORD)).unwrap_or_default();
+        match serde_json::from_slice(&text) {
+            Ok(Base::Image { layers, .. }) => layers.iter().map(|one| self.layer(one)).collect(),
+            _ => Vec::new(),
+        }
+    }
+}
+
+impl Base {
+    /// What the base adds to every command's environment.
+    pub(super) fn env(&self) -> BTreeMap<String, String> {
+        match self {
+            Self::Image { env, .. } => env.clone(),
+            _ => BTreeMap::new(),
+        }
+    }
+}
+
+fn missing(name: &str) -> Error {
+    Error::Image(denizen_image::Error::NotFound {
+        what: format!("the image {name}"),
+        hint: "pull or import it (`denizen image`)",
+    })
+}
