@@ -11,6 +11,7 @@ use std::task::{Context, Poll, ready};
 
 use bytes::{Buf, Bytes, BytesMut};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::sync::oneshot;
 
 use crate::rules::Why;
 
@@ -30,7 +31,8 @@ pub(crate) struct Gate<T> {
     /// What may go through.
     open: Bytes,
     next: Next,
-    refused: Option<Why>,
+    /// Takes why a head was not let through. After that nothing is: reading never returns.
+    refusal: Option<oneshot::Sender<Why>>,
     moved: Arc<AtomicU64>,
 }
 
@@ -46,22 +48,19 @@ enum Next {
 
 impl<T> Gate<T> {
     /// `moved` counts bytes in both directions.
-    pub(crate) fn new(inner: T, moved: Arc<AtomicU64>) -> Self {
-        Self {
+    pub(crate) fn new(inner: T, moved: Arc<AtomicU64>) -> (Self, oneshot::Receiver<Why>) {
+        let (refusal, refused) = oneshot::channel();
+        let gate = Self {
             inner,
             held: BytesMut::new(),
             looked_at: 0,
             line: 0,
             open: Bytes::new(),
             next: Next::Head,
-            refused: None,
+            refusal: Some(refusal),
             moved,
-        }
-    }
-
-    /// Why a head was not let through, if one was not.
-    pub(crate) fn refused(&self) -> Option<&Why> {
-        self.refused.as_ref()
+        };
+        (gate, refused)
     }
 
     /// The connection, and what was read from it that nobody has seen.
@@ -162,15 +161,18 @@ impl<T: AsyncRead + Unpin> AsyncRead for Gate<T> {
                 gate.open.advance(count);
                 return Poll::Ready(Ok(()));
             }
-            if gate.refused.is_some() {
-                return Poll::Ready(Err(io::ErrorKind::InvalidData.into()));
+            // An error would be taken for the end, and the parser close before we can answer.
+            if gate.refusal.is_none() {
+                return Poll::Pending;
             }
             match gate.next {
                 Next::Head => match gate.look() {
                     Ok(true) => continue,
                     Ok(false) => {}
                     Err(why) => {
-                        gate.refused = Some(why);
+                        if let Some(refusal) = gate.refusal.take() {
+                            let _ = refusal.send(why);
+                        }
                         continue;
                     }
                 },
@@ -233,10 +235,13 @@ mod tests {
 
     /// What comes through, and why nothing more did. Nobody is at the other end any more.
     async fn through(sent: &[u8]) -> (Vec<u8>, Option<Why>) {
-        let mut gate = Gate::new(sent, Arc::default());
+        let (mut gate, refused) = Gate::new(sent, Arc::default());
         let mut got = Vec::new();
-        let _ = gate.read_to_end(&mut got).await;
-        (got, gate.refused)
+        let why = tokio::select! {
+            Ok(why) = refused => Some(why),
+            read = gate.read_to_end(&mut got) => read.map(|_| None).unwrap(),
+        };
+        (got, why)
     }
 
     #[tokio::test]

@@ -10,7 +10,7 @@ use std::io;
 use std::net::IpAddr;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -205,33 +205,39 @@ impl Inner {
         let _ = stream.set_nodelay(true);
         let moved = Arc::new(AtomicU64::new(0));
         let tunnel = Arc::new(Mutex::new(None));
+        let answered = AtomicBool::new(false);
         let service = service_fn(|request| {
+            answered.store(true, Ordering::Relaxed);
             let (inner, tunnel) = (self.clone(), tunnel.clone());
             async move { Ok::<_, Infallible>(inner.answer(request, &tunnel).await) }
         });
+        let (gate, refused) = Gate::new(stream, moved.clone());
         let mut connection = hyper::server::conn::http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(self.limits.head)
-            .serve_connection(TokioIo::new(Gate::new(stream, moved.clone())), service)
+            .serve_connection(TokioIo::new(gate), service)
             .with_upgrades();
         let served = tokio::select! {
             served = &mut connection => served,
             () = idle(|| moved.load(Ordering::Relaxed), self.limits.idle) => return,
+            Ok(why) = refused => {
+                let denial = self.deny("", 0, None, why);
+                // Another answer may be on its way still: then closing must say enough.
+                if let Some(parts) = connection.into_parts()
+                    && !answered.load(Ordering::Relaxed)
+                {
+                    let (mut client, answer) = (parts.io.into_inner(), raw(&denial));
+                    let _ = timeout(self.limits.hello, async {
+                        client.write_all(answer.as_bytes()).await?;
+                        client.shutdown().await
+                    })
+                    .await;
+                }
+                return;
+            }
         };
         if let Err(error) = served {
-            let mut gate = connection.into_parts().map(|parts| parts.io.into_inner());
-            let refused = gate.as_ref().and_then(|gate| gate.refused().cloned());
-            if let Some(gate) = &mut gate
-                && let Some(why) = refused
-            {
-                let denial = self.deny("", 0, None, why);
-                let answer = raw(&denial);
-                let _ = timeout(self.limits.hello, async {
-                    gate.write_all(answer.as_bytes()).await?;
-                    gate.shutdown().await
-                })
-                .await;
-            } else if error.is_parse() {
+            if error.is_parse() {
                 // The parser has answered by itself.
                 self.deny("", 0, None, Why::Malformed("its target cannot be read"));
             }
@@ -314,7 +320,8 @@ impl Inner {
             No::Failed(StatusCode::BAD_GATEWAY, format!("{host}:{port} did not answer: {error}"))
         };
         let path = parts.uri.path_and_query().map_or("/", |path| path.as_str());
-        parts.uri = path.parse::<Uri>().map_err(|error| failed(&error))?;
+        let slash = if path.starts_with('/') { "" } else { "/" };
+        parts.uri = format!("{slash}{path}").parse::<Uri>().map_err(|error| failed(&error))?;
         parts.version = Version::HTTP_11;
         drop_hop_by_hop(&mut parts.headers);
         let authority = if port == 80 { host.to_string() } else { format!("{host}:{port}") };
