@@ -39,8 +39,9 @@ fn run(program: &str, args: &[&str]) -> Result<(), String> {
     }
 }
 
-fn has(program: &str, arg: &str) -> bool {
-    let output = Command::new(program).arg(arg).output();
+/// Whether a command works, its output to nobody.
+fn run_alone(program: &str, args: &[&str]) -> bool {
+    let output = Command::new(program).args(args).output();
     output.is_ok_and(|output| output.status.success())
 }
 
@@ -85,7 +86,7 @@ fn install(needed: &[(&str, &str)]) -> Result<(), String> {
 /// Installs what the tests are run and checked with.
 fn install_tools() -> Result<(), String> {
     for tool in ["cargo-nextest", "cargo-deny"] {
-        if !has(tool, "--version") {
+        if !run_alone(tool, &["--version"]) {
             run("cargo", &["install", tool, "--locked"])?;
         }
     }
