@@ -19,6 +19,9 @@ pub enum Error {
     /// The listener broke.
     #[error("cannot accept the sandbox's connections: {0}")]
     Accept(#[source] io::Error),
+    /// The TUN device broke, or is none.
+    #[error("cannot use the sandbox's TUN device: {0}")]
+    Tun(#[source] io::Error),
 }
 
 /// A result of this crate.

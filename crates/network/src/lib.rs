@@ -4,6 +4,10 @@
 //! an HTTP proxy that serves on a listener within, from the host's side, and lets through what
 //! [`Rules`] open. There is no other way out, so if it is gone, everything is closed.
 //!
+//! [`Gateway`] is for a sandbox with a TUN device in its namespace, which then has a whole
+//! network: what programs send is carried by sockets of the host, to public addresses and what
+//! else rules open.
+//!
 //! This crate never touches an interface, needs no privilege and never decides who has a
 //! sandbox: it is handed sockets and says what came through them and what did not.
 
@@ -12,6 +16,7 @@ mod address;
 mod chance;
 mod error;
 mod gate;
+mod gateway;
 mod hello;
 mod proxy;
 mod rules;
@@ -24,6 +29,7 @@ use serde::Serialize;
 
 pub use self::address::{Class, Host, Spelling};
 pub use self::error::{Error, InvalidRule, Result};
+pub use self::gateway::{DNS, GATEWAY, Gateway, MTU};
 pub use self::proxy::{Egress, HostResolver, Limits, Looking, Resolve};
 pub use self::rules::{Rule, Rules, Verdict, Why};
 

@@ -470,7 +470,7 @@ impl Inner {
 }
 
 /// Returns when `moved` has not changed for a whole period.
-async fn idle(moved: impl Fn() -> u64, period: Duration) {
+pub(crate) async fn idle(moved: impl Fn() -> u64, period: Duration) {
     loop {
         let before = moved();
         sleep(period).await;
@@ -586,21 +586,21 @@ impl Body for Forwarded {
 }
 
 #[derive(Default)]
-struct Count {
+pub(crate) struct Count {
     sent: AtomicU64,
     received: AtomicU64,
 }
 
 impl Count {
-    fn moved(&self) -> u64 {
+    pub(crate) fn moved(&self) -> u64 {
         self.sent.load(Ordering::Relaxed) + self.received.load(Ordering::Relaxed)
     }
 }
 
 /// A connection to the outside, which tells at its end what went over it.
-struct Counted {
+pub(crate) struct Counted {
     stream: TcpStream,
-    count: Arc<Count>,
+    pub(crate) count: Arc<Count>,
     host: String,
     port: u16,
     address: IpAddr,
@@ -609,7 +609,13 @@ struct Counted {
 }
 
 impl Counted {
-    fn new(stream: TcpStream, host: &Host, port: u16, address: IpAddr, on_event: OnEvent) -> Self {
+    pub(crate) fn new(
+        stream: TcpStream,
+        host: &Host,
+        port: u16,
+        address: IpAddr,
+        on_event: OnEvent,
+    ) -> Self {
         let (count, since) = (Arc::default(), Instant::now());
         Self { stream, count, host: host.to_string(), port, address, since, on_event }
     }

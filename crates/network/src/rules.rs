@@ -318,6 +318,11 @@ impl Rules {
         self.permits_with(host, port, resolved, Class::of)
     }
 
+    /// Whether a name may be looked up, at least for one port.
+    pub(crate) fn has_name(&self, name: &str) -> bool {
+        self.allow.iter().any(|rule| rule.has_name(name))
+    }
+
     /// Whether a rule with an address opens this one.
     fn names(&self, address: IpAddr, port: u16) -> bool {
         self.allow.iter().any(|rule| rule.has_address(address) && rule.ports.have(port))
