@@ -66,6 +66,7 @@ const NEEDED: [(&str, &str); 13] = [
     ("busybox", "busybox-static"),
     ("skopeo", "skopeo"),
     ("openssl", "openssl"),
+    ("python3", "python3"),
 ];
 
 /// Installs Debian packages whose programs are not there.

@@ -272,13 +272,85 @@ async fn names_that_are_not_open_are_not_looked_up() {
     let port = server("203.0.113.5:0").await;
     let address = vec!["203.0.113.5".parse().unwrap()];
     let names = Names(HashMap::from([("good.test", address.clone()), ("evil.test", address)]));
-    let script = format!(
-        "for host in good.test evil.test; do curl -sS http://$host:{port}/; done"
-    );
+    let script = format!("for host in good.test evil.test; do curl -sS http://$host:{port}/; done");
     let (text, events) = sandbox(&["good.test", "203.0.113.5"], names, 1500, &script).await;
     assert_eq!(text.matches("hello from outside\n").count(), 1, "{text}");
     assert!(text.contains("curl: (6)"), "{text}");
     let denied =
         Denial { host: "evil.test".to_owned(), port: 53, address: None, rule: Why::NotListed };
     assert_eq!(denials(&events), [denied]);
+}
+
+/// The device stands for a sandbox that writes whatever it likes.
+#[tokio::test]
+async fn no_packets_make_it_panic() {
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut chance = move |end: usize| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        usize::try_from(state % end as u64).unwrap()
+    };
+    let port = server("127.0.0.1:0").await;
+    let (ours, theirs) = std::os::unix::net::UnixDatagram::pair().unwrap();
+    ours.set_nonblocking(true).unwrap();
+    let ours = tokio::net::UnixDatagram::from_std(ours).unwrap();
+    let rules: Rules = [format!("127.0.0.1:{port}").parse::<Rule>().unwrap()].into_iter().collect();
+    let gateway = Gateway::new(rules, Arc::new(Names(HashMap::new())), |_| {});
+    let serving =
+        tokio::spawn(async move { gateway.serve(theirs.into(), std::future::pending()).await });
+
+    let sum = |bytes: &[u8]| {
+        let words = bytes
+            .chunks(2)
+            .map(|pair| u32::from(pair[0]) << 8 | pair.get(1).copied().map_or(0, u32::from));
+        let mut sum: u32 = words.sum();
+        while sum > 0xffff {
+            sum = (sum & 0xffff) + (sum >> 16);
+        }
+        !u16::try_from(sum).unwrap()
+    };
+    let mut buffer = [0; 65_536];
+    let mut answers = 0;
+    for round in 0..60_000 {
+        // A TCP segment to the server, with sound sums so that it comes far, and random flags,
+        // numbers, options and data.
+        let data = chance(40);
+        let mut packet =
+            vec![0x45, 0, 0, 40 + u8::try_from(data).unwrap(), 0, 0, 0, 0, 64, 6, 0, 0];
+        packet.extend_from_slice(&[10, 0, 2, 15, 127, 0, 0, 1]);
+        packet.extend_from_slice(&(1 + u16::try_from(chance(4)).unwrap()).to_be_bytes());
+        packet.extend_from_slice(&port.to_be_bytes());
+        for _ in 0..8 {
+            packet.push(u8::try_from(chance(256)).unwrap());
+        }
+        let words = if chance(2) == 0 { 5 } else { chance(16) };
+        packet.push(u8::try_from(words << 4).unwrap());
+        packet.push([2, 16, 17, 24, 4, u8::try_from(chance(64)).unwrap()][chance(6)]);
+        packet.extend_from_slice(&[255, 255, 0, 0, 0, 0]);
+        packet.extend((0..data).map(|_| u8::try_from(chance(256)).unwrap()));
+        let check = sum(&packet[..20]);
+        packet[10..12].copy_from_slice(&check.to_be_bytes());
+        let segment = &packet[20..];
+        let length = u8::try_from(segment.len()).unwrap();
+        let pseudo = [&packet[12..20], &[0, 6, 0, length], segment].concat();
+        let check = sum(&pseudo);
+        packet[36..38].copy_from_slice(&check.to_be_bytes());
+        // Now and then anything at all.
+        for _ in 0..[0, 0, 0, 3][chance(4)] {
+            let at = chance(packet.len());
+            packet[at] = u8::try_from(chance(256)).unwrap();
+        }
+        let _ = ours.send(&packet).await;
+        if round % 16 == 0 {
+            tokio::task::yield_now().await;
+        }
+        while ours.try_recv(&mut buffer).is_ok() {
+            answers += 1;
+        }
+        assert!(!serving.is_finished());
+    }
+    assert!(answers > 1000, "{answers}");
+    serving.abort();
+    assert!(serving.await.unwrap_err().is_cancelled());
 }

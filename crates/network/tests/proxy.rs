@@ -3,8 +3,11 @@
 //! namespace of its own.
 
 use std::collections::HashMap;
-use std::io;
+use std::io::{self, BufRead, BufReader, IoSliceMut, Read, Write};
+use std::mem::MaybeUninit;
 use std::net::IpAddr;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex};
@@ -13,6 +16,7 @@ use std::time::Duration;
 use denizen_network::{
     Class, Denial, Egress, Event, Limits, Looking, Resolve, Rule, Rules, Transfer, Why,
 };
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::oneshot;
@@ -583,6 +587,100 @@ async fn connections_are_counted_and_end_with_the_proxy() {
     assert_eq!(read(&mut client, "").await, "");
     assert_eq!(read(&mut server, "").await, "");
     assert!(TcpStream::connect(("127.0.0.1", proxy.port)).await.is_err());
+}
+
+/// Makes a listener in its namespace, sends it away and runs a program.
+const WITHIN: &str = r#"
+import array, os, socket, subprocess, sys
+subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+listener = socket.create_server(("127.0.0.1", 3128))
+door = socket.socket(socket.AF_UNIX)
+door.connect(sys.argv[1])
+door.sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [listener.fileno()]))])
+listener.close()
+os.execvp("sh", ["sh", "-c", sys.argv[2]])
+"#;
+
+fn receive(listener: &UnixListener) -> OwnedFd {
+    let (stream, _) = listener.accept().unwrap();
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let mut byte = [0];
+    recvmsg(&stream, &mut [IoSliceMut::new(&mut byte)], &mut ancillary, RecvFlags::empty())
+        .unwrap();
+    ancillary
+        .drain()
+        .find_map(|message| match message {
+            RecvAncillaryMessage::ScmRights(mut files) => files.next(),
+            _ => None,
+        })
+        .unwrap()
+}
+
+/// As a sandbox has it: a namespace with nothing but loopback, and the proxy as the only door.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_namespace_has_no_way_out_but_the_proxy() {
+    if !alone("a_namespace_has_no_way_out_but_the_proxy") {
+        return;
+    }
+    let port = mirror("127.0.0.1:0").await;
+    let folder = tempfile::tempdir().unwrap();
+    let door = folder.path().join("door");
+    let listener = UnixListener::bind(&door).unwrap();
+    let curl = format!("curl -sS --max-time 20 http://good.test:{port}/");
+    let script = format!(
+        "{curl}\nexport http_proxy=http://127.0.0.1:3128\n{curl}\necho ready; read go\n{curl}"
+    );
+    let mut child = Command::new("unshare")
+        .args(["--net", "python3", "-c", WITHIN])
+        .arg(&door)
+        .arg(script)
+        .env_remove("http_proxy")
+        .env_remove("all_proxy")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let listener = tokio::task::spawn_blocking(move || receive(&listener)).await.unwrap();
+    let listener = std::net::TcpListener::from(listener);
+    listener.set_nonblocking(true).unwrap();
+    let listener = TcpListener::from_std(listener).unwrap();
+    let names = Arc::new(Names::default());
+    names.answer("good.test", &[&["127.0.0.1"]]);
+    let rules: Rules = [format!("good.test:{port}"), "127.0.0.1".into()]
+        .iter()
+        .map(|it| it.parse::<Rule>().unwrap())
+        .collect();
+    let egress = Egress::new(rules, names, |_| {});
+    let serving = tokio::spawn(async move { egress.serve(listener, std::future::pending()).await });
+
+    let mut input = child.stdin.take().unwrap();
+    let mut output = BufReader::new(child.stdout.take().unwrap());
+    let before = tokio::task::spawn_blocking(move || {
+        let mut before = String::new();
+        while !before.ends_with("ready\n") && output.read_line(&mut before).unwrap() > 0 {}
+        (before, output)
+    });
+    let (before, mut output) = before.await.unwrap();
+    // Without the proxy everything is closed.
+    serving.abort();
+    assert!(serving.await.unwrap_err().is_cancelled());
+    let after = tokio::task::spawn_blocking(move || {
+        input.write_all(b"go\n").unwrap();
+        drop(input);
+        let mut after = String::new();
+        output.read_to_string(&mut after).unwrap();
+        let mut errors = String::new();
+        child.stderr.take().unwrap().read_to_string(&mut errors).unwrap();
+        child.wait().unwrap();
+        (after, errors)
+    });
+    let (after, errors) = after.await.unwrap();
+    assert!(before.starts_with("GET / HTTP/1.1\r\n"), "{before}\n{errors}");
+    assert_eq!(before.matches("GET / ").count(), 1, "{before}");
+    assert_eq!(after, "", "{errors}");
+    assert!(errors.contains("curl: (6)") && errors.contains("curl: (7)"), "{errors}");
 }
 
 /// A certificate for `good.test` and a server that has it, at 127.0.0.1:443.
