@@ -8,6 +8,21 @@
 //! network: what programs send is carried by sockets of the host, to public addresses and what
 //! else rules open.
 //!
+//! ```
+//! use denizen_network::{Host, Rule, Rules, Verdict};
+//!
+//! let allow = ["example.org", "*.example.net", "10.1.0.0/16:5432"];
+//! let rules: Rules = allow.iter().map(|rule| rule.parse::<Rule>()).collect::<Result<_, _>>()?;
+//! let (host, port) = Host::with_port("db.example.org:443").unwrap();
+//! let Verdict::Refused { why, .. } = rules.permits(&host, port.unwrap(), &[]) else { panic!() };
+//! assert_eq!(why.to_string(), "not in the allow-list");
+//! # Ok::<(), denizen_network::InvalidRule>(())
+//! ```
+//!
+//! What the proxy cannot see: the inside of TLS, and of tunnels to other ports than 443. A
+//! server that is open there can be asked to hand things on to another, by its own `Host`
+//! header, by an encrypted ClientHello or by being a proxy itself; who opens it trusts it.
+//!
 //! This crate never touches an interface, needs no privilege and never decides who has a
 //! sandbox: it is handed sockets and says what came through them and what did not.
 

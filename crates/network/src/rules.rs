@@ -286,9 +286,11 @@ impl Rules {
         let refused = |address, why| Verdict::Refused { address, why };
         let by_name = match host {
             Host::Address(address) => {
-                return match self.address(*address, port, class) {
+                // A rule for IPv6 is none for IPv4 in its clothes.
+                let address = address.to_canonical();
+                return match self.address(address, port, class) {
                     Ok(()) => Verdict::Permitted { by_name: false },
-                    Err(why) => refused(Some(*address), why),
+                    Err(why) => refused(Some(address), why),
                 };
             }
             Host::Name(name) => {
@@ -526,6 +528,15 @@ mod tests {
             let got = rules(allow).permits(&host, port.unwrap(), &addresses(resolved));
             assert_eq!(got, expected, "{allow:?} {target} {resolved:?}");
         }
+    }
+
+    #[test]
+    fn a_rule_for_ipv6_is_none_for_ipv4() {
+        let mapped: IpAddr = "::ffff:127.0.0.1".parse().unwrap();
+        let (never, all) = (Why::Class(Class::Loopback), rules(&["[::]/0", "*", "good.test"]));
+        let refused = Verdict::Refused { address: Some(mapped.to_canonical()), why: never };
+        assert_eq!(all.permits(&Host::Address(mapped), 80, &[]), refused);
+        assert_eq!(all.permits(&Host::Name("good.test".into()), 80, &[mapped]), refused);
     }
 
     #[test]
