@@ -281,6 +281,38 @@ async fn names_that_are_not_open_are_not_looked_up() {
     assert_eq!(denials(&events), [denied]);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn connections_have_a_limit_and_make_room_again() {
+    if !alone("connections_have_a_limit_and_make_room_again") {
+        return;
+    }
+    let port = server("203.0.113.5:0").await;
+    let script = format!(
+        r#"
+        python3 - <<END
+import socket
+for round in range(3):
+    open, refused = [], 0
+    for _ in range(300):
+        try:
+            open.append(socket.create_connection(("203.0.113.5", {port}), 10))
+        except ConnectionRefusedError:
+            refused += 1
+    print(len(open), "open", refused, "refused")
+    for one in open:
+        one.sendall(b"GET /0 HTTP/1.0\r\n\r\n")
+        with one.makefile("rb") as answer:
+            assert answer.read().endswith(b"hello from outside\n")
+        one.close()
+END
+        "#
+    );
+    let (text, events) = sandbox(&["203.0.113.5"], Names(HashMap::new()), 1500, &script).await;
+    assert_eq!(text, "256 open 44 refused\n".repeat(3));
+    let denials = denials(&events);
+    assert!(!denials.is_empty() && denials.iter().all(|denial| denial.rule == Why::TooMany));
+}
+
 /// The device stands for a sandbox that writes whatever it likes.
 #[tokio::test]
 async fn no_packets_make_it_panic() {

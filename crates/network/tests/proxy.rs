@@ -589,6 +589,33 @@ async fn connections_are_counted_and_end_with_the_proxy() {
     assert!(TcpStream::connect(("127.0.0.1", proxy.port)).await.is_err());
 }
 
+#[tokio::test]
+async fn an_address_of_the_hosts_own_is_not_public() {
+    if !alone("an_address_of_the_hosts_own_is_not_public") {
+        return;
+    }
+    let added = run("ip", &["addr", "add", "8.8.8.8/32", "dev", "lo"]).await;
+    assert!(added.0, "{added:?}");
+    let port = mirror("8.8.8.8:0").await;
+    for (rules, open) in [(&["*"][..], false), (&["*", "8.8.8.8"], true)] {
+        let proxy = Proxy::new(rules).await;
+        proxy.names.answer("good.test", &[&["8.8.8.8"]]);
+        for host in ["good.test", "8.8.8.8"] {
+            let target = format!("{host}:{port}");
+            for request in [connect(&target), get(&format!("http://{target}/"))] {
+                let text = proxy.say(&request, "\r\n\r\n").await;
+                assert_eq!(text.starts_with("HTTP/1.1 200 "), open, "{rules:?} {request}: {text}");
+                assert_eq!(text.starts_with("HTTP/1.1 403 "), !open, "{rules:?} {request}: {text}");
+            }
+        }
+        let own = |denial: &Denial| denial.rule == Why::Class(Class::ThisHost);
+        assert_eq!(
+            proxy.denials().iter().filter(|denial| own(denial)).count(),
+            4 * usize::from(!open)
+        );
+    }
+}
+
 /// Makes a listener in its namespace, sends it away and runs a program.
 const WITHIN: &str = r#"
 import array, os, socket, subprocess, sys
