@@ -52,7 +52,7 @@ fn is_there(program: &str) -> bool {
 }
 
 /// Programs that the tests run, with the Debian package that has each.
-const NEEDED: [(&str, &str); 13] = [
+const NEEDED: [(&str, &str); 16] = [
     ("sqlite3", "sqlite3"),
     ("tar", "tar"),
     ("zstd", "zstd"),
@@ -67,6 +67,8 @@ const NEEDED: [(&str, &str); 13] = [
     ("skopeo", "skopeo"),
     ("openssl", "openssl"),
     ("python3", "python3"),
+    ("curl", "curl"),
+    ("ip", "iproute2"),
 ];
 
 /// Installs Debian packages whose programs are not there.

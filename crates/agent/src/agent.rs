@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
+use std::net::TcpStream;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -65,6 +66,12 @@ impl Agent {
         let env = env.into_iter().collect();
         let spawn = Spawn { argv, env, cwd, stdin, stdout, stderr, controlling_terminal: false };
         self.init().await?.spawn_service(spawn).await
+    }
+
+    /// Connects to a port of 127.0.0.1, as what runs in the session would. The connection may
+    /// still be on its way: its first use tells. Cancel-safe.
+    pub async fn connect(&self, port: u16) -> Result<TcpStream> {
+        Ok(self.init().await?.connect(port).await?.into())
     }
 
     /// Launches the session's init if there is none alive, which otherwise the first command

@@ -49,6 +49,14 @@ pub enum Error {
         /// The size of all argument and environment strings.
         bytes: usize,
     },
+    /// Nothing listens on a port of the session.
+    #[error("port {port} of the session cannot be reached: {source}")]
+    Port {
+        /// The port.
+        port: u16,
+        /// What the kernel said.
+        source: io::Error,
+    },
     /// The sandbox could not be made.
     #[error("cannot make the sandbox: {step}: {source}")]
     Enter {

@@ -90,6 +90,18 @@ pub struct Enter {
     /// Files that its process id is written to before it begins: `cgroup.procs` of control
     /// groups.
     pub groups: Vec<PathBuf>,
+    /// Is given what the plan has for the owner, from a thread that may block.
+    pub door: Option<Door>,
+}
+
+/// Who takes a sandbox's way to the outside.
+#[derive(Clone)]
+pub struct Door(pub Arc<dyn Fn(OwnedFd) + Send + Sync>);
+
+impl std::fmt::Debug for Door {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Door").finish_non_exhaustive()
+    }
 }
 
 /// A running `denizen-init`. Dropping it kills all that it runs, and it ends; this works
@@ -132,7 +144,7 @@ struct State {
     all_gone: Vec<oneshot::Sender<u32>>,
     /// Commands that are denizen's own.
     services: HashSet<u32>,
-    terminals: HashMap<u32, oneshot::Sender<io::Result<OwnedFd>>>,
+    descriptors: HashMap<u32, oneshot::Sender<io::Result<OwnedFd>>>,
 }
 
 type Packet = (Vec<u8>, Vec<OwnedFd>);
@@ -308,16 +320,29 @@ impl Remote {
     /// A terminal's master end, made where init is, so that its name means something to what
     /// runs there. Cancel-safe.
     pub(crate) async fn terminal(&self) -> Result<OwnedFd> {
+        let made = self.descriptor(message::terminal).await?;
+        made.map_err(|source| Error::Io { what: "cannot make a terminal", source })
+    }
+
+    /// A connection, perhaps not made yet, to a port of 127.0.0.1 where init is. Cancel-safe.
+    pub(crate) async fn connect(&self, port: u16) -> Result<OwnedFd> {
+        let made = self.descriptor(|id| message::connect(id, port)).await?;
+        made.map_err(|source| Error::Port { port, source })
+    }
+
+    async fn descriptor(
+        &self,
+        request: impl FnOnce(u32) -> Vec<u8>,
+    ) -> Result<io::Result<OwnedFd>> {
         let (sender, made) = oneshot::channel();
         {
             let mut state = self.shared.state.lock();
             state.last_id = state.last_id.wrapping_add(1).max(1);
             let id = state.last_id;
-            self.shared.send(&mut state, message::terminal(id), Vec::new())?;
-            state.terminals.insert(id, sender);
+            self.shared.send(&mut state, request(id), Vec::new())?;
+            state.descriptors.insert(id, sender);
         }
-        let made = made.await.map_err(|_| Error::InitLost)?;
-        made.map_err(|source| Error::Io { what: "cannot make a terminal", source })
+        made.await.map_err(|_| Error::InitLost)
     }
 
     /// Has init read the descriptor to its end and throw it all away.
@@ -526,8 +551,8 @@ impl Shared {
             }
             // Told once, before anybody could ask for anything.
             Event::Entered | Event::Refused { .. } => {}
-            Event::Terminal { id, errno } => {
-                if let Some(sender) = state.terminals.remove(&id) {
+            Event::Descriptor { id, errno } => {
+                if let Some(sender) = state.descriptors.remove(&id) {
                     let made = descriptor.ok_or_else(|| io::Error::from_raw_os_error(errno));
                     let _ = sender.send(made);
                 }
@@ -601,14 +626,19 @@ fn put_inside(shared: &Shared, enter: &Enter) -> Result<()> {
             Ok(_) | Err(Errno::INTR) => {}
             Err(errno) => return Err(failed("its end")(errno.into())),
         }
-        let event = match receive_packet(shared.socket.as_fd(), &mut buffer) {
+        let (event, descriptor) = match receive_packet(shared.socket.as_fd(), &mut buffer) {
             Ok((0, _)) => return Err(failed("its first process ended")(Errno::CHILD.into())),
-            Ok((count, _)) => buffer.get(..count).and_then(message::event),
+            Ok((count, descriptor)) => (buffer.get(..count).and_then(message::event), descriptor),
             Err(Errno::AGAIN | Errno::INTR) => continue,
             Err(errno) => return Err(failed("its first process ended")(errno.into())),
         };
         match event {
-            Some(Event::Entered) => return Ok(()),
+            Some(Event::Entered) => {
+                if let (Some(Door(take)), Some(descriptor)) = (&enter.door, descriptor) {
+                    take(descriptor);
+                }
+                return Ok(());
+            }
             Some(Event::Refused { errno, step }) => {
                 return Err(failed(&step)(io::Error::from_raw_os_error(errno)));
             }

@@ -20,6 +20,7 @@ const END: u8 = 5;
 const DRAIN: u8 = 6;
 const ENTER: u8 = 7;
 const TERMINAL: u8 = 8;
+const CONNECT: u8 = 9;
 /// The bytes of one process in a listing.
 const RECORD: usize = 28;
 
@@ -109,6 +110,13 @@ pub(crate) fn terminal(id: u32) -> Vec<u8> {
     header(TERMINAL, 0, id)
 }
 
+/// Connect to a port.
+pub(crate) fn connect(id: u32, port: u16) -> Vec<u8> {
+    let mut packet = header(CONNECT, 0, id);
+    packet.extend(u32::from(port).to_le_bytes());
+    packet
+}
+
 /// How far a start came before it failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Stage {
@@ -151,8 +159,8 @@ pub(crate) enum Event {
         errno: i32,
         step: String,
     },
-    /// Its master end comes along, unless there is an errno.
-    Terminal {
+    /// What was asked for comes along, unless there is an errno.
+    Descriptor {
         id: u32,
         errno: i32,
     },
@@ -192,7 +200,7 @@ pub(crate) fn event(packet: &[u8]) -> Option<Event> {
             errno: signed(8)?,
             step: String::from_utf8_lossy(packet.get(12..)?).into_owned(),
         },
-        9 => Event::Terminal { id, errno: signed(8)? },
+        9 => Event::Descriptor { id, errno: signed(8)? },
         _ => return None,
     })
 }

@@ -533,7 +533,7 @@ fn what_the_user_may_not_read_is_named_and_left_alone() {
     let me = if is_root() { 65_534 } else { rustix::process::geteuid().as_raw() };
     let closed = bench.volume.join("closed");
     fs::write(&closed, "x").unwrap();
-    fs::set_permissions(&closed, fs::Permissions::from_mode(0)).unwrap();
+    fs::set_permissions(&closed, fs::Permissions::from_mode(0o0)).unwrap();
     let mut command = in_child("write", &[&bench.volume, &bench.destination]);
     if is_root() {
         for path in [bench.dir.path(), &bench.volume, &bench.destination, &closed] {
@@ -568,7 +568,7 @@ fn a_user_restores_what_root_wrote_with_warnings() {
     // Closed to its owner: it must be fillable, and removable when the restore fails.
     fs::create_dir(bench.volume.join("closed")).unwrap();
     fs::write(bench.volume.join("closed/file"), "x").unwrap();
-    let mode = fs::Permissions::from_mode(0);
+    let mode = fs::Permissions::from_mode(0o0);
     fs::set_permissions(bench.volume.join("closed"), mode).unwrap();
     let written = write(&bench.volume, &bench.destination).unwrap();
     let archive = bench.dir.path().join("readable");

@@ -17,7 +17,7 @@ use hyper::body::Incoming;
 use hyper::{Request, Response};
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncWrite, AsyncWriteExt};
-use tokio::net::UnixStream;
+use tokio::net::{TcpStream, UnixStream};
 
 use crate::config::Settings;
 use crate::{Failure, Result};
@@ -29,6 +29,7 @@ const IDLE_EXIT: &str = "600";
 pub type Processes = ProcessClient<SharedHttp2Connection>;
 
 /// A way to a daemon that answers.
+#[derive(Clone)]
 pub struct Client {
     socket: PathBuf,
 }
@@ -105,14 +106,7 @@ impl Client {
         if response.status().is_success() {
             return Ok(response);
         }
-        let status = response.status();
-        let body = response.into_body().collect().await.map_err(|error| failed(&error))?;
-        let body = body.to_bytes();
-        let message = serde_json::from_slice::<serde_json::Value>(&body)
-            .ok()
-            .and_then(|body| Some(body.get("message")?.as_str()?.to_owned()))
-            .unwrap_or_else(|| format!("{status}: {}", String::from_utf8_lossy(&body)));
-        Err(Failure::new(message))
+        Err(refusal(response).await)
     }
 
     /// Asks for JSON; nothing is null.
@@ -131,6 +125,29 @@ impl Client {
         Ok(Lines::new(self.request("GET", path, None, empty()).await?))
     }
 
+    /// Joins a connection to a port of a session, until either ends it.
+    pub async fn join_port(&self, session: &str, port: u16, mut ours: TcpStream) -> Result<()> {
+        let failed = |error: &dyn std::fmt::Display| Failure::new(error.to_string());
+        let stream = UnixStream::connect(&self.socket).await.map_err(|error| failed(&error))?;
+        let handshake = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await;
+        let (mut sender, connection) = handshake.map_err(|error| failed(&error))?;
+        tokio::spawn(connection.with_upgrades());
+        let request = Request::get(path(session, &format!("/ports/{port}")))
+            .header("host", "denizen")
+            .header("connection", "upgrade")
+            .header("upgrade", "tcp")
+            .body(empty())
+            .map_err(|error| failed(&error))?;
+        let response = sender.send_request(request).await.map_err(|error| failed(&error))?;
+        if response.status() != hyper::StatusCode::SWITCHING_PROTOCOLS {
+            return Err(refusal(response).await);
+        }
+        let theirs = hyper::upgrade::on(response).await.map_err(|error| failed(&error))?;
+        let mut theirs = TokioIo::new(theirs);
+        let joined = tokio::io::copy_bidirectional(&mut ours, &mut theirs).await;
+        joined.map(drop).map_err(|error| failed(&error))
+    }
+
     /// Copies what the daemon answers to `into`.
     pub async fn download(&self, path: &str, into: &mut (impl AsyncWrite + Unpin)) -> Result<()> {
         let response = self.request("GET", path, None, empty()).await?;
@@ -140,6 +157,20 @@ impl Client {
         copied.map_err(|error| Failure::new(error.to_string()))?;
         into.flush().await.map_err(|error| Failure::new(error.to_string()))
     }
+}
+
+/// What the daemon says of what it does not do.
+async fn refusal(response: Response<Incoming>) -> Failure {
+    let status = response.status();
+    let body = match response.into_body().collect().await {
+        Ok(body) => body.to_bytes(),
+        Err(error) => return Failure::new(error.to_string()),
+    };
+    let message = serde_json::from_slice::<serde_json::Value>(&body)
+        .ok()
+        .and_then(|body| Some(body.get("message")?.as_str()?.to_owned()))
+        .unwrap_or_else(|| format!("{status}: {}", String::from_utf8_lossy(&body)));
+    Failure::new(message)
 }
 
 /// No content.

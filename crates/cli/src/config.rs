@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
-use denizen::{Isolation, Limits, VmPoolConfig};
+use denizen::{Isolation, Limits, Network, Rule, VmPoolConfig};
 use serde::{Deserialize, Serialize};
 
 use crate::{Failure, Result};
@@ -39,6 +39,21 @@ pub struct Options {
     /// every user of this machine sees of its operating system]
     #[arg(long, global = true, env = "DENIZEN_IMAGE", value_name = "IMAGE")]
     image: Option<String>,
+    /// Which networks sandboxes reach: none, filtered (what `allow` opens, by HTTP and HTTPS) or
+    /// full (all that is public) [default: none]
+    #[arg(long, global = true, env = "DENIZEN_NETWORK", value_name = "NETWORK")]
+    network: Option<NetworkKind>,
+    /// What else they reach: domains, addresses or networks, each with a port or without, as in
+    /// example.org, *.example.org:8443, 192.0.2.0/24
+    #[arg(
+        long,
+        global = true,
+        env = "DENIZEN_ALLOW",
+        value_name = "RULES",
+        value_delimiter = ',',
+        hide_short_help = true
+    )]
+    allow: Option<Vec<Rule>>,
     /// What each session may use, as a TOML inline table
     #[arg(
         long,
@@ -137,6 +152,19 @@ pub struct Options {
     bootstrap_command: Option<Toml<Vec<String>>>,
 }
 
+/// How far sandboxes reach.
+#[derive(clap::ValueEnum, Clone, Copy, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum NetworkKind {
+    /// Nowhere.
+    #[default]
+    None,
+    /// Where rules let them.
+    Filtered,
+    /// To all that is public.
+    Full,
+}
+
 /// A setting with parts, written as the configuration file would have it.
 #[derive(Clone, Debug)]
 struct Toml<T>(T);
@@ -165,6 +193,8 @@ struct FileConfig {
     acquire_timeout_seconds: Option<u64>,
     isolation: Option<Isolation>,
     image: Option<String>,
+    network: Option<NetworkKind>,
+    allow: Option<Vec<Rule>>,
     limits: Option<Limits>,
     pool: toml::Table,
 }
@@ -186,6 +216,10 @@ pub struct Settings {
     /// The root of new sessions.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub image: Option<String>,
+    /// Which networks sandboxes reach.
+    pub network: NetworkKind,
+    /// What the network's kind does not open by itself.
+    pub allow: Vec<Rule>,
     /// What each session may use.
     pub limits: Limits,
     /// The pool.
@@ -255,6 +289,8 @@ pub fn load(options: &Options) -> Result<Settings> {
         acquire_timeout: Duration::from_secs(wait),
         isolation: options.isolation.or(given.isolation).unwrap_or(Isolation::Sandbox),
         image: options.image.clone().or(given.image),
+        network: options.network.or(given.network).unwrap_or_default(),
+        allow: options.allow.clone().or(given.allow).unwrap_or_default(),
         limits: options.limits.clone().map(|Toml(it)| it).or(given.limits).unwrap_or_default(),
         state,
         cache: absolute(&cache)?,
@@ -263,6 +299,16 @@ pub fn load(options: &Options) -> Result<Settings> {
 }
 
 impl Settings {
+    /// The network as the pool is told of it.
+    pub fn network(&self) -> Network {
+        let rules = self.allow.iter().cloned().collect();
+        match self.network {
+            NetworkKind::None => Network::None,
+            NetworkKind::Filtered => Network::Filtered(rules),
+            NetworkKind::Full => Network::Full(rules),
+        }
+    }
+
     /// The settings as a configuration file that leads to the same ones.
     pub fn to_toml(&self) -> Result<String> {
         toml::to_string(self).map_err(|error| {

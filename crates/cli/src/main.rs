@@ -7,6 +7,7 @@ mod config;
 mod copy;
 mod doctor;
 mod image;
+mod port;
 mod show;
 
 use std::os::fd::AsFd;
@@ -126,6 +127,21 @@ enum Verb {
         from: String,
         /// Where to
         to: String,
+    },
+    /// Reach a port that something in a session listens on, by a port of this machine
+    Port {
+        /// Name or UUID
+        session: String,
+        /// The port within the session
+        port: u16,
+        /// Where to listen [default: 127.0.0.1 and any free port]
+        #[arg(
+            long,
+            value_name = "ADDRESS:PORT",
+            default_value = "127.0.0.1:0",
+            hide_default_value = true
+        )]
+        listen: std::net::SocketAddr,
     },
     /// Bring, list and remove images: root file systems for new sessions (`--image`)
     Image {
@@ -288,6 +304,9 @@ async fn act(cli: Cli, settings: config::Settings) -> Result<i32> {
                 client.json("DELETE", &path).await?;
             }
         }
+        Verb::Port { session, port, listen } => {
+            port::run(&client, &session, port, listen, json).await?;
+        }
         Verb::Image { verb } => image::run(&client, verb, json).await?,
         Verb::Cp { from, to } => copy::run(&client, &from, &to).await?,
         Verb::Serve { .. }
@@ -328,6 +347,7 @@ async fn serve(settings: config::Settings, idle_exit: Option<u64>, background: b
     settings.pool.validate().map_err(|error| failed(&error))?;
     let program = std::env::current_exe().map_err(|error| failed(&error))?;
     let mut builder = denizen::MicroVmManager::builder((&settings.pool).into());
+    builder = builder.network(settings.network());
     if let Some(image) = settings.image {
         builder = builder.image(image);
     }

@@ -531,3 +531,32 @@ fn an_image_comes_from_a_registry() {
     let output = user.run(&["--image", &reference, "exec", "a", "--", "cat", "/etc/motd"]);
     assert_eq!(text(&output.stdout), "from-the-image\n", "{output:?}");
 }
+
+#[test]
+fn a_port_of_a_session_is_reached_by_one_of_this_machine() {
+    use std::io::{BufRead, Read};
+    let user = User::new();
+    let server = "import http.server, socketserver\n\
+                  class H(http.server.BaseHTTPRequestHandler):\n\
+                  \x20   def do_GET(self):\n\
+                  \x20       self.send_response(200)\n\
+                  \x20       self.end_headers()\n\
+                  \x20       self.wfile.write(b'from within\\n')\n\
+                  http.server.ThreadingHTTPServer(('127.0.0.1', 8000), H).serve_forever()\n";
+    let started = user.run(&["exec", "-d", "--tag", "web", "a", "--", "python3", "-c", server]);
+    assert!(started.status.success(), "{started:?}");
+    let mut forward = user.denizen(&["port", "a", "8000"]).stdout(Stdio::piped()).spawn().unwrap();
+    let mut address = String::new();
+    std::io::BufReader::new(forward.stdout.take().unwrap()).read_line(&mut address).unwrap();
+    let ask = || -> std::io::Result<String> {
+        let mut stream = std::net::TcpStream::connect(address.trim())?;
+        stream.write_all(b"GET / HTTP/1.0\r\n\r\n")?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        Ok(answer)
+    };
+    until("the server answers", || ask().is_ok_and(|answer| answer.ends_with("from within\n")));
+    forward.kill().unwrap();
+    forward.wait().unwrap();
+    assert!(user.run(&["stop", "--force", "a"]).status.success());
+}

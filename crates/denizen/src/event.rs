@@ -70,6 +70,15 @@ pub enum EventKind {
         #[serde(skip_serializing_if = "Option::is_none", serialize_with = "maybe_unix_seconds")]
         retry_at: Option<SystemTime>,
     },
+    /// The session was refused something of the network.
+    Denied {
+        /// What it wanted to reach, as it spelled it.
+        host: String,
+        /// At which port; 0 if that could not be read.
+        port: u16,
+        /// What refused it.
+        rule: String,
+    },
     /// The listener was too slow: this many events before this one are lost to it.
     Lagged {
         /// How many.

@@ -14,6 +14,7 @@ use std::sync::Arc;
 
 use denizen_agent::{Agent, Launch};
 use denizen_image::{Image, Store};
+use denizen_network::{Denial, Rules};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -96,6 +97,26 @@ impl Isolation {
     }
 }
 
+/// Which networks sessions can reach, where they do not share their host's.
+///
+/// Whatever the rules, the host's loopback, link-local and metadata addresses are reached only
+/// by a rule that names the address.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Network {
+    /// None but a loopback of their own.
+    #[default]
+    None,
+    /// What the rules open, by HTTP and HTTPS through a proxy that `http_proxy` and
+    /// `https_proxy` name; there is no other way out.
+    Filtered(Rules),
+    /// All that is public, and what the rules open beside it.
+    Full(Rules),
+}
+
+/// Where refusals are told, with the session each is of.
+pub(crate) type Denials = tokio::sync::mpsc::Sender<(Uuid, Denial)>;
+
 /// What can be chosen for the instances of a pool.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Options {
@@ -103,6 +124,8 @@ pub(crate) struct Options {
     /// share it.
     pub(crate) cache: Option<PathBuf>,
     pub(crate) limits: Limits,
+    pub(crate) network: Network,
+    pub(crate) denials: Option<Denials>,
     pub(crate) agent_program: Option<PathBuf>,
     /// What new sessions' roots are: an image's name or a folder's path.
     pub(crate) image: Option<String>,

@@ -16,7 +16,7 @@ use crate::command::Command;
 use crate::config::VmPoolRuntimeConfig;
 use crate::error::{Error, Result};
 use crate::event::Events;
-use crate::isolation::{ImageInfo, Isolation, Limits, Options, info};
+use crate::isolation::{ImageInfo, Isolation, Limits, Network, Options, info};
 use crate::lifecycle::Want;
 use crate::name::SessionName;
 use crate::pool::{Hold, Pool, SessionInfo, Settings, Tasks, blocking};
@@ -63,6 +63,13 @@ impl Builder {
     /// What each session may use.
     pub fn limits(mut self, limits: Limits) -> Self {
         self.settings.instances.limits = limits;
+        self
+    }
+
+    /// Which networks sessions can reach. Default: none. Under `host` isolation they share their
+    /// host's.
+    pub fn network(mut self, network: Network) -> Self {
+        self.settings.instances.network = network;
         self
     }
 

@@ -16,6 +16,7 @@ use std::time::{Duration, SystemTime};
 
 use denizen_agent::Agent;
 use denizen_image::Store;
+use denizen_network::Denial;
 use parking_lot::Mutex;
 use serde::Serialize;
 use tokio::sync::{Notify, mpsc, oneshot};
@@ -160,7 +161,9 @@ impl Pool {
             _ => None,
         });
         denizen_agent::sweep(&left_running.collect::<Vec<_>>());
-        let driver = settings.isolation.driver(volumes.own(), settings.instances.clone())?;
+        let (denials, denied) = mpsc::channel(1024);
+        let options = Options { denials: Some(denials), ..settings.instances.clone() };
+        let driver = settings.isolation.driver(volumes.own(), options)?;
         for row in &remembered.rows {
             if matches!(row.phase, Phase::Active | Phase::Creating) {
                 driver.ended(&volumes.site(row.id));
@@ -228,6 +231,7 @@ impl Pool {
         let mut tasks = JoinSet::new();
         tasks.spawn(drive(Arc::downgrade(&pool), inbox));
         tasks.spawn(keep_time(Arc::downgrade(&pool)));
+        tasks.spawn(tell_denials(Arc::downgrade(&pool), denied));
         Ok((pool, Tasks(tasks)))
     }
 
@@ -764,6 +768,19 @@ async fn keep_time(pool: Weak<Pool>) {
             () = tokio::time::sleep(wait.min(LONGEST_SLEEP)) => {}
             () = pool.earlier.notified() => {}
         }
+    }
+}
+
+/// Announces what sessions were refused of the network.
+async fn tell_denials(pool: Weak<Pool>, mut denied: mpsc::Receiver<(Uuid, Denial)>) {
+    while let Some((id, denial)) = denied.recv().await {
+        let Some(pool) = pool.upgrade() else { return };
+        let Denial { host, port, rule, .. } = denial;
+        let rule = rule.to_string();
+        tracing::info!(session = %id, host, port, rule, "network access denied");
+        let name = pool.state.lock().names.get(&id).map(ToString::to_string);
+        let kind = EventKind::Denied { host, port, rule };
+        pool.announcer.announce(Event { at: pool.clock.wall(), session: id, name, kind });
     }
 }
 

@@ -8,8 +8,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use denizen::{
-    Error, Exit, Isolation, Limits, MicroVmManager, Output, Stream, VmExecutionGuard,
-    VmPoolRuntimeConfig,
+    Error, EventKind, Exit, Isolation, Limits, MicroVmManager, Network, Output, Stream,
+    VmExecutionGuard, VmPoolRuntimeConfig,
 };
 use tempfile::TempDir;
 use tokio::io::AsyncWriteExt;
@@ -22,6 +22,7 @@ struct World {
     config: VmPoolRuntimeConfig,
     isolation: Isolation,
     limits: Limits,
+    network: Network,
 }
 
 impl World {
@@ -35,11 +36,18 @@ impl World {
             backup_destination: Some(folder.path().join("backups")),
             ..denizen::VmPoolConfig::default()
         };
-        Self { config: (&config).into(), folder, isolation, limits: Limits::default() }
+        Self {
+            config: (&config).into(),
+            folder,
+            isolation,
+            limits: Limits::default(),
+            network: Network::None,
+        }
     }
 
     fn open(&self) -> Arc<MicroVmManager> {
         let builder = MicroVmManager::builder(self.config.clone()).isolation(self.isolation);
+        let builder = builder.network(self.network.clone());
         builder.cache(cache()).limits(self.limits.clone()).build().unwrap()
     }
 }
@@ -384,6 +392,138 @@ async fn a_session_that_runs_wild_leaves_the_others_alone() {
     assert_eq!(text(&guard, "echo still here").await, "still here\n");
 }
 
+/// A server that answers every request with one line.
+fn server(address: &str) -> u16 {
+    use std::io::{Read, Write};
+    let listener = std::net::TcpListener::bind((address, 0)).unwrap();
+    let port = listener.local_addr().unwrap().port();
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = stream.unwrap();
+            let mut seen = Vec::new();
+            let mut piece = [0; 1024];
+            while !seen.ends_with(b"\r\n\r\n") {
+                match stream.read(&mut piece) {
+                    Ok(count @ 1..) => seen.extend_from_slice(&piece[..count]),
+                    _ => break,
+                }
+            }
+            let answer =
+                "HTTP/1.1 200 OK\r\nContent-Length: 8\r\nConnection: close\r\n\r\noutside\n";
+            let _ = stream.write_all(answer.as_bytes());
+        }
+    });
+    port
+}
+
+#[tokio::test]
+async fn a_filtered_network_opens_what_its_rules_open_and_tells_of_the_rest() {
+    let (open, shut) = (server("127.0.0.1"), server("127.0.0.1"));
+    let mut world = World::new(Isolation::Sandbox);
+    let rules = [format!("127.0.0.1:{open}"), "example.org".to_owned()];
+    world.network = Network::Filtered(rules.iter().map(|rule| rule.parse().unwrap()).collect());
+    let pool = world.open();
+    let mut events = pool.events().unwrap();
+    let id = Uuid::new_v4();
+    let guard = pool.acquire(id).await.unwrap();
+    // The sandbox's own loopback is not the host's: only the proxy leads there.
+    let get = |port: u16| format!("NO_PROXY= no_proxy= curl -sS http://127.0.0.1:{port}/");
+    assert_eq!(text(&guard, &get(open)).await, "outside\n");
+    let denied = sh(&guard, &get(shut)).await;
+    assert_ne!(denied.stdout, b"outside\n", "{denied:?}");
+    assert!(
+        !sh(&guard, &format!("curl -sS --noproxy '*' http://127.0.0.1:{open}/"))
+            .await
+            .exit
+            .success()
+    );
+    let elsewhere =
+        sh(&guard, "curl -sS -o /dev/null -w '%{http_code}' http://elsewhere.example/").await;
+    assert_eq!(elsewhere.stdout, b"403");
+    let mut told = Vec::new();
+    while told.len() < 2 {
+        let event = events.next().await.unwrap();
+        if let EventKind::Denied { host, port, rule } = event.kind {
+            assert_eq!(event.session, id);
+            told.push(format!("{host} {port} {rule}"));
+        }
+    }
+    assert!(told[0].starts_with(&format!("127.0.0.1 {shut} ")), "{told:?}");
+    assert!(told[1].contains("elsewhere.example 80 not in the allow-list"), "{told:?}");
+    // Started again, it has its way again.
+    drop(guard);
+    pool.stop(id, true).await.unwrap();
+    let guard = pool.acquire(id).await.unwrap();
+    assert_eq!(text(&guard, &get(open)).await, "outside\n");
+}
+
+#[tokio::test]
+async fn a_full_network_is_one() {
+    // In a network namespace of the test's own: its address is nobody else's.
+    if std::env::var_os("DENIZEN_TEST_APART").is_none() {
+        if !rustix::process::geteuid().is_root() {
+            println!("skipped: an address of the test's own needs root");
+            return;
+        }
+        let again = "ip link set lo up && ip addr add 192.0.2.1/32 dev lo && exec \"$0\" \"$@\"";
+        let output = Program::new("unshare")
+            .args(["--net", "sh", "-c", again])
+            .arg(std::env::current_exe().unwrap())
+            .args(["--exact", "a_full_network_is_one", "--nocapture"])
+            .env("DENIZEN_TEST_APART", "1")
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{}{said}", String::from_utf8_lossy(&output.stdout));
+        return;
+    }
+    let port = server("192.0.2.1");
+    let mut world = World::new(Isolation::Sandbox);
+    world.network = Network::Full(["192.0.2.1".parse().unwrap()].into_iter().collect());
+    let pool = world.open();
+    let mut events = pool.events().unwrap();
+    let guard = pool.acquire(Uuid::new_v4()).await.unwrap();
+    assert_eq!(text(&guard, &format!("curl -sS http://192.0.2.1:{port}/")).await, "outside\n");
+    assert_eq!(text(&guard, "cat /etc/resolv.conf").await, "nameserver 10.0.2.3\n");
+    assert!(text(&guard, "getent ahostsv4 localhost").await.contains("127.0.0.1"));
+    let denied = sh(&guard, "curl -sS --max-time 20 http://169.254.169.254/latest/meta-data").await;
+    assert!(!denied.exit.success());
+    loop {
+        let event = events.next().await.unwrap();
+        if let EventKind::Denied { host, .. } = event.kind {
+            assert_eq!(host, "169.254.169.254");
+            break;
+        }
+    }
+    drop(guard);
+    pool.shutdown().await.unwrap();
+}
+
+#[tokio::test]
+async fn ports_of_a_session_can_be_reached() {
+    use tokio::io::AsyncReadExt;
+    for isolation in ALL {
+        let world = World::new(isolation);
+        let pool = world.open();
+        let guard = pool.acquire(Uuid::new_v4()).await.unwrap();
+        let program = "import socket\n\
+                       s = socket.create_server(('127.0.0.1', 0))\n\
+                       print(s.getsockname()[1], flush=True)\n\
+                       c = s.accept()[0]\n\
+                       c.sendall(b'within ' + c.recv(100))\n";
+        let python = guard.program("python3").args(["-c", program]);
+        let mut server = python.spawn().await.unwrap();
+        let port = server.next().await.unwrap().unwrap();
+        let port: u16 = String::from_utf8_lossy(&port.bytes).trim().parse().unwrap();
+        let connection = guard.agent().unwrap().connect(port).await.unwrap();
+        let mut connection = tokio::net::TcpStream::from_std(connection).unwrap();
+        connection.write_all(b"hello").await.unwrap();
+        let mut heard = String::new();
+        connection.read_to_string(&mut heard).await.unwrap();
+        assert_eq!(heard, "within hello", "{isolation:?}");
+    }
+}
+
 #[test]
 fn all_of_it_again_as_an_ordinary_user() {
     if std::env::var_os("DENIZEN_TEST_CACHE").is_some() {
@@ -409,5 +549,5 @@ fn all_of_it_again_as_an_ordinary_user() {
         .unwrap();
     let said = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success(), "{said}\n{}", String::from_utf8_lossy(&output.stderr));
-    assert!(said.contains("test result: ok. 11 passed"), "{said}");
+    assert!(said.contains("test result: ok. 14 passed"), "{said}");
 }

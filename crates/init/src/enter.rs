@@ -18,8 +18,12 @@
 //! | `link` | content, path |
 //! | `protect` | path, to be read-only; not being there is fine |
 //! | `hide` | path, to be empty; not being there is fine |
+//! | `give` | path, content: a file, unless it is there or its folder is not |
+//! | `put` | path, content: a file, in the place of what is there |
 //! | `host` | name |
 //! | `loopback` | – |
+//! | `listen` | port of 127.0.0.1; the owner gets the listening socket |
+//! | `tun` | address, gateway (IPv4, as numbers), length of the network's prefix, MTU: a network device `tun0` with these, which the owner gets, and the way to everywhere by it |
 //! | `limit` | number (getrlimit(2)), value |
 //! | `root-only` | – ; Landlock: nothing outside of the root |
 //! | `capabilities` | mask (hexadecimal) of those that commands may have |
@@ -51,8 +55,8 @@ type Result<T> = std::result::Result<T, Refusal>;
 
 /// What has become of this process.
 pub enum Entered {
-    /// It is the first process of the sandbox.
-    Inside,
+    /// It is the first process of the sandbox, with what the owner is to get.
+    Inside(Option<OwnedFd>),
     /// It has stayed outside, the sandbox has ended, with this status.
     Ended(i32),
 }
@@ -102,8 +106,7 @@ pub fn enter(plan: &[u8]) -> Result<Entered> {
             if wait.read_exact(&mut [0]).is_err() {
                 std::process::exit(1);
             }
-            inside(&steps, shifted)?;
-            Ok(Entered::Inside)
+            inside(&steps, shifted).map(Entered::Inside)
         }
     }
 }
@@ -124,8 +127,12 @@ enum Step<'p> {
     Link { content: &'p CStr, path: &'p CStr },
     Protect { path: &'p CStr },
     Hide { path: &'p CStr },
+    Give { path: &'p CStr, content: &'p CStr },
+    Put { path: &'p CStr, content: &'p CStr },
     Host { name: &'p CStr },
     Loopback,
+    Listen { port: u16 },
+    Tun { address: u32, gateway: u32, prefix: u32, mtu: u32 },
     Limit { what: i32, value: u64 },
     RootOnly,
     Capabilities { keep: u64 },
@@ -178,7 +185,20 @@ fn parse(plan: &[u8]) -> Result<Vec<Step<'_>>> {
             b"protect" => Step::Protect { path: next()? },
             b"hide" => Step::Hide { path: next()? },
             b"host" => Step::Host { name: next()? },
+            b"give" => Step::Give { path: next()?, content: next()? },
+            b"put" => Step::Put { path: next()?, content: next()? },
             b"loopback" => Step::Loopback,
+            b"listen" => {
+                let port = number(next()?, 10).and_then(|port| u16::try_from(port).ok());
+                Step::Listen { port: port.ok_or_else(bad)? }
+            }
+            b"tun" => {
+                let mut small = || {
+                    let value = number(next()?, 10).and_then(|value| u32::try_from(value).ok());
+                    value.ok_or_else(bad)
+                };
+                Step::Tun { address: small()?, gateway: small()?, prefix: small()?, mtu: small()? }
+            }
             b"limit" => {
                 let what = number(next()?, 10).and_then(|what| i32::try_from(what).ok());
                 let value = number(next()?, 10).ok_or_else(bad)?;
@@ -209,7 +229,7 @@ fn path_of(word: &CStr) -> &Path {
 }
 
 /// The rest, as the first process of the new namespaces.
-fn inside(steps: &[Step<'_>], shifted: Vec<(&CStr, OwnedFd)>) -> Result<()> {
+fn inside(steps: &[Step<'_>], shifted: Vec<(&CStr, OwnedFd)>) -> Result<Option<OwnedFd>> {
     let at = |name: &'static str| move |error| (name.to_owned(), error);
     kernel::bind_to_parent().map_err(at("dumpable"))?;
     kernel::keep_mounts_private().map_err(at("private mounts"))?;
@@ -220,6 +240,18 @@ fn inside(steps: &[Step<'_>], shifted: Vec<(&CStr, OwnedFd)>) -> Result<()> {
     let alone = steps.iter().any(|step| matches!(step, Step::Alone));
     kernel::become_root(alone).map_err(at("user"))?;
     sys::usual_umask();
+    // Its device is the host's, and the network's settings want rights that are given up below.
+    let mut door = None;
+    for step in steps {
+        let made = match step {
+            Step::Listen { port } => kernel::listen(*port),
+            Step::Tun { address, gateway, prefix, mtu } => {
+                kernel::make_tun(*address, *gateway, *prefix, *mtu)
+            }
+            _ => continue,
+        };
+        door = Some(made.map_err(|error| (describe(step), error))?);
+    }
     let mut mounts = Vec::new();
     for step in steps {
         if let Step::Mount { at, what } = step {
@@ -247,7 +279,7 @@ fn inside(steps: &[Step<'_>], shifted: Vec<(&CStr, OwnedFd)>) -> Result<()> {
         };
         done.map_err(|error| (describe(step), error))?;
     }
-    Ok(())
+    Ok(door)
 }
 
 /// Where plans' sources are, by a name that needs no right to the folders above them.
@@ -336,7 +368,27 @@ fn follow(step: &Step<'_>) -> std::result::Result<(), i32> {
     };
     match step {
         // Done before, or elsewhere.
-        Step::Map { .. } | Step::Alone | Step::Shift { .. } | Step::Mount { .. } => Ok(()),
+        Step::Map { .. }
+        | Step::Alone
+        | Step::Shift { .. }
+        | Step::Mount { .. }
+        | Step::Listen { .. }
+        | Step::Tun { .. } => Ok(()),
+        Step::Give { path, content } => {
+            let path = path_of(path);
+            if fs::symlink_metadata(path).is_ok() || !path.parent().is_some_and(Path::is_dir) {
+                return Ok(());
+            }
+            fs::write(path, content.to_bytes()).map_err(errno)
+        }
+        Step::Put { path, content } => {
+            let path = path_of(path);
+            match fs::remove_file(path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(errno(error)),
+                _ => {}
+            }
+            fs::write(path, content.to_bytes()).map_err(errno)
+        }
         Step::Dir { path, mode } => {
             unless_there(DirBuilder::new().mode(*mode).create(path_of(path)))
         }
@@ -387,7 +439,10 @@ fn describe(step: &Step<'_>) -> String {
         Step::Protect { path } => ("protect", Some(path)),
         Step::Hide { path } => ("hide", Some(path)),
         Step::Host { name } => ("name host", Some(name)),
+        Step::Give { path, .. } | Step::Put { path, .. } => ("write", Some(path)),
         Step::Loopback => ("loopback", None),
+        Step::Listen { .. } => ("listen", None),
+        Step::Tun { .. } => ("make the network device", None),
         Step::Limit { .. } => ("limit", None),
         Step::RootOnly => ("landlock", None),
         Step::Capabilities { .. } => ("capabilities", None),

@@ -19,6 +19,7 @@
 //! | 5 | end | – ; SIGTERM to everything, no more spawns, say when all is gone |
 //! | 6 | drain | one descriptor, to be read to its end and thrown away |
 //! | 8 | terminal | – ; make a terminal, give its master end |
+//! | 9 | connect | port u32; connect to it on 127.0.0.1, give the socket |
 //! | 7 | enter | one descriptor, a file with a plan ([`enter`]): become the first process of a sandbox; before anything else |
 //!
 //! Events: 1 spawned (pid u32); 2 failed (errno u32; flags is the stage: 0 to start it,
@@ -26,7 +27,8 @@
 //! signal); 4 tree gone (u32 processes that could not be killed); 5 all gone (the same);
 //! 6 a part of the list (28 bytes each: pid, parent, command, 16 bytes of name; flag 1:
 //! more parts follow); 7 entered; 8 refused (errno u32, then the
-//! step in words); 9 a terminal (errno u32; one descriptor, or none if the errno is not 0).
+//! step in words); 9 what was asked for (errno u32; one descriptor, or
+//! none if the errno is not 0). With 7 comes what the plan has for the owner.
 //!
 //! In a sandbox it is process 1, process ids are those of its namespace, and the process that
 //! was launched waits outside, for the owner to reap.
@@ -212,20 +214,19 @@ impl Init {
             }
             6 => self.drains.append(&mut descriptors),
             7 => self.enter(&descriptors),
-            8 => self.terminal(id),
+            8 => self.give(id, terminal()),
+            9 => {
+                let port = number(packet, 8).and_then(|port| u16::try_from(port).ok());
+                self.give(id, port.ok_or(sys::EINVAL).and_then(sys::sandbox::connect));
+            }
             _ => {}
         }
     }
 
-    fn terminal(&mut self, id: u32) {
-        let opened = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .custom_flags(sys::NO_TERMINAL)
-            .open("/dev/ptmx");
-        let (errno, descriptor) = match opened {
-            Ok(file) => (0, Some(OwnedFd::from(file))),
-            Err(error) => (error.raw_os_error().unwrap_or(sys::EINVAL), None),
+    fn give(&mut self, id: u32, made: Result<OwnedFd, i32>) {
+        let (errno, descriptor) = match made {
+            Ok(descriptor) => (0, Some(descriptor)),
+            Err(errno) => (errno, None),
         };
         let mut event = header(9, 0, id);
         event.extend(errno.to_le_bytes());
@@ -237,8 +238,8 @@ impl Init {
         let plan = descriptors.first().ok_or(sys::EMFILE).and_then(contents);
         let entered = plan.map_err(|error| ("plan".to_owned(), error));
         match entered.and_then(|plan| enter::enter(&plan)) {
-            Ok(enter::Entered::Inside) => {
-                self.outbox.push_back((header(7, 0, 0), None));
+            Ok(enter::Entered::Inside(door)) => {
+                self.outbox.push_back((header(7, 0, 0), door));
                 self.flush();
             }
             Ok(enter::Entered::Ended(status)) => std::process::exit(status),
@@ -582,6 +583,13 @@ impl Init {
             }
         });
     }
+}
+
+/// A terminal's master end.
+fn terminal() -> Result<OwnedFd, i32> {
+    let mut options = OpenOptions::new();
+    let opened = options.read(true).write(true).custom_flags(sys::NO_TERMINAL).open("/dev/ptmx");
+    opened.map(OwnedFd::from).map_err(|error| error.raw_os_error().unwrap_or(sys::EINVAL))
 }
 
 fn header(kind: u8, flags: u8, id: u32) -> Vec<u8> {

@@ -4,14 +4,16 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use axum::body::Body;
-use axum::extract::{Path, Query, State};
+use axum::extract::{Path, Query, Request, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use denizen::{Credentials, Error, ImportOptions, MicroVmManager, Progress, PullOptions, Stage};
 use futures::{StreamExt, stream};
+use hyper_util::rt::TokioIo;
 use serde::{Deserialize, Serialize};
+use tokio::net::TcpStream;
 use tokio::sync::Notify;
 use uuid::Uuid;
 
@@ -39,6 +41,7 @@ pub(crate) fn router(pool: Arc<MicroVmManager>, leases: Arc<Leases>, stop: Arc<N
         .route("/v1/sessions/{session}/restore", post(restore))
         .route("/v1/sessions/{session}/fork", post(fork))
         .route("/v1/sessions/{session}/logs/{job}", get(log))
+        .route("/v1/sessions/{session}/ports/{port}", get(port))
         .with_state(Api { pool, leases, stop })
 }
 
@@ -338,4 +341,42 @@ async fn remove_image(
     }
     let message = format!("there is no image {}", query.name);
     Err(Refused { status: StatusCode::NOT_FOUND, code: "unknown_image", message })
+}
+
+/// A connection to a port that something in the session listens on; the request becomes it
+/// (RFC 9110, 7.8), under the name `tcp`.
+async fn port(
+    State(api): State<Api>,
+    Path((session, port)): Path<(String, u16)>,
+    mut request: Request,
+) -> Answer<Response> {
+    let upgrades = request.headers().get("upgrade").is_some_and(|it| it == "tcp");
+    if !upgrades {
+        let message = "a port is reached by an upgrade of the connection to tcp".to_owned();
+        return Err(Refused { status: StatusCode::UPGRADE_REQUIRED, code: "upgrade", message });
+    }
+    let id = api.leases.find(&session)?;
+    let lease = api.leases.take(id).await?;
+    let unreachable = |error: &dyn std::fmt::Display| Refused {
+        status: StatusCode::BAD_GATEWAY,
+        code: "port",
+        message: format!("port {port} of session {session} cannot be reached: {error}"),
+    };
+    let inside = lease.guard.agent()?.connect(port).await.map_err(Error::from)?;
+    let inside = TcpStream::from_std(inside).map_err(|error| unreachable(&error))?;
+    // Whether it was refused shows when it can be written to.
+    inside.writable().await.map_err(|error| unreachable(&error))?;
+    if let Some(error) = inside.take_error().map_err(|error| unreachable(&error))? {
+        return Err(unreachable(&error));
+    }
+    let upgrade = hyper::upgrade::on(&mut request);
+    tokio::spawn(async move {
+        let Ok(outside) = upgrade.await else { return };
+        let (mut outside, mut inside) = (TokioIo::new(outside), inside);
+        // Either side may end it at any time.
+        let _ = tokio::io::copy_bidirectional(&mut outside, &mut inside).await;
+        drop(lease);
+    });
+    let headers = [("connection", "upgrade"), ("upgrade", "tcp")];
+    Ok((StatusCode::SWITCHING_PROTOCOLS, headers).into_response())
 }

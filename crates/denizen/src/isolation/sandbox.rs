@@ -12,6 +12,7 @@ mod calls;
 mod carried;
 mod group;
 mod host_root;
+mod network;
 mod plan;
 mod root;
 mod users;
@@ -29,6 +30,7 @@ use rustix::process::Resource;
 use self::carried::Carried;
 use self::group::Groups;
 use self::host_root::HostRoot;
+use self::network::Networks;
 use self::plan::{Attributes, Overlay, Plan};
 use self::root::{Below, Roots};
 use self::users::Users;
@@ -75,6 +77,7 @@ pub(super) struct Sandbox {
     groups: Groups,
     roots: Roots,
     limits: Limits,
+    networks: Networks,
     carried: Option<Carried>,
 }
 
@@ -96,7 +99,9 @@ impl Sandbox {
             carried.map_err(|source| Error::volume("keep this program in", own, source))
         });
         let carried = carried.transpose()?;
-        Ok(Self { users, groups: Groups::find(), roots, limits: options.limits, carried })
+        let networks = Networks::new(options.network, options.denials);
+        let (groups, limits) = (Groups::find(), options.limits);
+        Ok(Self { users, groups, roots, limits, networks, carried })
     }
 
     /// Makes the folders that a sandbox writes to, in the order of what is below them.
@@ -113,34 +118,7 @@ impl Sandbox {
             self.folder(&overlay.upper, 0o755)?;
             self.folder(&overlay.work, 0o755)?;
         }
-        self.settle_in(&overlays, below)?;
         Ok(overlays)
-    }
-
-    /// What an image lacks that programs in a sandbox need.
-    fn settle_in(&self, overlays: &[Folders], below: &[Below]) -> std::io::Result<()> {
-        let (Some(main), Some(root)) = (overlays.first(), below.first()) else { return Ok(()) };
-        let add = |path: &str, content: &str| {
-            let (folder, _) = path.rsplit_once('/').unwrap_or_default();
-            let is_there = |path: &str| root.lower.iter().any(|lower| lower.join(path).exists());
-            let target = main.upper.join(path);
-            if !is_there(folder) || is_there(path) || target.exists() {
-                return Ok(());
-            }
-            let mut above = PathBuf::new();
-            for part in Path::new(folder) {
-                above.push(part);
-                self.folder(&main.upper.join(&above), 0o755)?;
-            }
-            fs::write(&target, content)?;
-            self.users.give(&target, (0, 0))
-        };
-        add("etc/hosts", host_root::HOSTS)?;
-        if self.users.is_alone() {
-            let (path, content) = host_root::APT_ALONE;
-            add(path, content)?;
-        }
-        Ok(())
     }
 
     /// Makes a folder of the sandbox's root, unless it is there.
@@ -197,6 +175,13 @@ impl Sandbox {
         let id = site.id.simple().to_string();
         plan.step(["host", &format!("denizen-{}", id.get(..8).unwrap_or_default())]);
         plan.step(["loopback"]);
+        // What an image may lack.
+        plan.step(["give", "/etc/hosts", host_root::HOSTS]);
+        if self.users.is_alone() {
+            let (path, content) = host_root::APT_ALONE;
+            plan.step(["give", path, content]);
+        }
+        self.networks.plan(&mut plan);
         self.resource_limits(&mut plan);
         plan.step(["root-only"]);
         plan.step(["capabilities", &format!("{CAPABILITIES:x}")]);
@@ -264,16 +249,19 @@ impl Driver for Sandbox {
             self.groups.remove(site.id);
             Error::volume("make control groups for", &site.home, source)
         })?;
-        let enter = Some(Arc::new(Enter { plan, groups }));
+        let runtime = tokio::runtime::Handle::current();
+        let door = self.networks.door(site.id, &runtime);
+        let enter = Some(Arc::new(Enter { plan, groups, door }));
         let agent = Agent::with(Launch { enter, ..site.launch() });
         // Where it cannot be made, the session does not start.
-        tokio::runtime::Handle::current().block_on(agent.launch()).inspect_err(|_| {
-            self.groups.remove(site.id);
-        })?;
-        Ok(Instance { agent, env: base.env() })
+        runtime.block_on(agent.launch()).inspect_err(|_| self.ended(site))?;
+        let mut env = self.networks.env();
+        env.extend(base.env());
+        Ok(Instance { agent, env })
     }
 
     fn ended(&self, site: &Site) {
+        self.networks.close(site.id);
         self.groups.remove(site.id);
     }
 

@@ -82,12 +82,31 @@ struct FilterProgram {
     length: u16,
     filter: *const u64,
 }
-/// `struct ifreq` with flags (netdevice(7)).
-#[repr(C)]
-struct InterfaceFlags {
+/// `struct ifreq` (netdevice(7)): a name, and a value of whichever kind, here with room for all.
+#[repr(C, align(8))]
+struct Interface {
     name: [u8; 16],
+    value: [u8; 24],
+}
+/// `struct rtentry` (linux/route.h).
+#[repr(C)]
+#[derive(Default)]
+struct Route {
+    pad: usize,
+    target: InternetAddress,
+    gateway: InternetAddress,
+    mask: InternetAddress,
     flags: u16,
-    rest: [u8; 22],
+    rest: [usize; 7],
+}
+/// `struct sockaddr_in` (ip(7)).
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct InternetAddress {
+    family: u16,
+    port: [u8; 2],
+    address: [u8; 4],
+    zero: [u8; 8],
 }
 
 unsafe extern "C" {
@@ -106,6 +125,11 @@ unsafe extern "C" {
     fn setgroups(count: usize, groups: *const u32) -> c_int;
     fn sethostname(name: *const c_char, length: usize) -> c_int;
     fn socket(domain: c_int, kind: c_int, protocol: c_int) -> c_int;
+    fn bind(fd: c_int, address: *const InternetAddress, length: u32) -> c_int;
+    #[link_name = "listen"]
+    fn listen_on(fd: c_int, backlog: c_int) -> c_int;
+    #[link_name = "connect"]
+    fn connect_to(fd: c_int, address: *const InternetAddress, length: u32) -> c_int;
     fn ioctl(fd: c_int, request: u64, ...) -> c_int;
     fn setrlimit(what: c_int, limit: *const [u64; 2]) -> c_int;
     fn waitpid(pid: c_int, status: *mut c_int, options: c_int) -> c_int;
@@ -289,15 +313,118 @@ pub fn name_host(name: &CStr) -> Result<()> {
     done(unsafe { sethostname(name.as_ptr(), name.to_bytes().len()) }.into())
 }
 
-/// Brings the loopback interface up.
-pub fn raise_loopback() -> Result<()> {
-    let mut request = InterfaceFlags { name: [0; 16], flags: 0x41, rest: [0; 22] };
-    request.name[..2].copy_from_slice(b"lo");
+impl InternetAddress {
+    fn new(address: u32, port: u16) -> Self {
+        let (address, port) = (address.to_be_bytes(), port.to_be_bytes());
+        Self { family: 2, port, address, zero: [0; 8] }
+    }
+
+    fn bytes(self) -> [u8; 24] {
+        let mut bytes = [0; 24];
+        bytes[..2].copy_from_slice(&self.family.to_ne_bytes());
+        bytes[2..4].copy_from_slice(&self.port);
+        bytes[4..8].copy_from_slice(&self.address);
+        bytes
+    }
+}
+
+/// 127.0.0.1
+const LOCALHOST: u32 = 0x7f00_0001;
+const ADDRESS_SIZE: u32 = 16;
+/// `SOCK_STREAM`, and not to be waited for.
+const STREAM: c_int = 1 | O_CLOEXEC | 0x800;
+
+/// Sets something of an interface.
+fn set_interface(name: &[u8], request: u64, value: [u8; 24]) -> Result<()> {
+    let mut interface = Interface { name: [0; 16], value };
+    interface.name[..name.len()].copy_from_slice(name);
     // SAFETY: plain numbers, an open descriptor and a structure that lives over the call.
     unsafe {
         let socket = owned(socket(2, 2 | O_CLOEXEC, 0).into())?;
-        done(ioctl(socket.as_raw_fd(), SIOCSIFFLAGS, &raw mut request).into())
+        done(ioctl(socket.as_raw_fd(), request, &raw mut interface).into())
     }
+}
+
+/// A value that begins with a number.
+fn value(number: u32) -> [u8; 24] {
+    let mut bytes = [0; 24];
+    bytes[..4].copy_from_slice(&number.to_ne_bytes());
+    bytes
+}
+
+/// UP and RUNNING.
+const UP: u32 = 0x41;
+
+/// Brings the loopback interface up.
+pub fn raise_loopback() -> Result<()> {
+    set_interface(b"lo", SIOCSIFFLAGS, value(UP))
+}
+
+/// A socket that listens on a port of 127.0.0.1, where this process is.
+pub fn listen(port: u16) -> Result<OwnedFd> {
+    raise_loopback()?;
+    let address = InternetAddress::new(LOCALHOST, port);
+    // SAFETY: plain numbers, an open descriptor and a structure of the size given.
+    unsafe {
+        let socket = owned(socket(2, STREAM, 0).into())?;
+        done(bind(socket.as_raw_fd(), &raw const address, ADDRESS_SIZE).into())?;
+        done(listen_on(socket.as_raw_fd(), 1024).into())?;
+        Ok(socket)
+    }
+}
+
+/// A connection to a port of 127.0.0.1, where this process is.
+pub fn connect(port: u16) -> Result<OwnedFd> {
+    const EINPROGRESS: i32 = 115;
+    let address = InternetAddress::new(LOCALHOST, port);
+    // SAFETY: plain numbers, an open descriptor and a structure of the size given.
+    unsafe {
+        let socket = owned(socket(2, STREAM, 0).into())?;
+        match done(connect_to(socket.as_raw_fd(), &raw const address, ADDRESS_SIZE).into()) {
+            Err(error) if error != EINPROGRESS => Err(error),
+            _ => Ok(socket),
+        }
+    }
+}
+
+/// A device `tun0` (`Documentation/networking/tuntap.rst` of the kernel) with an address, that
+/// the way to everywhere goes by.
+pub fn make_tun(address: u32, gateway: u32, prefix: u32, mtu: u32) -> Result<OwnedFd> {
+    const TUNSETIFF: u64 = 0x4004_54ca;
+    /// IFF_TUN, IFF_NO_PI.
+    const PACKETS: u32 = 0x1001;
+    const SIOCADDRT: u64 = 0x890b;
+    const SIOCSIFADDR: u64 = 0x8916;
+    const SIOCSIFNETMASK: u64 = 0x891c;
+    const SIOCSIFMTU: u64 = 0x8922;
+    let mut interface = Interface { name: [0; 16], value: value(PACKETS) };
+    interface.name[..4].copy_from_slice(b"tun0");
+    // SAFETY: a C string, an open descriptor and a structure that lives over the call.
+    let tun = unsafe {
+        let tun = owned(open(c"/dev/net/tun".as_ptr(), 2 | O_CLOEXEC | 0x800).into())?;
+        done(ioctl(tun.as_raw_fd(), TUNSETIFF, &raw mut interface).into())?;
+        tun
+    };
+    let mask = u32::MAX.checked_shl(32u32.saturating_sub(prefix)).unwrap_or(0);
+    set_interface(b"tun0", SIOCSIFADDR, InternetAddress::new(address, 0).bytes())?;
+    set_interface(b"tun0", SIOCSIFNETMASK, InternetAddress::new(mask, 0).bytes())?;
+    set_interface(b"tun0", SIOCSIFMTU, value(mtu))?;
+    set_interface(b"tun0", SIOCSIFFLAGS, value(UP))?;
+    let any = InternetAddress::new(0, 0);
+    let mut route = Route {
+        target: any,
+        gateway: InternetAddress::new(gateway, 0),
+        mask: any,
+        // Up, by a gateway.
+        flags: 3,
+        ..Route::default()
+    };
+    // SAFETY: plain numbers, an open descriptor and a structure that lives over the call.
+    unsafe {
+        let socket = owned(socket(2, 2 | O_CLOEXEC, 0).into())?;
+        done(ioctl(socket.as_raw_fd(), SIOCADDRT, &raw mut route).into())?;
+    }
+    Ok(tun)
 }
 
 /// A limit for this process and those it starts (getrlimit(2)).

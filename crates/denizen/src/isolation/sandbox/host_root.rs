@@ -123,7 +123,7 @@ const LINKED: [&str; 1] = ["var/lib/dpkg"];
 /// Tells apt not to become somebody else: where there is one user only it would find out that
 /// it has not (see `calls`).
 pub(super) const APT_ALONE: (&str, &str) =
-    ("etc/apt/apt.conf.d/90denizen", "APT::Sandbox::User \"root\";\n");
+    ("/etc/apt/apt.conf.d/90denizen", "APT::Sandbox::User \"root\";\n");
 
 /// Has apt call the next one.
 const APT_OWN: (&str, &str) =
@@ -257,7 +257,6 @@ fn make(root: &Path, users: Users, merged: &[&str]) -> io::Result<()> {
         copier.file(path, content, mode)?;
     }
     if users.is_alone() && root.join("etc/apt/apt.conf.d").is_dir() {
-        copier.file(APT_ALONE.0, APT_ALONE.1, 0o644)?;
         copier.file(APT_OWN.0, APT_OWN.1, 0o644)?;
         copier.file(APT_HOOK.0, APT_HOOK.1, 0o755)?;
     }

@@ -61,8 +61,13 @@ impl Roots {
         let failed = |source| Error::volume("read", &record, source);
         match fs::read(&record) {
             Ok(text) => {
-                return serde_json::from_slice(&text)
-                    .map_err(|error| failed(io::Error::other(error)));
+                let base = serde_json::from_slice(&text);
+                let base = base.map_err(|error| failed(io::Error::other(error)))?;
+                return if self.may_be(&base) {
+                    Ok(base)
+                } else {
+                    Err(failed(io::Error::other("it names what no session here can have")))
+                };
             }
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
             Err(_) => {}
@@ -72,6 +77,19 @@ impl Roots {
         let made = fs::create_dir_all(site.root_changes()).and_then(|()| fs::write(&record, text));
         made.map_err(|source| Error::volume("write", &record, source))?;
         Ok(base)
+    }
+
+    /// Whether a record can be ours: it comes back from backups, which others may have changed.
+    fn may_be(&self, base: &Base) -> bool {
+        let is_hex =
+            |text: &String| text.len() == 64 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
+        match base {
+            Base::Host => true,
+            Base::Folder { path } => {
+                self.default.as_ref().is_some_and(|default| Path::new(default) == path)
+            }
+            Base::Image { layers, .. } => layers.iter().all(is_hex),
+        }
     }
 
     /// What a new session gets.

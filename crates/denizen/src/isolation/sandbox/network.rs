@@ -1,0 +1,134 @@
+//! Sandboxes' ways to networks. A sandbox has a network namespace with nothing in it but its
+//! own loopback; what lets it out is a socket or device within, handed to this process when
+//! the sandbox is made, and served here (`denizen-network`) until it ends. When nobody serves
+//! it, it leads nowhere.
+
+use std::collections::{BTreeMap, HashMap};
+use std::net::Ipv4Addr;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use denizen_agent::Door;
+use denizen_network::{DNS, Egress, Event, GATEWAY, Gateway, HostResolver, MTU, Rules};
+use parking_lot::Mutex;
+use tokio::runtime::Handle;
+use tokio::task::AbortHandle;
+use uuid::Uuid;
+
+use super::plan::Plan;
+use crate::isolation::{Denials, Network};
+
+/// Where the proxy listens within.
+const PROXY_PORT: u16 = 3128;
+/// The sandbox's own address in the gateway's network, and how long the network's prefix is.
+const ADDRESS: (Ipv4Addr, u32) = (Ipv4Addr::new(10, 0, 2, 15), 24);
+
+/// The ways of a pool's sandboxes.
+pub(super) struct Networks {
+    network: Network,
+    denials: Option<Denials>,
+    served: Arc<Mutex<HashMap<Uuid, AbortHandle>>>,
+}
+
+impl Networks {
+    pub(super) fn new(network: Network, denials: Option<Denials>) -> Self {
+        Self { network, denials, served: Arc::default() }
+    }
+
+    /// What a sandbox needs within.
+    pub(super) fn plan(&self, plan: &mut Plan) {
+        match self.network {
+            Network::None => {}
+            Network::Filtered(_) => plan.step(["listen", &PROXY_PORT.to_string()]),
+            Network::Full(_) => {
+                let number = |address: Ipv4Addr| u32::from(address).to_string();
+                let (address, prefix) = ADDRESS;
+                plan.step(["tun", &number(address), &number(GATEWAY.0)]);
+                plan.step([prefix.to_string(), MTU.to_string()]);
+                plan.step(["put", "/etc/resolv.conf", &format!("nameserver {DNS}\n")]);
+            }
+        }
+    }
+
+    /// What tells programs of the way.
+    pub(super) fn env(&self) -> BTreeMap<String, String> {
+        if !matches!(self.network, Network::Filtered(_)) {
+            return BTreeMap::new();
+        }
+        let proxy = format!("http://127.0.0.1:{PROXY_PORT}");
+        // Some programs know the one spelling, some the other.
+        [
+            ("http_proxy", proxy.as_str()),
+            ("https_proxy", &proxy),
+            ("HTTP_PROXY", &proxy),
+            ("HTTPS_PROXY", &proxy),
+            ("no_proxy", "localhost,127.0.0.1,::1"),
+            ("NO_PROXY", "localhost,127.0.0.1,::1"),
+        ]
+        .map(|(name, value)| (name.to_owned(), value.to_owned()))
+        .into()
+    }
+
+    /// Who takes a sandbox's way and serves it.
+    pub(super) fn door(&self, id: Uuid, runtime: &Handle) -> Option<Door> {
+        let rules = match &self.network {
+            Network::None => return None,
+            Network::Filtered(rules) => rules.clone(),
+            Network::Full(rules) => {
+                // All that is public, and what the rules add.
+                let all = "*".parse().into_iter();
+                all.chain(rules.allow.iter().cloned()).collect()
+            }
+        };
+        let full = matches!(self.network, Network::Full(_));
+        let (served, runtime) = (self.served.clone(), runtime.clone());
+        let denials = self.denials.clone();
+        Some(Door(Arc::new(move |way: OwnedFd| {
+            let denials = denials.clone();
+            let told = move |event| {
+                if let (Event::Denied(denial), Some(denials)) = (event, &denials) {
+                    // A session that is refused all the time need not be told of each.
+                    let _ = denials.try_send((id, denial));
+                }
+            };
+            let task = runtime.spawn(serve(id, way, rules.clone(), full, told));
+            let before = served.lock().insert(id, task.abort_handle());
+            if let Some(before) = before {
+                before.abort();
+            }
+        })))
+    }
+
+    /// Ends a sandbox's way.
+    pub(super) fn close(&self, id: Uuid) {
+        if let Some(task) = self.served.lock().remove(&id) {
+            task.abort();
+        }
+    }
+}
+
+async fn serve(
+    id: Uuid,
+    way: OwnedFd,
+    rules: Rules,
+    full: bool,
+    told: impl Fn(Event) + Send + Sync + 'static,
+) {
+    let resolver = Arc::new(HostResolver);
+    let never = std::future::pending();
+    let ended = if full {
+        Gateway::new(rules, resolver, told).serve(way, never).await.map_err(|e| e.to_string())
+    } else {
+        let listener = tokio::net::TcpListener::from_std(std::net::TcpListener::from(way));
+        match listener {
+            Ok(listener) => {
+                let egress = Egress::new(rules, resolver, told);
+                egress.serve(listener, never).await.map_err(|e| e.to_string())
+            }
+            Err(error) => Err(error.to_string()),
+        }
+    };
+    if let Err(error) = ended {
+        tracing::warn!(session = %id, error, "the session's network has ended");
+    }
+}
