@@ -237,10 +237,7 @@ fn inside(steps: &[Step<'_>], shifted: Vec<(&CStr, OwnedFd)>) -> Result<Option<O
         kernel::attach(&copy, path).map_err(at("cover what is shifted"))?;
     }
     let mut sources = open_sources(steps)?;
-    let alone = steps.iter().any(|step| matches!(step, Step::Alone));
-    kernel::become_root(alone).map_err(at("user"))?;
-    sys::usual_umask();
-    // Its device is the host's, and the network's settings want rights that are given up below.
+    // A device of the host's, which this user may perhaps not use any more below.
     let mut door = None;
     for step in steps {
         let made = match step {
@@ -252,6 +249,9 @@ fn inside(steps: &[Step<'_>], shifted: Vec<(&CStr, OwnedFd)>) -> Result<Option<O
         };
         door = Some(made.map_err(|error| (describe(step), error))?);
     }
+    let alone = steps.iter().any(|step| matches!(step, Step::Alone));
+    kernel::become_root(alone).map_err(at("user"))?;
+    sys::usual_umask();
     let mut mounts = Vec::new();
     for step in steps {
         if let Step::Mount { at, what } = step {
