@@ -112,8 +112,8 @@ struct Soak {
 }
 
 impl Soak {
-    fn new(seed: u64) -> Self {
-        let mut soak = Self {
+    fn without_sessions(seed: u64) -> Self {
+        Self {
             user: User::new(),
             choice: Choice(seed),
             kills: 0,
@@ -123,7 +123,11 @@ impl Soak {
             clients: Vec::new(),
             victims: Vec::new(),
             story: Vec::new(),
-        };
+        }
+    }
+
+    fn new(seed: u64) -> Self {
+        let mut soak = Self::without_sessions(seed);
         for at in 0..SESSIONS.len() {
             soak.keep(at);
         }
@@ -375,6 +379,53 @@ impl Soak {
         }
         left
     }
+}
+
+/// A group of the test's own in the hierarchy of a controller, and none if that is not granted.
+fn own_group(controller: &str) -> Option<PathBuf> {
+    let groups = fs::read_to_string("/proc/self/cgroup").unwrap();
+    let own = groups.lines().find_map(|line| {
+        let (names, path) = line.split_once(':')?.1.split_once(':')?;
+        names.split(',').any(|name| name == controller).then_some(path)
+    })?;
+    let folder = Path::new("/sys/fs/cgroup").join(controller).join(own.trim_start_matches('/'));
+    let folder = folder.join(format!("denizen-killing-{}", std::process::id()));
+    fs::create_dir(&folder).ok()?;
+    Some(folder)
+}
+
+#[test]
+fn a_daemon_in_another_group_clears_up_after_the_one_before() {
+    // Version 1: there a process may enter a group that has others below.
+    let Some(group) = own_group("pids") else { return };
+    let mut soak = Soak::without_sessions(0);
+    let procs = group.join("cgroup.procs");
+    // A client in the group starts the daemon there.
+    let mut client = soak.user.denizen(&["exec", "a", "--", "true"]);
+    let program = client.get_program().to_owned();
+    let line = "echo $$ > \"$0\" && exec \"$@\"";
+    let mut shell = std::process::Command::new("sh");
+    shell.args(["-c", line]).arg(&procs).arg(program).args(client.get_args());
+    for (name, value) in client.get_envs() {
+        match value {
+            Some(value) => shell.env(name, value),
+            None => shell.env_remove(name),
+        };
+    }
+    client = shell;
+    let output = client.output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    soak.note_ids();
+    let id = soak.ids.first().unwrap().clone();
+    assert!(group.join("denizen").join(&id).is_dir(), "the daemon is elsewhere");
+    let daemon = soak.user.daemon_pid().unwrap();
+    kill_process(Pid::from_raw(daemon).unwrap(), Signal::KILL).unwrap();
+    until("the daemon has ended", || has_ended(daemon));
+    // Any command of the next daemon, which is in the test's own group.
+    assert!(soak.user.run(&["inspect", "a"]).status.success());
+    soak.nothing_stays();
+    fs::remove_dir(group.join("denizen")).unwrap();
+    fs::remove_dir(&group).unwrap();
 }
 
 fn number(variable: &str) -> Option<u64> {

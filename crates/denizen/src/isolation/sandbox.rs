@@ -223,21 +223,21 @@ impl Driver for Sandbox {
         let failed = |source| Error::volume("prepare", &site.home, source);
         let overlays = self.folders(site).map_err(failed)?;
         let plan = self.plan(site, &overlays).finish();
-        let groups = self.groups.make(site.id, &self.limits).map_err(|source| {
-            self.groups.remove(site.id);
+        let groups = self.groups.make(site.id, &site.home, &self.limits).map_err(|source| {
+            self.groups.remove(site.id, &site.home);
             Error::volume("make control groups for", &site.home, source)
         })?;
         let enter = Some(Arc::new(Enter { plan, groups }));
         let agent = Agent::with(Launch { enter, ..site.launch() });
         // Where it cannot be made, the session does not start.
         tokio::runtime::Handle::current().block_on(agent.launch()).inspect_err(|_| {
-            self.groups.remove(site.id);
+            self.groups.remove(site.id, &site.home);
         })?;
         Ok(agent)
     }
 
     fn ended(&self, site: &Site) {
-        self.groups.remove(site.id);
+        self.groups.remove(site.id, &site.home);
     }
 
     fn workdir(&self, _: &Site) -> PathBuf {
