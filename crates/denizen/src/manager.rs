@@ -160,6 +160,15 @@ impl MicroVmManager {
         Ok(self.pool()?.isolation())
     }
 
+    /// Which resources are limited for each session as a whole: of `memory`, `pids` and `cpu`
+    /// those that this process is granted control groups for.
+    ///
+    /// # Errors
+    /// [`Error::Disabled`].
+    pub fn limited(&self) -> Result<Vec<&'static str>> {
+        Ok(self.pool()?.limited())
+    }
+
     fn pool(&self) -> Result<&Arc<Pool>> {
         self.pool.as_ref().ok_or(Error::Disabled)
     }

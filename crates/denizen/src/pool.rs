@@ -576,6 +576,10 @@ impl Pool {
         self.settings.isolation
     }
 
+    pub(crate) fn limited(&self) -> Vec<&'static str> {
+        self.driver.limits()
+    }
+
     pub(crate) fn backups(&self) -> Result<&Backups> {
         self.backups.as_ref().ok_or(Error::NoDestination)
     }
