@@ -8,7 +8,7 @@
 
 mod common;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::hash::{BuildHasher, RandomState};
 use std::os::unix::fs::FileTypeExt;
@@ -95,10 +95,23 @@ enum Victim {
     Agent,
 }
 
+const KINDS: [Victim; 8] = [
+    Victim::Daemon,
+    Victim::Daemon,
+    Victim::Outer,
+    Victim::Inner,
+    Victim::Both,
+    Victim::All,
+    Victim::Command,
+    Victim::Agent,
+];
+
 struct Soak {
     user: User,
     choice: Choice,
     kills: u64,
+    /// How often each kind was killed.
+    tally: BTreeMap<String, u64>,
     round: u64,
     /// What each session must have kept.
     kept: [String; 3],
@@ -117,6 +130,7 @@ impl Soak {
             user: User::new(),
             choice: Choice(seed),
             kills: 0,
+            tally: BTreeMap::new(),
             round: 0,
             kept: Default::default(),
             ids: BTreeSet::new(),
@@ -177,11 +191,14 @@ impl Soak {
             5 => self.client(&["backup", "shelf"]),
             6 => self.client(&["restore", "shelf"]),
             7 => self.client(&["fork", "shelf"]),
-            _ => {
-                let copy = self.user.state.path().join("copy");
-                self.client(&["cp", "b:kept", copy.to_str().unwrap()]);
-            }
+            _ => self.copy(),
         }
+    }
+
+    /// Reads a file, which takes an agent within.
+    fn copy(&mut self) {
+        let copy = self.user.state.path().join("copy");
+        self.client(&["cp", "b:kept", copy.to_str().unwrap()]);
     }
 
     fn note_ids(&mut self) {
@@ -197,8 +214,8 @@ impl Soak {
         records.map(|record| format!("denizen-init {} ", record.trim())).collect()
     }
 
-    /// Kills one, or several at once; whether there was any.
-    fn kill(&mut self) -> bool {
+    /// Kills one of a kind, or several at once; whether there was any.
+    fn kill(&mut self, kind: Victim) -> bool {
         self.note_ids();
         let all = processes();
         let log = self.user.state.path().join("daemon.log");
@@ -220,17 +237,6 @@ impl Soak {
             let found = all.iter().filter(|it| it.depth > 1 && it.line.contains(&word));
             found.map(|process| process.pid).collect()
         };
-        let kinds = [
-            Victim::Daemon,
-            Victim::Daemon,
-            Victim::Outer,
-            Victim::Inner,
-            Victim::Both,
-            Victim::All,
-            Victim::Command,
-            Victim::Agent,
-        ];
-        let kind = *self.choice.of(&kinds).unwrap();
         let one = |choice: &mut Choice, of: &[i32]| choice.of(of).copied().into_iter();
         let choice = &mut self.choice;
         let victims: Vec<i32> = match kind {
@@ -257,6 +263,7 @@ impl Soak {
         self.story.push(format!("kill {kind:?} {victims:?}"));
         self.victims.extend(victims);
         self.kills += 1;
+        *self.tally.entry(format!("{kind:?}")).or_default() += 1;
         true
     }
 
@@ -264,16 +271,22 @@ impl Soak {
         self.round += 1;
         self.story.clear();
         for _ in 0..4 + self.choice.below(8) {
+            let kind = *self.choice.of(&KINDS).unwrap();
             if self.choice.below(3) > 0 || self.clients.is_empty() {
                 self.act();
             }
+            if matches!(kind, Victim::Agent) {
+                self.copy();
+            }
             // The moment is what is tried here; nothing is waited for.
-            let most = 1 << self.choice.below(18);
+            let most = 1 << self.choice.below(17);
             let moment = self.choice.below(most);
             std::thread::sleep(Duration::from_micros(moment));
-            // Not every kind is there at any time.
-            for _ in 0..8 {
-                if self.kill() {
+            // What is not there yet may come; if not, the daemon is.
+            let begin = Instant::now();
+            while !self.kill(kind) {
+                if begin.elapsed() > Duration::from_millis(300) {
+                    self.kill(Victim::Daemon);
                     break;
                 }
             }
@@ -441,7 +454,10 @@ fn whatever_is_killed_nothing_is_lost_and_nothing_stays() {
     while soak.kills < wanted {
         soak.round();
     }
-    println!("{} kills in {} rounds", soak.kills, soak.round);
+    println!("{} kills in {} rounds: {:?}", soak.kills, soak.round, soak.tally);
+    if wanted >= 500 {
+        assert_eq!(soak.tally.len(), 7, "not everything was tried: {:?}", soak.tally);
+    }
     let ended = soak.user.run(&["shutdown"]);
     assert!(ended.status.success(), "{ended:?}");
     let socket = soak.user.state.path().join("denizen.sock");
