@@ -39,6 +39,8 @@ const HUGE: usize = 64 * 1024 * 1024;
 const MOST_PROCESSES: usize = 1 << 18;
 /// More requests than honest work leaves waiting for an init.
 const MOST_WAITING: usize = 1 << 12;
+/// How often the first process of a sandbox is started if it is killed before it is inside.
+const STARTS: u32 = 5;
 /// How long the first process of a sandbox may take to answer, to begin and to end. It shares
 /// the sandbox's limits, so this is generous.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -614,18 +616,21 @@ fn send_packet(
 }
 
 fn start(launch: &Launch) -> Result<(Arc<Shared>, process::Child)> {
-    match try_start(launch) {
-        // Killed by somebody, before it had anything to lose.
-        Err(Error::Enter { source, .. })
-            if matches!(
-                Errno::from_io_error(&source),
-                Some(Errno::PIPE | Errno::CONNRESET | Errno::CHILD)
-            ) =>
-        {
-            try_start(launch)
+    let was_killed = |error: &Error| match error {
+        Error::Enter { source, .. } => matches!(
+            Errno::from_io_error(source),
+            Some(Errno::PIPE | Errno::CONNRESET | Errno::CHILD)
+        ),
+        _ => false,
+    };
+    for _ in 1..STARTS {
+        match try_start(launch) {
+            // By somebody, before it had anything to lose.
+            Err(error) if was_killed(&error) => {}
+            started => return started,
         }
-        started => started,
     }
+    try_start(launch)
 }
 
 fn try_start(launch: &Launch) -> Result<(Arc<Shared>, process::Child)> {
