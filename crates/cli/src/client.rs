@@ -1,6 +1,6 @@
 //! The way to the daemon: finds it, starts it if need be, asks it.
 
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
@@ -17,6 +17,7 @@ use http_body_util::{BodyExt, Full, combinators::BoxBody};
 use hyper::body::Incoming;
 use hyper::{Request, Response};
 use hyper_util::rt::TokioIo;
+use rustix::fs::{MemfdFlags, memfd_create};
 use tokio::io::{AsyncWrite, AsyncWriteExt};
 use tokio::net::UnixStream;
 
@@ -219,6 +220,13 @@ async fn start_daemon(settings: &Settings) -> Result<()> {
     }
 }
 
+/// A file in memory.
+fn config_file(content: &[u8]) -> std::io::Result<File> {
+    let mut file = File::from(memfd_create("denizen-config", MemfdFlags::CLOEXEC)?);
+    file.write_all(content)?;
+    Ok(file)
+}
+
 enum Started {
     Ready,
     /// The volume root belongs to another daemon.
@@ -246,13 +254,11 @@ fn try_daemon(settings: &Settings) -> Result<Started> {
     }
     // A group of its own, so that a Ctrl-C here does not reach it.
     daemon.process_group(0).current_dir("/");
-    daemon.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(log);
     let config = settings.to_toml()?;
+    // Whole before the daemon begins: if we are killed, it must not go by a part of it.
+    let stdin = config_file(config.as_bytes()).map_err(|error| failed("its settings", &error))?;
+    daemon.stdin(stdin).stdout(Stdio::piped()).stderr(log);
     let mut child = daemon.spawn().map_err(|error| failed("this program", &error))?;
-    if let Some(mut stdin) = child.stdin.take() {
-        // A daemon that does not read it says why below.
-        let _ = stdin.write_all(config.as_bytes());
-    }
     let mut answer = String::new();
     if let Some(stdout) = child.stdout.take() {
         // Ends with the daemon, if it cannot start.

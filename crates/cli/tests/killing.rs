@@ -214,16 +214,21 @@ impl Soak {
         records.map(|record| format!("denizen-init {} ", record.trim())).collect()
     }
 
+    /// All that were started for this user, whatever they believe.
+    fn daemons(&self, all: &[Process]) -> Vec<i32> {
+        let log = self.user.state.path().join("daemon.log");
+        let ours = |process: &&Process| {
+            process.line.contains(" serve ")
+                && fs::read_link(format!("/proc/{}/fd/2", process.pid)).is_ok_and(|it| it == log)
+        };
+        all.iter().filter(ours).map(|process| process.pid).collect()
+    }
+
     /// Kills one of a kind, or several at once; whether there was any.
     fn kill(&mut self, kind: Victim) -> bool {
         self.note_ids();
         let all = processes();
-        let log = self.user.state.path().join("daemon.log");
-        let daemons = all.iter().filter(|process| {
-            process.line.contains(" serve ")
-                && fs::read_link(format!("/proc/{}/fd/2", process.pid)).is_ok_and(|it| it == log)
-        });
-        let daemons: Vec<i32> = daemons.map(|process| process.pid).collect();
+        let daemons = self.daemons(&all);
         let inits = self.inits();
         let inits: Vec<&Process> =
             all.iter().filter(|process| inits.contains(&process.line)).collect();
@@ -343,7 +348,11 @@ impl Soak {
         let mut left = Vec::new();
         let state = self.user.state.path().to_str().unwrap();
         let inits = self.inits();
-        for process in processes() {
+        let all = processes();
+        let known = self.user.daemon_pid();
+        let strays = self.daemons(&all).into_iter().filter(|pid| Some(*pid) != known);
+        left.extend(strays.map(|pid| format!("a daemon that nobody can ask: {pid}")));
+        for process in all {
             let file = |name: &str| {
                 let path = format!("/proc/{}/{name}", process.pid);
                 text(&fs::read(path).unwrap_or_default())
