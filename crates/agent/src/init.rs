@@ -11,18 +11,19 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{self, Command, Stdio};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, Shutdown, SocketFlags, SocketType, recvmsg, sendmsg, shutdown,
     socketpair,
 };
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use tokio::sync::{oneshot, watch};
 
 use crate::message::{self, Event, Stage};
@@ -34,8 +35,15 @@ const PACKET: usize = 32 * 1024;
 /// not even asked.
 const HUGE: usize = 64 * 1024 * 1024;
 
-/// More than a kernel has (`PID_MAX_LIMIT`, 2^22).
-const MOST_PROCESSES: usize = 1 << 22;
+/// More than one session can have: an init that lists more, lies.
+const MOST_PROCESSES: usize = 1 << 18;
+/// More requests than honest work leaves waiting for an init.
+const MOST_WAITING: usize = 1 << 12;
+/// How often the first process of a sandbox is started if it is killed before it is inside.
+const STARTS: u32 = 5;
+/// How long the first process of a sandbox may take to answer, to begin and to end. It shares
+/// the sandbox's limits, so this is generous.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A process of a session.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -127,14 +135,19 @@ struct Shared {
     state: Mutex<State>,
     /// Turns true when init is gone and reaped.
     finished: watch::Sender<bool>,
+    /// It is the first process of a sandbox: all that it runs ends with it, by the kernel, and
+    /// it is not trusted to keep its word. The process that was launched stays outside.
+    contained: bool,
+    /// See [`PATIENCE`].
+    patience: Duration,
 }
 
 #[derive(Debug, Default)]
 struct State {
     /// Init's end of the socket is closed: nothing can be asked any more.
     dead: bool,
-    /// The owner closed its end.
-    closed: bool,
+    /// When the owner closed its end.
+    closed: Option<Instant>,
     last_id: u32,
     queue: VecDeque<Packet>,
     starting: HashMap<u32, oneshot::Sender<Started>>,
@@ -222,7 +235,8 @@ impl Init {
                 Ok(answer) => survivors = answer.unwrap_or(0),
                 Err(_) => {
                     if let Ok(gone) = self.remote.ask_end(message::kill(0, true)) {
-                        survivors = gone.await.unwrap_or(0);
+                        // What follows ends a sandbox that goes on to be silent.
+                        survivors = shared.answer(gone).await.unwrap_or(0);
                     }
                 }
             }
@@ -311,7 +325,7 @@ impl Remote {
             self.shared.send(&mut state, message::list(id), Vec::new())?;
             state.lists.insert(id, (Vec::new(), sender));
         }
-        let mut all = listing.await.map_err(|_| Error::InitLost)?;
+        let mut all = self.shared.answer(listing).await?;
         let services = &self.shared.state.lock().services;
         all.retain(|process| process.command.is_none_or(|command| !services.contains(&command)));
         Ok(all)
@@ -342,7 +356,7 @@ impl Remote {
             self.shared.send(&mut state, request(id), Vec::new())?;
             state.descriptors.insert(id, sender);
         }
-        made.await.map_err(|_| Error::InitLost)
+        self.shared.answer(made).await
     }
 
     /// Has init read the descriptor to its end and throw it all away.
@@ -476,7 +490,7 @@ impl Shared {
         if state.dead {
             return Err(Error::InitLost);
         }
-        if state.closed {
+        if state.closed.is_some() {
             return Err(Error::ShuttingDown);
         }
         if state.queue.is_empty() {
@@ -489,6 +503,10 @@ impl Shared {
                 }
             }
         }
+        if state.queue.len() >= MOST_WAITING {
+            let source = io::ErrorKind::TimedOut.into();
+            return Err(Error::Io { what: "the session's first process does not listen", source });
+        }
         state.queue.push_back((packet, descriptors));
         // It can only fail if the counter is full, and then the thread wakes anyway.
         let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
@@ -498,9 +516,32 @@ impl Shared {
     /// Ends init: it sees that nobody can ask any more, kills everything, and exits.
     fn close(&self) {
         let mut state = self.state.lock();
-        state.closed = true;
+        state.closed.get_or_insert_with(Instant::now);
         state.queue.clear();
         let _ = shutdown(&self.socket, Shutdown::Write);
+        // The thread counts the time from here on.
+        let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+    }
+
+    /// Waits for an answer. The first process of a sandbox that gives none is ended.
+    async fn answer<T>(&self, answer: oneshot::Receiver<T>) -> Result<T> {
+        let answer = if self.contained {
+            let Ok(answer) = tokio::time::timeout(self.patience, answer).await else {
+                tracing::warn!(pid = self.pid, "the session's init is silent: ending it");
+                self.close();
+                return Err(Error::InitLost);
+            };
+            answer
+        } else {
+            answer.await
+        };
+        answer.map_err(|_| Error::InitLost)
+    }
+
+    /// How much longer it has to end, if it was told to.
+    fn time_left(&self) -> Option<Duration> {
+        let closed = self.state.lock().closed.filter(|_| self.contained)?;
+        Some(self.patience.saturating_sub(closed.elapsed()))
     }
 
     /// Sends what waits; whether all of it went.
@@ -516,7 +557,8 @@ impl Shared {
         true
     }
 
-    fn handle(&self, event: Event, descriptor: Option<OwnedFd>) {
+    /// Passes on what it tells; false if that cannot be true.
+    fn handle(&self, event: Event, descriptor: Option<OwnedFd>) -> bool {
         // Nobody may be waiting any more for any of these; that is fine.
         let mut state = self.state.lock();
         match event {
@@ -558,17 +600,22 @@ impl Shared {
                 }
             }
             Event::Listing { id, part, more } => {
-                // An init that lies must not make us swell.
-                if let Some((list, _)) = state.lists.get_mut(&id)
-                    && list.len() < MOST_PROCESSES
-                {
+                // An init that lies must not make us swell, nor wait for ever.
+                if more && part.is_empty() {
+                    return false;
+                }
+                if let Some((list, _)) = state.lists.get_mut(&id) {
                     list.extend(part);
+                    if list.len() > MOST_PROCESSES {
+                        return false;
+                    }
                 }
                 if !more && let Some((list, sender)) = state.lists.remove(&id) {
                     let _ = sender.send(list);
                 }
             }
         }
+        true
     }
 }
 
@@ -593,7 +640,25 @@ fn send_packet(
     }
 }
 
-fn start(launch: &Launch) -> Result<(Arc<Shared>, std::process::Child)> {
+fn start(launch: &Launch) -> Result<(Arc<Shared>, process::Child)> {
+    let was_killed = |error: &Error| match error {
+        Error::Enter { source, .. } => matches!(
+            Errno::from_io_error(source),
+            Some(Errno::PIPE | Errno::CONNRESET | Errno::CHILD)
+        ),
+        _ => false,
+    };
+    for _ in 1..STARTS {
+        match try_start(launch) {
+            // By somebody, before it had anything to lose.
+            Err(error) if was_killed(&error) => {}
+            started => return started,
+        }
+    }
+    try_start(launch)
+}
+
+fn try_start(launch: &Launch) -> Result<(Arc<Shared>, process::Child)> {
     let (shared, mut child) = run(launch).map_err(|source| Error::Launch { source })?;
     if let Some(enter) = &launch.enter
         && let Err(error) = put_inside(&shared, enter)
@@ -620,9 +685,13 @@ fn put_inside(shared: &Shared, enter: &Enter) -> Result<()> {
     send_packet(shared.socket.as_fd(), &message::enter(), &[plan])
         .map_err(|errno| failed("plan")(errno.into()))?;
     let mut buffer = vec![0; PACKET];
+    let begin = Instant::now();
     loop {
+        let Some(left) = shared.patience.checked_sub(begin.elapsed()) else {
+            return Err(failed("its first process is silent")(Errno::TIMEDOUT.into()));
+        };
         let mut ready = [PollFd::new(&shared.socket, PollFlags::IN)];
-        match poll(&mut ready, None) {
+        match poll(&mut ready, Some(&timespec(left))) {
             Ok(_) | Err(Errno::INTR) => {}
             Err(errno) => return Err(failed("its end")(errno.into())),
         }
@@ -664,7 +733,7 @@ fn receive_packet(
 }
 
 /// Runs the program.
-fn run(launch: &Launch) -> io::Result<(Arc<Shared>, std::process::Child)> {
+fn run(launch: &Launch) -> io::Result<(Arc<Shared>, process::Child)> {
     let (ours, theirs) =
         socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
     let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
@@ -701,31 +770,40 @@ fn run(launch: &Launch) -> io::Result<(Arc<Shared>, std::process::Child)> {
         nonce,
         state: Mutex::default(),
         finished: watch::Sender::new(false),
+        contained: launch.enter.is_some(),
+        patience: PATIENCE,
     };
     Ok((Arc::new(shared), child))
 }
 
 /// The thread of one init: its events until it is gone, then its end.
-fn serve(shared: &Shared, mut child: std::process::Child) {
+fn serve(shared: &Shared, mut child: process::Child) {
     let mut buffer = vec![0; PACKET];
-    loop {
+    let patience = loop {
         match receive_packet(shared.socket.as_fd(), &mut buffer) {
             Ok((count @ 1.., descriptor)) => {
-                if let Some(event) = buffer.get(..count).and_then(message::event) {
-                    shared.handle(event, descriptor);
+                let event = buffer.get(..count).and_then(message::event);
+                if !event.is_none_or(|event| shared.handle(event, descriptor)) {
+                    tracing::warn!(pid = shared.pid, "the session's init lies: ending it");
+                    break Duration::ZERO;
                 }
             }
             Err(Errno::INTR) => {}
             Err(Errno::AGAIN) => idle(shared),
-            _ => break,
+            // It has closed its socket, so it is leaving.
+            _ => break shared.patience,
         }
-    }
+        if shared.time_left().is_some_and(|left| left.is_zero()) {
+            break Duration::ZERO;
+        }
+    };
     let closed = {
         let mut state = shared.state.lock();
         state.dead = true;
-        state.closed
+        state.closed.is_some()
     };
-    // Its own child, by its own number. It has closed its socket, so it is leaving.
+    end(&mut child, shared.contained, patience);
+    // Its own child, by its own number.
     let status = child.wait();
     if !closed || !status.as_ref().is_ok_and(std::process::ExitStatus::success) {
         tracing::warn!(pid = shared.pid, ?status, "the session's init died; killing what it ran");
@@ -741,7 +819,47 @@ fn serve(shared: &Shared, mut child: std::process::Child) {
     shared.finished.send_replace(true);
 }
 
-/// Waits until there is something to read or to send.
+/// Waits for the end of an init that is leaving. If it does not keep its word, it is killed;
+/// a sandbox's within, so that the one outside goes when all of the sandbox has ended.
+fn end(child: &mut process::Child, contained: bool, patience: Duration) {
+    if !patience.is_zero() {
+        // Kernels before 5.3 have no sandboxes either.
+        let Ok(fd) = pidfd_open(Pid::from_child(child), PidfdFlags::empty()) else { return };
+        let begin = Instant::now();
+        while let Some(left) = patience.checked_sub(begin.elapsed()) {
+            let ended = poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&timespec(left)));
+            if ended.is_ok_and(|count| count > 0) {
+                return;
+            }
+        }
+    }
+    let within: Vec<Pid> = if contained { children(child.id()) } else { Vec::new() };
+    for pid in &within {
+        // The number may be another's by now; the descriptor is one process's.
+        if let Ok(fd) = pidfd_open(*pid, PidfdFlags::empty())
+            && children(child.id()).contains(pid)
+        {
+            let _ = pidfd_send_signal(fd, Signal::KILL);
+        }
+    }
+    if within.is_empty() {
+        let _ = child.kill();
+    }
+}
+
+/// The children of a process of one thread (`proc_pid_children(5)`).
+fn children(pid: u32) -> Vec<Pid> {
+    let list = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
+    let list = list.unwrap_or_default();
+    list.split_ascii_whitespace().filter_map(|pid| Pid::from_raw(pid.parse().ok()?)).collect()
+}
+
+fn timespec(duration: Duration) -> Timespec {
+    // Out of range is so long that it does not matter.
+    Timespec::try_from(duration).unwrap_or_default()
+}
+
+/// Waits until there is something to read or to send, or the time to end is over.
 fn idle(shared: &Shared) {
     let mut events = PollFlags::IN;
     if !shared.flush() {
@@ -749,8 +867,11 @@ fn idle(shared: &Shared) {
     }
     let mut fds = [PollFd::new(&shared.socket, events), PollFd::new(&shared.wake, PollFlags::IN)];
     // Interrupted or out of memory: the caller comes back here.
-    let _ = poll(&mut fds, None);
+    let _ = poll(&mut fds, shared.time_left().map(timespec).as_ref());
     if !fds[1].revents().is_empty() {
         let _ = rustix::io::read(&shared.wake, &mut [0u8; 8]);
     }
 }
+
+#[cfg(test)]
+mod tests;

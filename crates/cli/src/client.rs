@@ -1,11 +1,12 @@
 //! The way to the daemon: finds it, starts it if need be, asks it.
 
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use connectrpc::client::{ClientConfig, Http2Connection, SharedHttp2Connection};
@@ -16,6 +17,7 @@ use http_body_util::{BodyExt, Full, combinators::BoxBody};
 use hyper::body::Incoming;
 use hyper::{Request, Response};
 use hyper_util::rt::TokioIo;
+use rustix::fs::{MemfdFlags, memfd_create};
 use tokio::io::{AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpStream, UnixStream};
 
@@ -24,6 +26,14 @@ use crate::{Failure, Result};
 
 /// Seconds after which a daemon that was started in the background leaves, if nothing runs.
 const IDLE_EXIT: &str = "600";
+
+/// How long a daemon that somebody else has started may take until it answers.
+const OTHER_DAEMON: Duration = Duration::from_secs(15);
+
+/// What a daemon in the background says of its start: that it can be reached, or that another
+/// one has the volume root or the socket.
+pub const READY: &str = "ready";
+pub const TAKEN: &str = "taken";
 
 /// The envd side of the daemon.
 pub type Processes = ProcessClient<SharedHttp2Connection>;
@@ -41,7 +51,7 @@ impl Client {
         if UnixStream::connect(&client.socket).await.is_ok() {
             return Ok(client);
         }
-        start_daemon(settings)?;
+        start_daemon(settings).await?;
         match UnixStream::connect(&client.socket).await {
             Ok(_) => Ok(client),
             Err(error) => Err(Failure::new(format!(
@@ -227,8 +237,41 @@ pub fn path(session: &str, rest: &str) -> String {
     format!("/v1/sessions/{}{rest}", escape(session))
 }
 
-/// Starts a daemon that outlives this program, and waits until it can be reached.
-fn start_daemon(settings: &Settings) -> Result<()> {
+/// Starts a daemon that outlives this program, and waits until it can be reached, or until one
+/// can that somebody else has started meanwhile.
+async fn start_daemon(settings: &Settings) -> Result<()> {
+    let begin = Instant::now();
+    loop {
+        match try_daemon(settings)? {
+            Started::Ready => return Ok(()),
+            // Another one is being started, or is dying.
+            Started::Taken(failure) => {
+                if UnixStream::connect(&settings.socket).await.is_ok() {
+                    return Ok(());
+                }
+                if begin.elapsed() > OTHER_DAEMON {
+                    return Err(failure);
+                }
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        }
+    }
+}
+
+/// A file in memory.
+fn config_file(content: &[u8]) -> std::io::Result<File> {
+    let mut file = File::from(memfd_create("denizen-config", MemfdFlags::CLOEXEC)?);
+    file.write_all(content)?;
+    Ok(file)
+}
+
+enum Started {
+    Ready,
+    /// The volume root belongs to another daemon.
+    Taken(Failure),
+}
+
+fn try_daemon(settings: &Settings) -> Result<Started> {
     let failed = |what: &str, error: &dyn std::fmt::Display| {
         Failure::new(format!("cannot start the daemon: {what}: {error}"))
     };
@@ -249,31 +292,26 @@ fn start_daemon(settings: &Settings) -> Result<()> {
     }
     // A group of its own, so that a Ctrl-C here does not reach it.
     daemon.process_group(0).current_dir("/");
-    daemon.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(log);
     let config = settings.to_toml()?;
+    // Whole before the daemon begins: if we are killed, it must not go by a part of it.
+    let stdin = config_file(config.as_bytes()).map_err(|error| failed("its settings", &error))?;
+    daemon.stdin(stdin).stdout(Stdio::piped()).stderr(log);
     let mut child = daemon.spawn().map_err(|error| failed("this program", &error))?;
-    if let Some(mut stdin) = child.stdin.take() {
-        // A daemon that does not read it says why below.
-        let _ = stdin.write_all(config.as_bytes());
-    }
     let mut answer = String::new();
     if let Some(stdout) = child.stdout.take() {
         // Ends with the daemon, if it cannot start.
         let _ = BufReader::new(stdout).read_line(&mut answer);
     }
-    if answer.trim() == "ready" {
-        return Ok(());
+    if answer.trim() == READY {
+        return Ok(Started::Ready);
     }
     let _ = child.wait();
-    // Another client may have been faster: then its daemon answers.
-    if std::os::unix::net::UnixStream::connect(&settings.socket).is_ok() {
-        return Ok(());
-    }
     let text = std::fs::read_to_string(&log_path).unwrap_or_default();
     let last = text.lines().rev().find(|line| line.starts_with("denizen: ")).unwrap_or("");
-    Err(Failure::new(format!(
+    let failure = Failure::new(format!(
         "the daemon did not start: {}; its log is {}",
         last.trim_start_matches("denizen: "),
         log_path.display()
-    )))
+    ));
+    if answer.trim() == TAKEN { Ok(Started::Taken(failure)) } else { Err(failure) }
 }

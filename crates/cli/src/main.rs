@@ -10,6 +10,7 @@ mod image;
 mod port;
 mod show;
 
+use std::io::Write;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -346,6 +347,12 @@ async fn serve(settings: config::Settings, idle_exit: Option<u64>, background: b
     let failed = |error: &dyn std::fmt::Display| Failure::new(error.to_string());
     settings.pool.validate().map_err(|error| failed(&error))?;
     let program = std::env::current_exe().map_err(|error| failed(&error))?;
+    // Whoever started it may be gone: that is no reason to end.
+    let tell = |word: &str| {
+        if background {
+            let _ = writeln!(std::io::stdout(), "{word}");
+        }
+    };
     let mut builder = denizen::MicroVmManager::builder((&settings.pool).into());
     builder = builder.network(settings.network());
     if let Some(image) = settings.image {
@@ -358,15 +365,25 @@ async fn serve(settings: config::Settings, idle_exit: Option<u64>, background: b
         .limits(settings.limits)
         .acquire_timeout(settings.acquire_timeout)
         .build()
-        .map_err(|error| failed(&error))?;
+        .map_err(|error| {
+            use denizen::{Error, RegistryError};
+            if let Error::Registry(RegistryError::Locked { .. }) = error.kind() {
+                tell(client::TAKEN);
+            }
+            failed(&error)
+        })?;
     let idle_exit = idle_exit.map(std::time::Duration::from_secs);
-    let daemon = denizen_server::Daemon::bind(pool, &settings.socket, idle_exit)
-        .map_err(|error| failed(&error))?;
+    let daemon = denizen_server::Daemon::bind(pool, &settings.socket, idle_exit);
+    let daemon = daemon.map_err(|error| {
+        if let denizen_server::ServeError::Taken { .. } = error {
+            tell(client::TAKEN);
+        }
+        failed(&error)
+    })?;
     let mut terminate = signal(SignalKind::terminate()).map_err(|error| failed(&error))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(|error| failed(&error))?;
-    if background {
-        println!("ready");
-    } else {
+    tell(client::READY);
+    if !background {
         eprintln!("denizen listens on {}", settings.socket.display());
     }
     let stop = async move {

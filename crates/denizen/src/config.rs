@@ -3,10 +3,12 @@
 //! [`crate::Builder`].
 
 use std::collections::HashMap;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use std::{fs, io};
 
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
@@ -105,11 +107,25 @@ impl VmPoolConfig {
 /// read-only or full file system.
 fn writable(field: &'static str, path: &Path) -> Result<()> {
     let attempt = || -> io::Result<()> {
+        use rustix::fs::{Mode, OFlags};
         fs::create_dir_all(path)?;
-        let probe = path.join(format!(".denizen-probe-{}", uuid::Uuid::new_v4()));
-        let written = fs::write(&probe, b"probe");
-        let removed = fs::remove_file(&probe);
-        written.and(removed)
+        // A file without a name is gone however this process ends.
+        let flags = OFlags::TMPFILE | OFlags::WRONLY | OFlags::CLOEXEC;
+        match rustix::fs::open(path, flags, Mode::RUSR | Mode::WUSR) {
+            Ok(file) => fs::File::from(file).write_all(b"probe"),
+            Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::INVAL) => {
+                // One name for all: at most one is left behind, and goes with the next.
+                let probe = path.join(".denizen-probe");
+                let written = fs::write(&probe, b"probe");
+                match fs::remove_file(&probe) {
+                    Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                        written.and(Err(error))
+                    }
+                    _ => written,
+                }
+            }
+            Err(errno) => Err(errno.into()),
+        }
     };
     attempt().map_err(|source| {
         Error::config(field, format!("cannot be made or written to: {}: {source}", path.display()))

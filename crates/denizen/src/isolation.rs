@@ -200,7 +200,8 @@ pub(crate) trait Driver: Send + Sync {
     /// runtime, where blocking is allowed.
     fn start(&self, site: &Site) -> Result<Instance>;
 
-    /// Clears away what an instance leaves outside of its session's folder. Nothing runs in it.
+    /// Clears away what an instance leaves outside of its session's folder. Nothing runs in it,
+    /// or what does is dying. May block.
     fn ended(&self, site: &Site);
 
     /// Where commands start, as they see it.

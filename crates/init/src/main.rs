@@ -64,6 +64,8 @@ use sys::{CONTROL, PollFd};
 
 /// The largest packet: the owner puts longer strings into a file.
 const PACKET: usize = 32 * 1024;
+/// The largest file: ten times what the kernel takes as arguments (execve(2)).
+const FILE: usize = 64 * 1024 * 1024;
 /// How many ended commands are remembered, for processes that can only be told by their
 /// session or group.
 const REMEMBERED: usize = 1024;
@@ -102,6 +104,15 @@ struct Kill {
     pause: i32,
 }
 
+#[derive(PartialEq, Eq)]
+enum Phase {
+    /// It can still become the first process of a sandbox.
+    Fresh,
+    Serving,
+    /// No more spawns.
+    Ending,
+}
+
 struct Init {
     nonce: u32,
     signals: OwnedFd,
@@ -111,8 +122,7 @@ struct Init {
     drains: Vec<OwnedFd>,
     outbox: VecDeque<(Vec<u8>, Option<OwnedFd>)>,
     buffer: Vec<u8>,
-    /// No more spawns.
-    ending: bool,
+    phase: Phase,
     /// The owner wants to know when the last process is gone.
     awaited: bool,
     owner_gone: bool,
@@ -129,7 +139,7 @@ impl Init {
             drains: Vec::new(),
             outbox: VecDeque::new(),
             buffer: vec![0; 2 * PACKET],
-            ending: false,
+            phase: Phase::Fresh,
             awaited: false,
             owner_gone: false,
         }
@@ -203,7 +213,7 @@ impl Init {
             3 => self.begin_kill(id, flags & 1 != 0),
             4 => self.list(id),
             5 => {
-                self.ending = true;
+                self.phase = Phase::Ending;
                 self.awaited = true;
                 self.scan(|process| {
                     process.signal(sys::SIGTERM);
@@ -235,6 +245,10 @@ impl Init {
 
     /// Goes on as the first process of a sandbox, or not at all.
     fn enter(&mut self, descriptors: &[OwnedFd]) {
+        if self.phase != Phase::Fresh {
+            return self.refuse("enter", sys::EINVAL);
+        }
+        self.phase = Phase::Serving;
         let plan = descriptors.first().ok_or(sys::EMFILE).and_then(contents);
         let entered = plan.map_err(|error| ("plan".to_owned(), error));
         match entered.and_then(|plan| enter::enter(&plan)) {
@@ -244,14 +258,19 @@ impl Init {
             }
             Ok(enter::Entered::Ended(status)) => std::process::exit(status),
             Err((step, error)) => {
-                let mut event = header(8, 0, 0);
-                event.extend(error.unsigned_abs().to_le_bytes());
-                event.extend(step.as_bytes());
-                self.outbox.push_back((event, None));
+                self.refuse(&step, error);
                 self.flush();
                 std::process::exit(1);
             }
         }
+    }
+
+    fn refuse(&mut self, step: &str, error: i32) {
+        let mut event = header(8, 0, 0);
+        event.extend(error.unsigned_abs().to_le_bytes());
+        // A word of a plan may be longer than a packet.
+        event.extend(step.bytes().take(1024));
+        self.outbox.push_back((event, None));
     }
 
     /// Starts a command. The new process never runs code of ours that could fail later:
@@ -263,9 +282,10 @@ impl Init {
         packet: &[u8],
         fds: &[OwnedFd],
     ) -> Result<i32, Failure> {
-        if self.ending {
+        if self.phase == Phase::Ending {
             return Err((0, sys::ESHUTDOWN));
         }
+        self.phase = Phase::Serving;
         // Descriptors that do not fit into our table are left out by the kernel.
         let (Some(stdin), Some(stdout), Some(stderr)) = (fds.first(), fds.get(1), fds.get(2))
         else {
@@ -408,7 +428,7 @@ impl Init {
 
     fn begin_kill(&mut self, id: u32, announce: bool) {
         if id == 0 {
-            self.ending = true;
+            self.phase = Phase::Ending;
             self.awaited |= announce;
         }
         self.kills.push(Kill {
@@ -603,12 +623,14 @@ fn number(packet: &[u8], at: usize) -> Option<u32> {
     Some(u32::from_le_bytes(bytes.try_into().ok()?))
 }
 
-/// The whole of a file that was sent to us, from its start.
+/// The whole of a file that was sent to us, from its start. Not more than fits: running out
+/// of memory would be our end.
 fn contents(fd: &OwnedFd) -> Result<Vec<u8>, i32> {
     let failed = |error: Error| error.raw_os_error().unwrap_or(sys::EINVAL);
     let file = File::from(fd.try_clone().map_err(failed)?);
-    let length = file.metadata().map_err(failed)?.len();
-    let mut bytes = vec![0; usize::try_from(length).map_err(|_| sys::EINVAL)?];
+    let length = usize::try_from(file.metadata().map_err(failed)?.len());
+    let length = length.ok().filter(|length| *length <= FILE).ok_or(sys::E2BIG)?;
+    let mut bytes = vec![0; length];
     file.read_exact_at(&mut bytes, 0).map_err(failed)?;
     Ok(bytes)
 }

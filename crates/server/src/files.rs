@@ -1,10 +1,12 @@
 //! Files of sessions that have a root of their own: served by an agent within, which this
 //! module starts when it is first needed and hands requests to. It must never look at a
 //! session's files itself: paths mean something only within, and links there could lead it
-//! anywhere.
+//! anywhere. Nor may it trust the agent, which the session's own programs may have replaced:
+//! what it answers is passed on, bounded in size, and waited for only so long.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::body::Body;
 use axum::extract::{Request, State};
@@ -12,11 +14,27 @@ use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use connectrpc::ConnectError;
 use denizen_agent::init::Spawned;
-use hyper::client::conn::http2::SendRequest;
-use hyper_util::rt::{TokioExecutor, TokioIo};
+use futures::StreamExt;
+use hyper::body::{Body as _, Incoming};
+use hyper::client::conn::http2::{self, SendRequest};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use parking_lot::Mutex;
 use tokio::net::UnixStream;
+use tokio::time::Instant;
 
 use crate::lease::{Lease, Resolver};
+
+/// The most that an agent's headers may have, in bytes.
+const HEADERS: u32 = 16 * 1024;
+/// What of an answer is held when its reader is slow, and of all answers of a session.
+const WINDOW: u32 = 512 * 1024;
+const WINDOWS: u32 = 4 * 1024 * 1024;
+/// How long an agent may take to begin its answer, or to take a part of a request. Deleting a
+/// large tree takes a while.
+const PATIENCE: Duration = Duration::from_secs(300);
+/// How often an agent that has requests open is asked for a sign of life, and how long it may
+/// take to give one.
+const SIGN_OF_LIFE: [Duration; 2] = [Duration::from_secs(20), Duration::from_secs(60)];
 
 /// A session's agent within, if it has been needed.
 #[derive(Default)]
@@ -49,13 +67,75 @@ impl Within {
         let program =
             agent.spawn_service(command, env, guard.workdir().to_owned(), OwnedFd::from(theirs));
         let program = program.await.map_err(|error| failed(&error))?;
-        let (requests, connection) =
-            hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(ours))
-                .await
-                .map_err(|error| failed(&error))?;
-        tokio::spawn(connection);
+        let requests = speak_to(ours).await.map_err(|error| failed(&error))?;
         *serving = Some(Serving { requests: requests.clone(), _program: program });
         Ok(requests)
+    }
+
+    /// Ends the agent: the next request starts another.
+    async fn give_up(&self) {
+        *self.0.lock().await = None;
+    }
+}
+
+/// Begins to speak to an agent.
+async fn speak_to(agent: UnixStream) -> hyper::Result<SendRequest<Body>> {
+    let [every, within] = SIGN_OF_LIFE;
+    let (requests, connection) = http2::Builder::new(TokioExecutor::new())
+        .timer(TokioTimer::new())
+        .max_header_list_size(HEADERS)
+        .initial_stream_window_size(WINDOW)
+        .initial_connection_window_size(WINDOWS)
+        .keep_alive_interval(every)
+        .keep_alive_timeout(within)
+        .handshake(TokioIo::new(agent))
+        .await?;
+    tokio::spawn(connection);
+    Ok(requests)
+}
+
+/// Asks an agent, and waits until its answer begins.
+async fn ask(
+    requests: &mut SendRequest<Body>,
+    request: Request,
+    patience: Duration,
+) -> Result<Response<Incoming>, ConnectError> {
+    // Since when the agent is the one that has to do something: it is not its fault when a
+    // client takes its time to send.
+    let owing = Arc::new(Mutex::new(Some(Instant::now())));
+    let (parts, body) = request.into_parts();
+    let body = if body.is_end_stream() {
+        body
+    } else {
+        let (owing, mut body) = (owing.clone(), body.into_data_stream());
+        Body::from_stream(futures::stream::poll_fn(move |context| {
+            *owing.lock() = None;
+            let piece = body.poll_next_unpin(context);
+            if piece.is_ready() {
+                *owing.lock() = Some(Instant::now());
+            }
+            piece
+        }))
+    };
+    let silence = async {
+        loop {
+            let since = owing.lock().unwrap_or_else(Instant::now);
+            if since.elapsed() >= patience {
+                return;
+            }
+            tokio::time::sleep_until(since + patience).await;
+        }
+    };
+    tokio::select! {
+        answer = requests.send_request(Request::from_parts(parts, body)) => {
+            answer.map_err(|error| {
+                ConnectError::unavailable(format!("the session's agent is gone: {error}"))
+            })
+        }
+        () = silence => Err(ConnectError::deadline_exceeded(format!(
+            "the session's agent has not answered for {} seconds: it is ended",
+            patience.as_secs()
+        ))),
     }
 }
 
@@ -66,6 +146,7 @@ pub(crate) async fn forward(State(resolver): State<Arc<Resolver>>, request: Requ
         Err(error) => {
             let status = match error.code {
                 connectrpc::ErrorCode::InvalidArgument => StatusCode::BAD_REQUEST,
+                connectrpc::ErrorCode::DeadlineExceeded => StatusCode::GATEWAY_TIMEOUT,
                 connectrpc::ErrorCode::FailedPrecondition => StatusCode::CONFLICT,
                 connectrpc::ErrorCode::Aborted | connectrpc::ErrorCode::Unavailable => {
                     StatusCode::SERVICE_UNAVAILABLE
@@ -82,6 +163,7 @@ pub(crate) async fn forward(State(resolver): State<Arc<Resolver>>, request: Requ
     }
 }
 
+/// Finds the session's agent and passes the request to it, and its answer back.
 async fn hand_over(resolver: &Resolver, request: Request) -> Result<Response, ConnectError> {
     let lease = resolver.lease(request.headers()).await?;
     let mut requests = lease.within.requests(&lease).await?;
@@ -92,14 +174,17 @@ async fn hand_over(resolver: &Resolver, request: Request) -> Result<Response, Co
     })?;
     parts.version = axum::http::Version::HTTP_2;
     drop_hop_by_hop(&mut parts.headers);
-    let response = requests.send_request(Request::from_parts(parts, body)).await;
-    let response = response.map_err(|error| {
-        ConnectError::unavailable(format!("the session's agent is gone: {error}"))
-    })?;
+    let response = match ask(&mut requests, Request::from_parts(parts, body), PATIENCE).await {
+        Err(error) if error.code == connectrpc::ErrorCode::DeadlineExceeded => {
+            lease.within.give_up().await;
+            return Err(error);
+        }
+        answer => answer?,
+    };
     // The session stays in use until the last byte is out.
-    let (parts, body) = response.into_parts();
-    let body = axum::body::Body::new(body).into_data_stream();
-    let body = futures::StreamExt::map(body, move |piece| {
+    let (mut parts, body) = response.into_parts();
+    drop_hop_by_hop(&mut parts.headers);
+    let body = Body::new(body).into_data_stream().map(move |piece| {
         let _ = &lease;
         piece
     });
@@ -112,3 +197,6 @@ fn drop_hop_by_hop(headers: &mut HeaderMap) {
         headers.remove(name);
     }
 }
+
+#[cfg(test)]
+mod tests;

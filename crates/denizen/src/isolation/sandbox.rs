@@ -245,8 +245,8 @@ impl Driver for Sandbox {
         let below = self.roots.below(&base)?;
         let overlays = self.folders(site, &below).map_err(failed)?;
         let plan = self.plan(site, &overlays, &below).finish();
-        let groups = self.groups.make(site.id, &self.limits).map_err(|source| {
-            self.groups.remove(site.id);
+        let groups = self.groups.make(site.id, &site.home, &self.limits).map_err(|source| {
+            self.groups.remove(site.id, &site.home);
             Error::volume("make control groups for", &site.home, source)
         })?;
         let runtime = tokio::runtime::Handle::current();
@@ -262,7 +262,7 @@ impl Driver for Sandbox {
 
     fn ended(&self, site: &Site) {
         self.networks.close(site.id);
-        self.groups.remove(site.id);
+        self.groups.remove(site.id, &site.home);
     }
 
     fn workdir(&self, _: &Site) -> PathBuf {

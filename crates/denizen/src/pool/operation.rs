@@ -61,7 +61,7 @@ async fn create(pool: &Arc<Pool>, place: &Place) -> Result {
             let (driver, site) = (pool.driver.clone(), place.site.clone());
             let instance = blocking(move || driver.start(&site)).await?;
             let done = bootstrap::run(&pool.config, instance, place).await;
-            pool.driver.ended(&place.site);
+            ended(pool, place).await?;
             done?;
         }
         let volumes = pool.volumes.clone();
@@ -111,8 +111,18 @@ async fn stop(pool: &Pool, place: &Place, force: bool) -> Result {
     }
     agent.shutdown(GRACE).await?;
     *place.instance.lock() = None;
-    pool.driver.ended(&place.site);
+    ended(pool, place).await?;
     Ok(Outcome::Done)
+}
+
+/// Has the isolation clear up after an instance.
+async fn ended(pool: &Pool, place: &Place) -> Fallible<()> {
+    let (driver, site) = (pool.driver.clone(), place.site.clone());
+    blocking(move || {
+        driver.ended(&site);
+        Ok(())
+    })
+    .await
 }
 
 async fn save(pool: &Arc<Pool>, id: Uuid, seq: Seq) -> Result {

@@ -3,14 +3,22 @@
 //! this process is granted one; where it is not, limits of single processes have to do, and
 //! `denizen doctor` says so.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use rustix::fs::Access;
+use rustix::io::Errno;
 use uuid::Uuid;
 
 use super::Limits;
+
+/// The file in a session's folder that says where its groups are.
+const RECORD: &str = "groups";
+/// How long processes that were killed may take to leave their group.
+const DYING: Duration = Duration::from_secs(5);
 
 const CONTROLLERS: [&str; 3] = ["memory", "pids", "cpu"];
 
@@ -71,8 +79,13 @@ impl Groups {
     }
 
     /// Makes a session's groups; gives the files that its first process is to be put into.
-    pub(super) fn make(&self, id: Uuid, limits: &Limits) -> io::Result<Vec<PathBuf>> {
+    /// Where they are is written down in `home`, the session's folder, first: a later denizen
+    /// may be in a group itself that is granted others.
+    pub(super) fn make(&self, id: Uuid, home: &Path, limits: &Limits) -> io::Result<Vec<PathBuf>> {
         let mut files = Vec::new();
+        self.remove(id, home);
+        let folders: Vec<_> = self.folders(id).map(|path| path.display().to_string()).collect();
+        fs::write(home.join(RECORD), folders.join("\n"))?;
         for place in &self.places {
             let folder = place.folder.join(id.to_string());
             match fs::create_dir(&folder) {
@@ -89,15 +102,33 @@ impl Groups {
         Ok(files)
     }
 
-    /// Removes a session's groups, in which nothing may run.
-    pub(super) fn remove(&self, id: Uuid) {
-        for place in &self.places {
-            let folder = place.folder.join(id.to_string());
-            match fs::remove_dir(&folder) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                    tracing::warn!(path = %folder.display(), %error, "control group stays behind");
+    fn folders(&self, id: Uuid) -> impl Iterator<Item = PathBuf> {
+        self.places.iter().map(move |place| place.folder.join(id.to_string()))
+    }
+
+    /// Removes a session's groups, in which nothing may run any more. Blocks for as long as
+    /// dying takes.
+    pub(super) fn remove(&self, id: Uuid, home: &Path) {
+        let recorded = fs::read_to_string(home.join(RECORD)).unwrap_or_default();
+        let name = id.to_string();
+        // Only what could be ours: a group has no files that could be deleted by mistake.
+        let recorded = recorded.lines().map(PathBuf::from).filter(|path| path.ends_with(&name));
+        let folders: BTreeSet<PathBuf> = recorded.chain(self.folders(id)).collect();
+        for folder in folders {
+            let begin = Instant::now();
+            loop {
+                match rustix::fs::rmdir(&folder) {
+                    Ok(()) | Err(Errno::NOENT) => break,
+                    // Its processes have been killed, which nobody tells us the end of.
+                    Err(Errno::BUSY) if begin.elapsed() < DYING => {
+                        std::thread::sleep(Duration::from_millis(1));
+                    }
+                    Err(error) => {
+                        let path = folder.display();
+                        tracing::warn!(%path, %error, "control group stays behind");
+                        break;
+                    }
                 }
-                _ => {}
             }
         }
     }

@@ -1,0 +1,205 @@
+//! An owner whose init lies: its thread runs as ever, but what it is told comes from the test,
+//! and the process that it believes to be an init only sleeps.
+#![allow(clippy::unwrap_used)]
+
+use super::*;
+
+/// Steele, Lea and Flood: SplitMix64.
+struct Choice(u64);
+
+impl Choice {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut mixed = self.0;
+        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        mixed ^ (mixed >> 31)
+    }
+
+    fn below(&mut self, limit: usize) -> usize {
+        usize::try_from(self.next() % u64::try_from(limit).unwrap()).unwrap()
+    }
+
+    fn bytes(&mut self, count: usize) -> Vec<u8> {
+        (0..count).map(|_| self.next().to_le_bytes()[0]).collect()
+    }
+}
+
+struct Liar {
+    init: Init,
+    socket: OwnedFd,
+    thread: std::thread::JoinHandle<()>,
+}
+
+impl Liar {
+    fn new() -> Self {
+        let (ours, socket) =
+            socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
+                .unwrap();
+        let child = Command::new("sleep").arg("1000").spawn().unwrap();
+        let shared = Arc::new(Shared {
+            socket: ours,
+            wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap(),
+            pid: child.id(),
+            // No process has it.
+            nonce: 1 << 31,
+            state: Mutex::default(),
+            finished: watch::Sender::new(false),
+            contained: true,
+            patience: Duration::from_millis(200),
+        });
+        let remote = Remote { shared: Arc::clone(&shared) };
+        let thread = std::thread::spawn(move || serve(&shared, child));
+        Self { init: Init { remote }, socket, thread }
+    }
+
+    /// Tells something; false if nobody listens any more.
+    fn tell(&self, packet: &[u8], descriptors: &[OwnedFd]) -> bool {
+        loop {
+            match send_packet(self.socket.as_fd(), packet, descriptors) {
+                Ok(()) => return true,
+                Err(Errno::AGAIN) if self.init.is_alive() => std::thread::yield_now(),
+                Err(_) => return false,
+            }
+        }
+    }
+
+    /// Its owner gives it up. Whatever it told, all comes to its end.
+    fn end(self) {
+        drop(self.init);
+        self.thread.join().unwrap();
+    }
+}
+
+fn packet(kind: u8, flags: u8, id: u32, rest: &[u8]) -> Vec<u8> {
+    [&[kind, flags, 0, 0][..], &id.to_le_bytes(), rest].concat()
+}
+
+fn some_spawn() -> Spawn {
+    let null = || OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
+    Spawn {
+        argv: vec!["true".into()],
+        env: Vec::new(),
+        cwd: "/".into(),
+        stdin: null(),
+        stdout: null(),
+        stderr: null(),
+        controlling_terminal: false,
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whatever_it_tells_it_harms_nobody() {
+    for seed in 0..20 {
+        let mut choice = Choice(seed);
+        let liar = Liar::new();
+        let remote = liar.init.remote();
+        let mut asked = tokio::task::JoinSet::new();
+        for _ in 0..8 {
+            let remote = remote.clone();
+            asked.spawn(async move {
+                if let Ok(command) = remote.spawn(some_spawn()).await {
+                    let _ = tokio::join!(command.wait(), command.kill_tree());
+                }
+                let _ = tokio::join!(remote.list(), remote.terminal());
+            });
+        }
+        let (reading, writing) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
+        for _ in 0..1000 {
+            let kind = choice.next().to_le_bytes()[0] % 12;
+            let mut told = packet(
+                kind,
+                choice.next().to_le_bytes()[0],
+                u32::try_from(choice.below(40)).unwrap(),
+                &[],
+            );
+            let most = 1 << choice.below(15);
+            let length = choice.below(most);
+            told.extend(choice.bytes(length));
+            told.truncate(choice.below(told.len() + 1).max(1).max(told.len() / 2));
+            let count = choice.below(5);
+            let descriptors: Vec<_> = (0..count).map(|_| writing.try_clone().unwrap()).collect();
+            if !liar.tell(&told, &descriptors) {
+                break;
+            }
+        }
+        liar.end();
+        drop(remote);
+        let waited = tokio::time::timeout(Duration::from_secs(20), asked.join_all()).await;
+        assert!(waited.is_ok(), "seed {seed}: somebody waits for ever");
+        drop(writing);
+        // Nobody has kept the other end: there is an end to read.
+        let hung_up = [PollFd::new(&reading, PollFlags::IN)];
+        let mut hung_up = hung_up;
+        poll(&mut hung_up, Some(&timespec(Duration::from_secs(20)))).unwrap();
+        assert!(hung_up[0].revents().contains(PollFlags::HUP), "seed {seed}: a descriptor stays");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_list_without_end_is_its_end() {
+    for part in [0, 1000] {
+        let liar = Liar::new();
+        let remote = liar.init.remote();
+        let asked = tokio::spawn(async move { remote.list().await });
+        while liar.init.remote.shared.state.lock().lists.is_empty() {
+            tokio::task::yield_now().await;
+        }
+        let told = packet(6, 1, 1, &vec![1; part * 28]);
+        let mut count = 0;
+        while liar.tell(&told, &[]) {
+            count += 1;
+            assert!(count < 100_000, "it is believed for ever");
+        }
+        assert!(matches!(asked.await.unwrap(), Err(Error::InitLost)));
+        // What the socket held beyond that was not read.
+        assert!(count * part < 2 * MOST_PROCESSES, "{count} parts of {part} were taken");
+        liar.end();
+    }
+}
+
+#[tokio::test]
+async fn silence_is_its_end() {
+    let liar = Liar::new();
+    assert!(matches!(liar.init.list().await, Err(Error::InitLost)));
+    let Liar { init, socket, thread } = liar;
+    // Its socket stays open: only the thread can have ended it.
+    thread.join().unwrap();
+    assert!(!init.is_alive());
+    drop(socket);
+
+    let Liar { init, socket, thread } = Liar::new();
+    init.shutdown(Duration::from_millis(10)).await.unwrap();
+    thread.join().unwrap();
+    drop(socket);
+}
+
+#[tokio::test]
+async fn what_it_does_not_take_does_not_pile_up() {
+    let liar = Liar::new();
+    let shared = &liar.init.remote.shared;
+    let refused = loop {
+        let sent = shared.send(&mut shared.state.lock(), message::kill(1, false), Vec::new());
+        if let Err(error) = sent {
+            break error;
+        }
+    };
+    assert!(matches!(refused, Error::Io { .. }), "{refused:?}");
+    assert_eq!(shared.state.lock().queue.len(), MOST_WAITING);
+    liar.end();
+}
+
+#[test]
+fn no_bytes_confuse_the_parser() {
+    let mut choice = Choice(7);
+    for round in 0..200_000 {
+        let length = choice.below(64);
+        let mut bytes = choice.bytes(length);
+        if let Some(kind) = bytes.first_mut() {
+            *kind = u8::try_from(round % 14).unwrap();
+        }
+        if let Some(Event::Listing { part, .. }) = message::event(&bytes) {
+            assert!(part.len() <= bytes.len() / 28);
+        }
+    }
+}
