@@ -255,9 +255,11 @@ fn program(folder: &Path, program: &Path) {
     };
     run(&mut denizen(&["exec", "bench", "--", "/bin/true"]));
     run(&mut runc(&["spec"]));
+    let rootfs = "mkdir -p rootfs/bin && cp \"$(command -v busybox)\" rootfs/bin/ && \
+                  ln -s busybox rootfs/bin/true && ln -s busybox rootfs/bin/sleep";
+    run(std::process::Command::new("sh").args(["-c", rootfs]).current_dir(folder));
     let spec = std::fs::read_to_string(folder.join("config.json")).unwrap();
     let spec = spec.replace("\"terminal\": true", "\"terminal\": false");
-    let spec = spec.replace("\"path\": \"rootfs\"", "\"path\": \"/\"");
     let spec = spec.replace("\"sh\"", "\"sleep\", \"1000\"");
     std::fs::write(folder.join("config.json"), spec).unwrap();
     let quiet = std::process::Stdio::null;

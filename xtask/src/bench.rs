@@ -36,7 +36,7 @@ enum Limit {
 
 /// Measures everything. The seed's file is a peer where it is given.
 pub fn run(seed: Option<&str>) -> Result<(), String> {
-    crate::install(&[("bwrap", "bubblewrap"), ("runc", "runc")])?;
+    crate::install(&[("bwrap", "bubblewrap"), ("runc", "runc"), ("busybox", "busybox-static")])?;
     let failed = |error: std::io::Error| error.to_string();
     let work = root().join("target/bench");
     let source = work.join("src");
