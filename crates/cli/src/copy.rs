@@ -100,7 +100,8 @@ async fn copy_out(client: &Client, session: &str, from: &str, to: &Path) -> Resu
     let (file, partial) = partial.into_parts();
     let mut file = tokio::fs::File::from_std(file);
     tokio::io::copy(&mut content, &mut file).await.map_err(failed(&to))?;
-    let mode = std::fs::Permissions::from_mode(mode & 0o7777);
+    // A session must not make programs here that run as whoever copied them.
+    let mode = std::fs::Permissions::from_mode(mode & 0o777);
     file.set_permissions(mode).await.map_err(failed(&to))?;
     file.sync_all().await.map_err(failed(&to))?;
     partial.persist(&to).map_err(|error| failed(&to)(error.error))

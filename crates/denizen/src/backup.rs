@@ -9,7 +9,7 @@ use std::time::SystemTime;
 use uuid::Uuid;
 
 use crate::error::{Error, Result};
-use crate::isolation::Site;
+use crate::isolation::{RECORD, Site};
 
 pub use denizen_archive::Entry as Backup;
 
@@ -86,10 +86,20 @@ pub(crate) fn unpack(archive: &Path, home: &Path) -> Result<()> {
         tracing::warn!(archive = %archive.display(), %warning, "restored with a loss");
     }
     let beside = into.volume.join(denizen_archive::BESIDE);
-    // Not what a link leads to.
-    if fs::symlink_metadata(&beside).is_ok_and(|meta| meta.is_dir()) {
+    if are_root_changes(&beside) {
         fs::rename(&beside, into.root_changes())
             .map_err(|source| Error::volume("restore", &beside, source))?;
     }
     Ok(())
+}
+
+/// Whether this is what a session has beside its volume, not a folder of its own by that name:
+/// real folders, and a file that says over what they go.
+fn are_root_changes(folder: &Path) -> bool {
+    let is_folder = |path: &Path| fs::symlink_metadata(path).is_ok_and(|meta| meta.is_dir());
+    let record = folder.join(RECORD);
+    let fits = |entry: fs::DirEntry| entry.path() == record || is_folder(&entry.path());
+    is_folder(folder)
+        && fs::symlink_metadata(&record).is_ok_and(|meta| meta.is_file())
+        && fs::read_dir(folder).is_ok_and(|mut all| all.all(|entry| entry.is_ok_and(fits)))
 }

@@ -1,17 +1,18 @@
 //! What is run once in a new volume before anybody gets to use it.
 //!
-//! It is the operator's command, not an agent's, so it has this process's environment and what
-//! the pool's configuration adds. It must never be run twice for one volume: the caller sees
+//! It is the operator's command, not an agent's, so under `host` isolation it has this process's
+//! environment and what the pool's configuration adds; what runs apart from the host has nothing
+//! of the host's. It must never be run twice for one volume: the caller sees
 //! to that.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::ffi::{OsStr, OsString};
 
 use denizen_agent::{Agent, Exit, Spec, Stdio};
 
 use crate::config::VmPoolRuntimeConfig;
 use crate::error::{Error, Result};
-use crate::isolation::Instance;
+use crate::isolation::{Instance, Isolation};
 use crate::pool::Place;
 
 /// How much of a failed command's output an error keeps, in bytes.
@@ -23,16 +24,23 @@ const TAIL: usize = 4096;
 /// Not cancel-safe: dropped, it ends what it runs and leaves the volume as it is then.
 pub(crate) async fn run(
     config: &VmPoolRuntimeConfig,
+    isolation: Isolation,
     instance: Instance,
     place: &Place,
 ) -> Result<()> {
     let Instance { agent, .. } = &instance;
+    let mut env: BTreeMap<OsString, OsString> = match isolation {
+        Isolation::Host => std::env::vars_os().collect(),
+        Isolation::Sandbox => place.environment().into_iter().map(into_os).collect(),
+    };
+    env.extend(instance.env.clone().into_iter().map(into_os));
+    env.extend(config.env.clone().into_iter().map(into_os));
     if let Some(command) = &config.bootstrap_command {
-        one(&config.env, agent, place, command).await?;
+        one(&env, agent, place, command).await?;
     }
     if let Some(profile) = &config.nix_profile {
         let command = ["nix", "develop", profile, "--command", "true"].map(str::to_owned);
-        one(&config.env, agent, place, &command).await?;
+        one(&env, agent, place, &command).await?;
     }
     // Whatever it left running would belong to nobody's use of the session.
     Ok(agent.shutdown(std::time::Duration::ZERO).await?)
@@ -43,8 +51,12 @@ pub(crate) fn is_wanted(config: &VmPoolRuntimeConfig) -> bool {
     config.bootstrap_command.is_some() || config.nix_profile.is_some()
 }
 
+fn into_os((name, value): (String, String)) -> (OsString, OsString) {
+    (name.into(), value.into())
+}
+
 async fn one(
-    env: &HashMap<String, String>,
+    env: &BTreeMap<OsString, OsString>,
     agent: &Agent,
     place: &Place,
     command: &[String],
@@ -56,13 +68,10 @@ async fn one(
         problem,
         output: String::from_utf8_lossy(&output.iter().copied().collect::<Vec<u8>>()).into_owned(),
     };
-    let mut environment: BTreeMap<OsString, OsString> = std::env::vars_os().collect();
-    environment.extend(env.iter().map(|(name, value)| (name.into(), value.into())));
-
     let spec = Spec {
         program: OsStr::new(program).to_owned(),
         args: args.iter().map(OsString::from).collect(),
-        env: environment,
+        env: env.clone(),
         cwd: place.workdir.clone(),
         stdio: Stdio::Pipes { stdin: false },
     };

@@ -6,6 +6,8 @@
 mod host;
 mod sandbox;
 
+pub(crate) use sandbox::root::RECORD;
+
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -175,6 +177,8 @@ impl Site {
     }
 
     /// What a session that has a root of its own has changed in it.
+    ///
+    /// It holds folders, and one file that says over what they go.
     pub(crate) fn root_changes(&self) -> PathBuf {
         self.home.join("root")
     }

@@ -486,17 +486,9 @@ impl VmExecutionGuard {
     /// volume, a UTF-8 locale, then what the session's image has, and then the configuration's
     /// own. Nothing of the host's.
     pub fn base_environment(&self) -> std::collections::BTreeMap<String, String> {
-        let workdir = self.workdir().to_string_lossy().into_owned();
         let shell = self.shell_path().to_string_lossy().into_owned();
-        let mut env: std::collections::BTreeMap<String, String> = [
-            ("HOME", workdir.as_str()),
-            ("LANG", "C.UTF-8"),
-            ("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"),
-            ("PWD", &workdir),
-            ("SHELL", &shell),
-        ]
-        .map(|(name, value)| (name.to_owned(), value.to_owned()))
-        .into();
+        let mut env = self.hold.place.environment();
+        env.insert("SHELL".to_owned(), shell);
         env.extend(self.hold.place.env());
         env.insert("DENIZEN_SESSION".to_owned(), self.session_id().to_string());
         env.extend(self.environment().clone());

@@ -70,6 +70,20 @@ impl Place {
         self.instance.lock().as_ref().map(|instance| instance.agent.clone())
     }
 
+    /// What every environment begins with, whatever its root and configuration: a plain `PATH`,
+    /// `HOME` and `PWD` in the volume, a UTF-8 locale.
+    pub(crate) fn environment(&self) -> BTreeMap<String, String> {
+        let workdir = self.workdir.to_string_lossy().into_owned();
+        [
+            ("HOME", workdir.as_str()),
+            ("LANG", "C.UTF-8"),
+            ("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"),
+            ("PWD", &workdir),
+        ]
+        .map(|(name, value)| (name.to_owned(), value.to_owned()))
+        .into()
+    }
+
     /// What the instance's root adds to every command's environment.
     pub(crate) fn env(&self) -> BTreeMap<String, String> {
         self.instance.lock().as_ref().map(|instance| instance.env.clone()).unwrap_or_default()

@@ -7,11 +7,16 @@
 //! Before that instant a crash leaves what was there, after it what shall be; so a start finds
 //! out by looking ([`Volumes::found`]). Nothing here follows a symlink out of a session.
 
+use std::ffi::{OsStr, OsString};
 use std::fs::{self, DirBuilder, File};
 use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, RenameFlags, openat, renameat_with};
+use rustix::io::Errno;
 use uuid::Uuid;
 
 use crate::error::{Error, Result};
@@ -143,7 +148,6 @@ impl Volumes {
 
     /// Puts a staged folder in the place of a session's folder, if there is one, in one step.
     pub(crate) fn install(&self, id: Uuid, staging: &Path) -> Result<()> {
-        use rustix::fs::{CWD, RenameFlags, renameat_with};
         let home = self.home(id);
         let put = || {
             sync(staging)?;
@@ -209,29 +213,114 @@ fn sync(folder: &Path) -> io::Result<()> {
     File::open(folder)?.sync_all()
 }
 
-/// Deletes a tree, also where its folders have been made unreadable by those who lived in it.
+/// Deletes a tree that nobody works in any more, however deep it is, and also where its folders
+/// have been made unreadable by those who lived in it. Not there is fine; never follows a link.
+///
+/// What is in a folder below is moved up first, so that no more than two folders are open and
+/// no path is longer than two names: a session can make a tree that is too deep for either.
 pub(crate) fn remove_tree(path: &Path) -> io::Result<()> {
-    match fs::remove_dir_all(path) {
-        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
-            open_up(path)?;
-            fs::remove_dir_all(path)
+    let top = match rustix::fs::unlinkat(CWD, path, AtFlags::empty()) {
+        Ok(()) | Err(Errno::NOENT) => return Ok(()),
+        // What unlink(2) says of a folder.
+        Err(Errno::ISDIR | Errno::PERM) => open_folder(CWD, path.as_os_str())?,
+        Err(errno) => return Err(errno.into()),
+    };
+    let mut moved = 0u64;
+    loop {
+        let names = names_in(&top)?;
+        if names.is_empty() {
+            break;
         }
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        done => done,
+        for name in names {
+            let Some(below) = remove_or_open(&top, &name)? else { continue };
+            for inner in names_in(&below)? {
+                let Some(folder) = remove_or_open(&below, &inner)? else { continue };
+                drop(folder);
+                loop {
+                    moved += 1;
+                    let up = format!(".denizen-{moved}");
+                    match renameat_with(&below, &inner, &top, up, RenameFlags::NOREPLACE) {
+                        Err(Errno::EXIST) => {}
+                        done => break done?,
+                    }
+                }
+            }
+            rustix::fs::unlinkat(&top, &name, AtFlags::REMOVEDIR)?;
+        }
+    }
+    Ok(rustix::fs::unlinkat(CWD, path, AtFlags::REMOVEDIR)?)
+}
+
+/// Removes what is no folder; opens one.
+fn remove_or_open(folder: &OwnedFd, name: &OsStr) -> io::Result<Option<OwnedFd>> {
+    match rustix::fs::unlinkat(folder, name, AtFlags::empty()) {
+        Ok(()) | Err(Errno::NOENT) => Ok(None),
+        Err(Errno::ISDIR | Errno::PERM) => open_folder(folder, name).map(Some),
+        Err(errno) => Err(errno.into()),
     }
 }
 
-fn open_up(folder: &Path) -> io::Result<()> {
-    // Our own trash: nobody works in it any more, so paths cannot be changed under us.
-    let mut folders = vec![folder.to_owned()];
-    while let Some(folder) = folders.pop() {
-        rustix::fs::chmod(&folder, rustix::fs::Mode::RWXU)?;
-        for entry in fs::read_dir(&folder)? {
-            let entry = entry?;
-            if entry.file_type()?.is_dir() {
-                folders.push(entry.path());
-            }
+/// Opens a folder, with the right to change it.
+fn open_folder(at: impl AsFd, name: &OsStr) -> io::Result<OwnedFd> {
+    let at = at.as_fd();
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let open = || openat(at, name, flags, Mode::empty());
+    let folder = match open() {
+        Err(Errno::ACCESS) => {
+            // A folder, or the open would have failed in another way.
+            rustix::fs::chmodat(at, name, Mode::RWXU, AtFlags::empty())?;
+            open()?
+        }
+        opened => opened?,
+    };
+    let mode = rustix::fs::fstat(&folder)?.st_mode;
+    if mode & 0o700 != 0o700 {
+        rustix::fs::fchmod(&folder, Mode::RWXU)?;
+    }
+    Ok(folder)
+}
+
+fn names_in(folder: &OwnedFd) -> io::Result<Vec<OsString>> {
+    let mut names = Vec::new();
+    for entry in rustix::fs::Dir::read_from(folder)? {
+        let entry = entry?;
+        let name = entry.file_name().to_bytes();
+        if name != b"." && name != b".." {
+            names.push(OsStr::from_bytes(name).to_owned());
         }
     }
-    Ok(())
+    Ok(names)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    #[test]
+    fn trees_of_any_depth_and_mode_are_removed_and_links_not_followed() {
+        let folder = tempfile::tempdir().unwrap();
+        let (tree, kept) = (folder.path().join("tree"), folder.path().join("kept"));
+        fs::create_dir_all(&kept).unwrap();
+        fs::write(kept.join("file"), "").unwrap();
+        fs::create_dir_all(tree.join("closed/empty")).unwrap();
+        fs::write(tree.join("closed/file"), "").unwrap();
+        std::os::unix::fs::symlink(&kept, tree.join("link")).unwrap();
+        let mut at = open_folder(CWD, tree.as_os_str()).unwrap();
+        for _ in 0..20_000 {
+            rustix::fs::mkdirat(&at, "a", Mode::RWXU).unwrap();
+            at = open_folder(&at, OsStr::new("a")).unwrap();
+        }
+        drop(at);
+        let closed = std::os::unix::fs::PermissionsExt::from_mode(0o0);
+        fs::set_permissions(tree.join("closed"), closed).unwrap();
+        remove_tree(&tree).unwrap();
+        assert!(!tree.exists() && kept.join("file").exists());
+        remove_tree(&tree).unwrap();
+        let link = folder.path().join("link");
+        std::os::unix::fs::symlink(&kept, &link).unwrap();
+        remove_tree(&link).unwrap();
+        assert!(!link.exists() && kept.join("file").exists());
+    }
 }

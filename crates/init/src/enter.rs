@@ -20,6 +20,7 @@
 //! | `hide` | path, to be empty; not being there is fine |
 //! | `give` | path, content: a file, unless it is there or its folder is not |
 //! | `put` | path, content: a file, in the place of what is there |
+//! | `set` | path, value: a setting of the kernel's; not being there is fine |
 //! | `host` | name |
 //! | `loopback` | – |
 //! | `listen` | port of 127.0.0.1; the owner gets the listening socket |
@@ -129,6 +130,7 @@ enum Step<'p> {
     Hide { path: &'p CStr },
     Give { path: &'p CStr, content: &'p CStr },
     Put { path: &'p CStr, content: &'p CStr },
+    Set { path: &'p CStr, value: &'p CStr },
     Host { name: &'p CStr },
     Loopback,
     Listen { port: u16 },
@@ -186,6 +188,7 @@ fn parse(plan: &[u8]) -> Result<Vec<Step<'_>>> {
             b"hide" => Step::Hide { path: next()? },
             b"host" => Step::Host { name: next()? },
             b"give" => Step::Give { path: next()?, content: next()? },
+            b"set" => Step::Set { path: next()?, value: next()? },
             b"put" => Step::Put { path: next()?, content: next()? },
             b"loopback" => Step::Loopback,
             b"listen" => {
@@ -381,6 +384,10 @@ fn follow(step: &Step<'_>) -> std::result::Result<(), i32> {
             }
             fs::write(path, content.to_bytes()).map_err(errno)
         }
+        Step::Set { path, value } => match OpenOptions::new().write(true).open(path_of(path)) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            opened => opened.and_then(|mut it| it.write_all(value.to_bytes())).map_err(errno),
+        },
         Step::Put { path, content } => {
             let path = path_of(path);
             match fs::remove_file(path) {
@@ -439,7 +446,9 @@ fn describe(step: &Step<'_>) -> String {
         Step::Protect { path } => ("protect", Some(path)),
         Step::Hide { path } => ("hide", Some(path)),
         Step::Host { name } => ("name host", Some(name)),
-        Step::Give { path, .. } | Step::Put { path, .. } => ("write", Some(path)),
+        Step::Give { path, .. } | Step::Put { path, .. } | Step::Set { path, .. } => {
+            ("write", Some(path))
+        }
         Step::Loopback => ("loopback", None),
         Step::Listen { .. } => ("listen", None),
         Step::Tun { .. } => ("make the network device", None),

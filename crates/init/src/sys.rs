@@ -107,6 +107,7 @@ unsafe extern "C" {
     fn recvmsg(fd: c_int, message: *mut MsgHdr, flags: c_int) -> isize;
     fn sendmsg(fd: c_int, message: *const MsgHdr, flags: c_int) -> isize;
     fn waitpid(pid: c_int, status: *mut c_int, options: c_int) -> c_int;
+    fn waitid(kind: c_int, id: u32, info: *mut c_void, options: c_int) -> c_int;
     fn kill(pid: c_int, number: c_int) -> c_int;
     fn syscall(number: c_long, ...) -> c_long;
     fn chdir(path: *const c_char) -> c_int;
@@ -283,6 +284,15 @@ pub fn reap_any() -> Result<Option<(i32, c_int)>, i32> {
         pid if pid < 0 => Err(errno()),
         pid => Ok(Some((pid, status))),
     }
+}
+
+/// Whether there is any child, alive or not reaped.
+pub fn has_children() -> bool {
+    let mut nothing = [0u64; 16];
+    // SAFETY: the buffer has room for `siginfo_t` (128 bytes). Any child (P_ALL), ended
+    // (WEXITED), not waited for (WNOHANG), not reaped (WNOWAIT).
+    let result = unsafe { waitid(0, 0, nothing.as_mut_ptr().cast(), 4 | 1 | 0x0100_0000) };
+    result == 0 || errno() != ECHILD
 }
 
 /// kill(2); gives the errno, 0 for success. To be used only on what cannot have been

@@ -174,6 +174,10 @@ async fn hand_over(resolver: &Resolver, request: Request) -> Result<Response, Co
     })?;
     parts.version = axum::http::Version::HTTP_2;
     drop_hop_by_hop(&mut parts.headers);
+    // What lets a client in here is nothing for what runs within.
+    for name in ["authorization", "cookie", "proxy-authorization", "x-api-key", "x-access-token"] {
+        parts.headers.remove(name);
+    }
     let response = match ask(&mut requests, Request::from_parts(parts, body), PATIENCE).await {
         Err(error) if error.code == connectrpc::ErrorCode::DeadlineExceeded => {
             lease.within.give_up().await;
@@ -183,6 +187,7 @@ async fn hand_over(resolver: &Resolver, request: Request) -> Result<Response, Co
     };
     // The session stays in use until the last byte is out.
     let (mut parts, body) = response.into_parts();
+    parts.headers.remove("set-cookie");
     drop_hop_by_hop(&mut parts.headers);
     let body = Body::new(body).into_data_stream().map(move |piece| {
         let _ = &lease;

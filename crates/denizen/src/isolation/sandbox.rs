@@ -14,7 +14,7 @@ mod group;
 mod host_root;
 mod network;
 mod plan;
-mod root;
+pub(crate) mod root;
 mod users;
 
 use std::ffi::OsString;
@@ -124,7 +124,11 @@ impl Sandbox {
     /// Makes a folder of the sandbox's root, unless it is there.
     fn folder(&self, path: &Path, mode: u32) -> std::io::Result<()> {
         match fs::create_dir(path) {
-            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => return Ok(()),
+            // From a backup that others could change, it may be anything.
+            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
+                let is_folder = fs::symlink_metadata(path)?.is_dir();
+                return is_folder.then_some(()).ok_or(std::io::ErrorKind::NotADirectory.into());
+            }
             made => made?,
         }
         fs::set_permissions(path, fs::Permissions::from_mode(mode))?;
@@ -166,6 +170,14 @@ impl Sandbox {
         plan.bind(&site.home.join("tmp"), "/tmp", Attributes::FILES);
         plan.dir(WORKDIR, 0o755);
         plan.bind(&site.volume, WORKDIR, Attributes::FILES);
+        // Counted for the user who runs this, too: one session must not use up all of them.
+        for (name, most) in [("max_inotify_instances", "64"), ("max_inotify_watches", "65536")] {
+            plan.step(["set", &format!("/proc/sys/user/{name}"), most]);
+        }
+        // Not of mounts: the steps below still take some.
+        for kind in ["user", "net", "pid", "ipc", "uts", "cgroup", "time"] {
+            plan.step(["set", &format!("/proc/sys/user/max_{kind}_namespaces"), "0"]);
+        }
         for path in PROTECTED {
             plan.step(["protect", path]);
         }

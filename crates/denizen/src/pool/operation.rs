@@ -60,7 +60,10 @@ async fn create(pool: &Arc<Pool>, place: &Place) -> Result {
         if !copied && bootstrap::is_wanted(&pool.config) {
             let (driver, site) = (pool.driver.clone(), place.site.clone());
             let instance = blocking(move || driver.start(&site)).await?;
-            let done = bootstrap::run(&pool.config, instance, place).await;
+            let done = {
+                let isolation = pool.settings.isolation;
+                bootstrap::run(&pool.config, isolation, instance, place).await
+            };
             ended(pool, place).await?;
             done?;
         }

@@ -208,10 +208,12 @@ pub fn become_root(alone: bool) -> Result<()> {
     bind_to_parent()
 }
 
-/// A descriptor that only names a file or folder.
+/// A descriptor that only names a file or folder. Of a link it names the link, which is no
+/// folder to mount: what a session's files are called must not lead elsewhere.
 pub fn open_path(path: &CStr) -> Result<OwnedFd> {
+    const O_NOFOLLOW: c_int = if cfg!(target_arch = "aarch64") { 0x8000 } else { 0x2_0000 };
     // SAFETY: a C string.
-    owned(unsafe { open(path.as_ptr(), O_PATH | O_CLOEXEC) }.into())
+    owned(unsafe { open(path.as_ptr(), O_PATH | O_CLOEXEC | O_NOFOLLOW) }.into())
 }
 
 /// No mount made here is seen elsewhere, nor the other way round.

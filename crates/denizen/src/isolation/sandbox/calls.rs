@@ -129,8 +129,9 @@ const PRETENDED: &[i64] = &[
 
 /// `CLONE_NEW…`: all kinds of namespaces.
 const CLONE_NEW: u32 = 0x7e02_0000;
-/// Types of sockets: local, IPv4, IPv6, and netlink, by which programs look at interfaces.
-const SOCKETS: [u32; 4] = [1, 2, 10, 16];
+/// Types of sockets: local, IPv4, IPv6.
+const SOCKETS: [u32; 3] = [1, 2, 10];
+const NETLINK: u32 = 16;
 /// Fakes input on a terminal; the other works on consoles.
 const IOCTLS: [u32; 2] = [0x5412, 0x541c];
 /// Linux, 32-bit Linux, and the question.
@@ -233,6 +234,16 @@ fn filter(alone: bool) -> Vec<libc::sock_filter> {
         for domain in SOCKETS {
             part.answer_if(domain, ALLOW);
         }
+        // Netlink, which programs look at interfaces by, and nothing else of its kind.
+        part.add(BPF_JMP | BPF_JEQ | BPF_K, NETLINK, 1, 0);
+        part.answer(refuse(Errno::AFNOSUPPORT));
+        part.load_argument(2);
+        part.answer_if(0, ALLOW);
+        part.answer(refuse(Errno::PROTONOSUPPORT));
+    });
+    filter.for_call(libc::SYS_socketpair, |part| {
+        part.load_argument(0);
+        part.answer_if(1, ALLOW);
         part.answer(refuse(Errno::AFNOSUPPORT));
     });
     filter.for_call(libc::SYS_personality, |part| {
@@ -338,6 +349,10 @@ mod tests {
         assert_eq!(ask(libc::SYS_ioctl, &[0, 0x5413]), ALLOW);
         assert_eq!(ask(libc::SYS_socket, &[40]), refuse(Errno::AFNOSUPPORT));
         assert_eq!(ask(libc::SYS_socket, &[2]), ALLOW);
+        assert_eq!(ask(libc::SYS_socket, &[16, 3, 0]), ALLOW);
+        assert_eq!(ask(libc::SYS_socket, &[16, 3, 9]), refuse(Errno::PROTONOSUPPORT));
+        assert_eq!(ask(libc::SYS_socketpair, &[1]), ALLOW);
+        assert_eq!(ask(libc::SYS_socketpair, &[40]), refuse(Errno::AFNOSUPPORT));
         assert_eq!(ask(libc::SYS_prlimit64, &[0, 7, 0x1000]), ALLOW);
         assert_eq!(ask(libc::SYS_prlimit64, &[1, 7, 0]), ALLOW);
         assert_eq!(ask(libc::SYS_prlimit64, &[1, 7, 0x1000]), refuse(Errno::PERM));

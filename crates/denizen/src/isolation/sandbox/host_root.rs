@@ -6,28 +6,29 @@
 //! others may read: the configuration in `/etc` without keys and secrets. No other folder of
 //! the host exists within: `/home`, `/root`, `/srv`, `/opt` and `/var` are new.
 //!
-//! The host's files belong to users that a sandbox does not have. Where this is root, they are
-//! shown with their owners shifted into the sandbox's range. Any other user may not do that:
-//! there, the copy has every folder that goes over one of the host's, empty. In a merged folder
-//! an overlay shows the owner of the topmost one, so these make the host's folders the
-//! sandbox's own: root within can put files there, replace and delete them, though it owns none
-//! of the files below. That is what a package manager needs, and [`APT_HOOK`] for the rest.
+//! The host's files belong to users that a sandbox does not have, and stay theirs: root within
+//! is one of those "others" to them. The copy has every folder that goes over one of the host's,
+//! empty. In a merged folder an overlay shows the owner of the topmost one, so these make the
+//! host's folders the sandbox's own: root within can put files there, replace and delete them,
+//! though it owns none of the files below. That is what a package manager needs, and
+//! [`APT_HOOK`] for the rest. (Showing the files with shifted owners instead would make root
+//! within their owner, also of what only the host's root may read.)
 //!
 //! Nothing here shows what is not everybody's: a file or folder that others may not read is
-//! left out, or covered, whoever runs this.
+//! left out, whoever runs this.
 
 use std::fs::{self, DirBuilder, File, Metadata};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{CWD, FileType, FlockOperation, Mode, mknodat};
+use rustix::fs::FlockOperation;
 
 use super::users::Users;
 use crate::error::{Error, Result};
 
 /// Made anew when what is copied, or how, has changed.
-const VERSION: u32 = 3;
+const VERSION: u32 = 4;
 
 /// Folders with programs and libraries, and what package managers know of them. Where they
 /// are links (`/bin` to `usr/bin`), the copy has the links.
@@ -227,7 +228,7 @@ fn make(root: &Path, users: Users, merged: &[&str]) -> io::Result<()> {
                     } else if LINKED.iter().any(|path| to.parent() == Some(Path::new(path))) {
                         copier.whole(from, to, meta)
                     } else {
-                        copier.covered(to, meta)
+                        Ok(false)
                     }
                 })?;
             }
@@ -256,7 +257,7 @@ fn make(root: &Path, users: Users, merged: &[&str]) -> io::Result<()> {
     for (path, content, mode) in FILES {
         copier.file(path, content, mode)?;
     }
-    if users.is_alone() && root.join("etc/apt/apt.conf.d").is_dir() {
+    if root.join("etc/apt/apt.conf.d").is_dir() {
         copier.file(APT_OWN.0, APT_OWN.1, 0o644)?;
         copier.file(APT_HOOK.0, APT_HOOK.1, 0o755)?;
     }
@@ -309,29 +310,11 @@ impl Copier<'_> {
     /// empty: what it kept from them would be open under a new owner.
     fn merged(&self, to: &Path, meta: &Metadata) -> io::Result<bool> {
         let open = others_may_look(meta);
-        if self.users.is_alone() || !open {
-            self.folder(to, mode_of(meta), (meta.uid(), meta.gid()))?;
-        }
+        self.folder(to, mode_of(meta), (meta.uid(), meta.gid()))?;
         if !open {
             xattr::set(self.root.join(to), "user.overlay.opaque", b"y")?;
         }
         Ok(open)
-    }
-
-    /// A file of the host's below: not there, if others may not read it.
-    fn covered(&self, to: &Path, meta: &Metadata) -> io::Result<bool> {
-        if meta.mode() & 0o004 == 0 && !meta.is_symlink() {
-            if let Some(above) = to.parent()
-                && !self.root.join(above).is_dir()
-            {
-                let meta = fs::symlink_metadata(Path::new("/").join(above))?;
-                self.folder(above, mode_of(&meta), (meta.uid(), meta.gid()))?;
-            }
-            // What an overlay takes for a removed file.
-            let (kind, none) = (FileType::CharacterDevice, rustix::fs::makedev(0, 0));
-            mknodat(CWD, self.root.join(to), kind, Mode::empty(), none)?;
-        }
-        Ok(false)
     }
 
     /// A file, link or folder that others may read; nothing else.

@@ -3,11 +3,13 @@
 //! changes, which mean nothing over anything else; a backup takes it along.
 
 use std::collections::BTreeMap;
-use std::fs;
-use std::io;
+use std::fs::{DirBuilder, File};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use denizen_image::Store;
+use rustix::fs::OFlags;
 use serde::{Deserialize, Serialize};
 
 use super::host_root::HostRoot;
@@ -15,7 +17,7 @@ use crate::error::{Error, Result};
 use crate::isolation::Site;
 
 /// The name of the record, beside the folders of the overlays.
-const RECORD: &str = "base.json";
+pub(crate) const RECORD: &str = "base.json";
 
 /// What is written down of a session's base.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -40,7 +42,7 @@ pub(super) enum Base {
 pub(super) struct Below {
     pub(super) target: PathBuf,
     pub(super) lower: Vec<PathBuf>,
-    /// Whether the lowest is the host's, and belongs to users of the host.
+    /// Whether the lowest belongs to users of the host, and is to be the sandbox's own.
     pub(super) hosts: bool,
 }
 
@@ -59,23 +61,21 @@ impl Roots {
     pub(super) fn of(&self, site: &Site) -> Result<Base> {
         let record = site.root_changes().join(RECORD);
         let failed = |source| Error::volume("read", &record, source);
-        match fs::read(&record) {
-            Ok(text) => {
-                let base = serde_json::from_slice(&text);
-                let base = base.map_err(|error| failed(io::Error::other(error)))?;
-                return if self.may_be(&base) {
-                    Ok(base)
-                } else {
-                    Err(failed(io::Error::other("it names what no session here can have")))
-                };
-            }
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
-            Err(_) => {}
+        if let Some(base) = read(&record).map_err(failed)? {
+            return if self.may_be(&base) {
+                Ok(base)
+            } else {
+                Err(failed(io::Error::other("it names what no session here can have")))
+            };
         }
         let base = self.default_base()?;
         let text = serde_json::to_vec(&base).map_err(|error| failed(io::Error::other(error)))?;
-        let made = fs::create_dir_all(site.root_changes()).and_then(|()| fs::write(&record, text));
-        made.map_err(|source| Error::volume("write", &record, source))?;
+        let write = || {
+            DirBuilder::new().recursive(true).mode(0o700).create(site.root_changes())?;
+            // Never through a link.
+            File::create_new(&record)?.write_all(&text)
+        };
+        write().map_err(|source| Error::volume("write", &record, source))?;
         Ok(base)
     }
 
@@ -120,7 +120,9 @@ impl Roots {
                 all.extend(self.host.merged.iter().map(|path| Below {
                     target: Path::new("/").join(path),
                     lower: vec![self.host.copy.join(path), Path::new("/").join(path)],
-                    hosts: true,
+                    // Their owners stay nobody's: what others may not read stays shut, also
+                    // what appears there later.
+                    hosts: false,
                 }));
                 all
             }
@@ -143,9 +145,10 @@ impl Roots {
 
     /// The layers that a session's record names.
     pub(super) fn layers_of(&self, site: &Site) -> Vec<PathBuf> {
-        let text = fs::read(site.root_changes().join(RECORD)).unwrap_or_default();
-        match serde_json::from_slice(&text) {
-            Ok(Base::Image { layers, .. }) => layers.iter().map(|one| self.layer(one)).collect(),
+        match read(&site.root_changes().join(RECORD)) {
+            Ok(Some(Base::Image { layers, .. })) => {
+                layers.iter().map(|one| self.layer(one)).collect()
+            }
             _ => Vec::new(),
         }
     }
@@ -159,6 +162,23 @@ impl Base {
             _ => BTreeMap::new(),
         }
     }
+}
+
+/// What is written down, if it is. A backup may bring anything by this name.
+fn read(record: &Path) -> io::Result<Option<Base>> {
+    const MOST: u64 = 1 << 20;
+    let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits();
+    let flags = i32::try_from(flags).map_err(io::Error::other)?;
+    let file = match File::options().read(true).custom_flags(flags).open(record) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        opened => opened?,
+    };
+    if !file.metadata()?.is_file() {
+        return Err(io::Error::other("it is no regular file"));
+    }
+    let mut text = Vec::new();
+    file.take(MOST).read_to_end(&mut text)?;
+    serde_json::from_slice(&text).map(Some).map_err(io::Error::other)
 }
 
 fn missing(name: &str) -> Error {
