@@ -44,6 +44,9 @@ const STARTS: u32 = 5;
 /// How long the first process of a sandbox may take to answer, to begin and to end. It shares
 /// the sandbox's limits, so this is generous.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// How long it may take to be gone once it was told to: all of its sandbox can be ended from
+/// here, whatever runs wild in it.
+const ENDING: Duration = Duration::from_secs(2);
 
 /// A process of a session.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -233,9 +236,10 @@ impl Init {
         if let Ok(gone) = self.remote.ask_end(message::end()) {
             match tokio::time::timeout(grace, gone).await {
                 Ok(answer) => survivors = answer.unwrap_or(0),
+                // What follows ends all of a sandbox.
+                Err(_) if shared.contained => {}
                 Err(_) => {
                     if let Ok(gone) = self.remote.ask_end(message::kill(0, true)) {
-                        // What follows ends a sandbox that goes on to be silent.
                         survivors = shared.answer(gone).await.unwrap_or(0);
                     }
                 }
@@ -541,7 +545,7 @@ impl Shared {
     /// How much longer it has to end, if it was told to.
     fn time_left(&self) -> Option<Duration> {
         let closed = self.state.lock().closed.filter(|_| self.contained)?;
-        Some(self.patience.saturating_sub(closed.elapsed()))
+        Some(self.patience.min(ENDING).saturating_sub(closed.elapsed()))
     }
 
     /// Sends what waits; whether all of it went.
@@ -791,7 +795,7 @@ fn serve(shared: &Shared, mut child: process::Child) {
             Err(Errno::INTR) => {}
             Err(Errno::AGAIN) => idle(shared),
             // It has closed its socket, so it is leaving.
-            _ => break shared.patience,
+            _ => break shared.patience.min(ENDING),
         }
         if shared.time_left().is_some_and(|left| left.is_zero()) {
             break Duration::ZERO;

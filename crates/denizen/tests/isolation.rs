@@ -390,6 +390,12 @@ async fn a_session_that_runs_wild_leaves_the_others_alone() {
     assert!(flood.stdout_cut > 0);
     answers().await;
     assert_eq!(text(&guard, "echo still here").await, "still here\n");
+    // Left to itself, it ends all the same when it is told to.
+    text(&guard, "(f() { f | f & f; }; f) > /dev/null 2>&1 &").await;
+    drop(guard);
+    let stopped = tokio::time::timeout(Duration::from_secs(30), pool.stop(wild, true)).await;
+    stopped.unwrap().unwrap();
+    answers().await;
 }
 
 /// A server that answers every request with one line.

@@ -215,11 +215,10 @@ impl Init {
             5 => {
                 self.phase = Phase::Ending;
                 self.awaited = true;
-                self.scan(|process| {
-                    process.signal(sys::SIGTERM);
-                    // A stopped process would sleep through its own end.
-                    process.signal(sys::SIGCONT);
-                });
+                // A stopped process would sleep through its own end.
+                for signal in [sys::SIGTERM, sys::SIGCONT] {
+                    self.signal_all(signal);
+                }
                 self.reap();
             }
             6 => self.drains.append(&mut descriptors),
@@ -464,11 +463,21 @@ impl Init {
         sys::hurry(false);
     }
 
+    /// Signals everything; all of a sandbox in one go, which nothing can outrun (kill(2)).
+    fn signal_all(&self, signal: i32) {
+        if sys::own_number() == 1 {
+            sys::signal_number(-1, signal);
+        } else {
+            self.scan(|process| {
+                process.signal(signal);
+            });
+        }
+    }
+
     /// Whether the tree is gone.
     fn kill_rounds(&mut self, kill: &mut Kill) -> bool {
         if kill.id == 0 && sys::own_number() == 1 {
-            // All of a sandbox, in one go that nothing can outrun (kill(2)).
-            sys::signal_number(-1, sys::SIGKILL);
+            self.signal_all(sys::SIGKILL);
             self.reap();
             kill.pause = 1;
             return !sys::has_children();
