@@ -95,6 +95,8 @@ pub fn run(seed: Option<&str>) -> Result<(), String> {
 
 /// A row in a folder of its own.
 fn measure(work: &Path, row: &str, folder: &Path) -> Result<Vec<String>, String> {
+    // What a run that failed has left.
+    let _ = std::fs::remove_dir_all(folder);
     let lines = measure_in(work, row, folder)?;
     std::fs::remove_dir_all(folder).map_err(|error| error.to_string())?;
     Ok(lines)
