@@ -76,28 +76,26 @@ pub fn session(value: &Value, as_json: bool) -> Result<()> {
 
 /// The backups of a session.
 pub fn backups(value: &Value, as_json: bool) -> Result<()> {
-    if as_json {
-        return json(value);
-    }
-    let rows = value
-        .as_array()
-        .into_iter()
-        .flatten()
-        .map(|backup| ["taken_at", "bytes", "name"].map(|field| text(&backup[field])));
-    table(["TAKEN", "BYTES", "NAME"], rows)
+    list(value, as_json, ["TAKEN", "BYTES", "NAME"], ["taken_at", "bytes", "name"])
 }
 
 /// Images.
 pub fn images(value: &Value, as_json: bool) -> Result<()> {
+    list(value, as_json, ["NAME", "LAYERS", "DIGEST"], ["name", "layers", "digest"])
+}
+
+/// A list of objects, by some of their fields.
+fn list<const N: usize>(
+    value: &Value,
+    as_json: bool,
+    heads: [&str; N],
+    fields: [&str; N],
+) -> Result<()> {
     if as_json {
         return json(value);
     }
-    let rows = value
-        .as_array()
-        .into_iter()
-        .flatten()
-        .map(|image| ["name", "layers", "digest"].map(|field| text(&image[field])));
-    table(["NAME", "LAYERS", "DIGEST"], rows)
+    let items = value.as_array().into_iter().flatten();
+    table(heads, items.map(|item| fields.map(|field| text(&item[field]))))
 }
 
 /// One event, if it is of the session asked for.

@@ -79,6 +79,8 @@ pub(super) struct Sandbox {
     limits: Limits,
     networks: Networks,
     carried: Option<Carried>,
+    /// The filter of calls, the same for all.
+    calls: String,
 }
 
 impl Sandbox {
@@ -101,7 +103,8 @@ impl Sandbox {
         let carried = carried.transpose()?;
         let networks = Networks::new(options.network, options.denials);
         let (groups, limits) = (Groups::find(), options.limits);
-        Ok(Self { users, groups, roots, limits, networks, carried })
+        let calls = calls::digits(users.is_alone());
+        Ok(Self { users, groups, roots, limits, networks, carried, calls })
     }
 
     /// Makes the folders that a sandbox writes to, in the order of what is below them.
@@ -197,7 +200,7 @@ impl Sandbox {
         self.resource_limits(&mut plan);
         plan.step(["root-only"]);
         plan.step(["capabilities", &format!("{CAPABILITIES:x}")]);
-        plan.step(["calls", &calls::digits(self.users.is_alone())]);
+        plan.step(["calls", &self.calls]);
         plan
     }
 

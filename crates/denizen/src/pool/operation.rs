@@ -60,10 +60,7 @@ async fn create(pool: &Arc<Pool>, place: &Place) -> Result {
         if !copied && bootstrap::is_wanted(&pool.config) {
             let (driver, site) = (pool.driver.clone(), place.site.clone());
             let instance = blocking(move || driver.start(&site)).await?;
-            let done = {
-                let isolation = pool.settings.isolation;
-                bootstrap::run(&pool.config, isolation, instance, place).await
-            };
+            let done = bootstrap::run(&pool.config, pool.isolation(), instance, place).await;
             ended(pool, place).await?;
             done?;
         }
