@@ -9,13 +9,14 @@ use std::process::Command;
 use crate::root;
 
 /// Rows, and what each is allowed: a ratio to the peer, or nanoseconds or bytes.
-const LIMITS: [(&str, &str, Limit); 12] = [
+const LIMITS: [(&str, &str, Limit); 13] = [
     ("warm acquire and release", "the seed", Limit::Ratio(1.0)),
     ("maintenance pass, 5000 sessions", "the seed", Limit::Most(50_000.0)),
     ("maintenance pass, 100000 sessions", "the seed with 5000", Limit::Most(50_000.0)),
     ("/bin/true in a warm host session", "std::process::Command", Limit::Ratio(1.1)),
     ("/bin/true in a warm sandbox session", "std::process::Command", Limit::Ratio(2.0)),
     ("new sandbox, to the end of its first command", "bwrap", Limit::Ratio(1.0)),
+    ("new sandbox from a spare, added to its first command", "", Limit::Most(1e6)),
     ("1,000 sandboxes made, each", "", Limit::None),
     ("memory of a running sandbox and its sleep (bytes)", "", Limit::Most(2.0 * MIB)),
     ("memory of it in the daemon (bytes)", "", Limit::None),

@@ -26,7 +26,7 @@ pub struct Agent {
 #[derive(Debug, Default)]
 struct Inner {
     init: Mutex<Option<Init>>,
-    launch: Launch,
+    launch: parking_lot::Mutex<Launch>,
 }
 
 impl Agent {
@@ -37,7 +37,17 @@ impl Agent {
 
     /// The same, its init launched in this way.
     pub fn with(launch: Launch) -> Self {
-        Self { inner: Arc::new(Inner { init: Mutex::new(None), launch }) }
+        Self { inner: Arc::new(Inner { init: Mutex::new(None), launch: launch.into() }) }
+    }
+
+    /// Should its init die, the next one is launched in this way.
+    pub fn relaunch_by(&self, launch: Launch) {
+        *self.inner.launch.lock() = launch;
+    }
+
+    /// Whether its init is alive, as far as is known. Cancel-safe.
+    pub async fn is_alive(&self) -> bool {
+        self.inner.init.lock().await.as_ref().is_some_and(Init::is_alive)
     }
 
     /// Starts a command; launches the session's init first if there is none alive.
@@ -87,7 +97,8 @@ impl Agent {
             _ => {
                 // The dead one goes first, so that there are never two.
                 *slot = None;
-                let init = Init::launch(&self.inner.launch).await?;
+                let launch = self.inner.launch.lock().clone();
+                let init = Init::launch(&launch).await?;
                 Ok(slot.insert(init).remote())
             }
         }

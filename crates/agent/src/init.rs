@@ -98,9 +98,6 @@ pub struct Launch {
 pub struct Enter {
     /// The steps, as `crates/init/src/enter.rs` reads them.
     pub plan: Vec<u8>,
-    /// Files that its process id is written to before it begins: `cgroup.procs` of control
-    /// groups.
-    pub groups: Vec<PathBuf>,
     /// Is given what the plan has for the owner, from a thread that may block.
     pub door: Option<Door>,
 }
@@ -203,9 +200,13 @@ impl Init {
         self.remote.shared.pid
     }
 
-    /// Whether it is there to be asked, as far as is known.
+    /// Whether it is there to be asked.
     pub fn is_alive(&self) -> bool {
-        !self.remote.shared.state.lock().dead
+        let shared = &self.remote.shared;
+        // The thread may not have seen its end yet.
+        let mut socket = [PollFd::new(&shared.socket, PollFlags::empty())];
+        let hung_up = poll(&mut socket, Some(&Timespec::default())).is_ok_and(|count| count > 0);
+        !hung_up && !shared.state.lock().dead
     }
 
     /// A handle that can ask for everything but does not keep this init alive.
@@ -681,10 +682,6 @@ fn put_inside(shared: &Shared, enter: &Enter) -> Result<()> {
         let step = step.to_owned();
         move |source: io::Error| Error::Enter { step, source }
     };
-    for group in &enter.groups {
-        std::fs::write(group, shared.pid.to_string())
-            .map_err(failed(&format!("control group {}", group.display())))?;
-    }
     let plan = program::memory_file(&enter.plan).map_err(failed("plan"))?;
     send_packet(shared.socket.as_fd(), &message::enter(), &[plan])
         .map_err(|errno| failed("plan")(errno.into()))?;

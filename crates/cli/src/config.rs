@@ -35,6 +35,9 @@ pub struct Options {
     /// How far sessions are kept from this machine: host or sandbox [default: sandbox]
     #[arg(long, global = true, env = "DENIZEN_ISOLATION", value_name = "ISOLATION")]
     isolation: Option<Isolation>,
+    /// How many sandboxes are kept ready for sessions to come [default: 2]
+    #[arg(long, global = true, env = "DENIZEN_SPARES", value_name = "N", hide_short_help = true)]
+    spares: Option<usize>,
     /// The root of new sessions: an image's name or a folder's absolute path [default: what
     /// every user of this machine sees of its operating system]
     #[arg(long, global = true, env = "DENIZEN_IMAGE", value_name = "IMAGE")]
@@ -192,6 +195,7 @@ struct FileConfig {
     socket: Option<PathBuf>,
     acquire_timeout_seconds: Option<u64>,
     isolation: Option<Isolation>,
+    spares: Option<usize>,
     image: Option<String>,
     network: Option<NetworkKind>,
     allow: Option<Vec<Rule>>,
@@ -213,6 +217,8 @@ pub struct Settings {
     pub acquire_timeout: Duration,
     /// How far sessions are kept from this machine.
     pub isolation: Isolation,
+    /// How many sandboxes are kept ready for sessions to come.
+    pub spares: usize,
     /// The root of new sessions.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub image: Option<String>,
@@ -288,6 +294,7 @@ pub fn load(options: &Options) -> Result<Settings> {
         socket: absolute(&socket.unwrap_or_else(|| state.join("denizen.sock")))?,
         acquire_timeout: Duration::from_secs(wait),
         isolation: options.isolation.or(given.isolation).unwrap_or(Isolation::Sandbox),
+        spares: options.spares.or(given.spares).unwrap_or(2),
         image: options.image.clone().or(given.image),
         network: options.network.or(given.network).unwrap_or_default(),
         allow: options.allow.clone().or(given.allow).unwrap_or_default(),

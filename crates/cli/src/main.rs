@@ -364,6 +364,7 @@ async fn serve(settings: config::Settings, idle_exit: Option<u64>, background: b
         .isolation(settings.isolation)
         .limits(settings.limits)
         .acquire_timeout(settings.acquire_timeout)
+        .spares(settings.spares)
         .build()
         .map_err(|error| {
             use denizen::{Error, RegistryError};

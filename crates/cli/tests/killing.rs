@@ -74,6 +74,11 @@ fn processes() -> Vec<Process> {
     .collect()
 }
 
+/// The last part of a path.
+fn name(path: &Path) -> String {
+    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+}
+
 /// Whether none of a process's threads is left (`proc_pid_stat(5)`): until then its descriptors
 /// may be open.
 fn has_ended(pid: i32) -> bool {
@@ -201,16 +206,31 @@ impl Soak {
         self.client(&["cp", "b:kept", copy.to_str().unwrap()]);
     }
 
-    fn note_ids(&mut self) {
-        let names = fs::read_dir(self.pool()).into_iter().flatten().flatten();
-        let names = names.filter_map(|entry| entry.file_name().into_string().ok());
-        self.ids.extend(names.filter(|name| name.len() == 36));
+    /// The folders of the sessions that there are, and of those to come.
+    fn homes(&self) -> Vec<PathBuf> {
+        let own = fs::read_dir(self.pool()).into_iter().flatten().flatten();
+        let own = own.map(|entry| entry.path()).filter(|path| name(path).len() == 36);
+        own.chain(self.spares()).collect()
     }
 
-    /// The numbers of the inits that sessions have on record now.
-    fn inits(&self) -> BTreeSet<String> {
-        let records = self.ids.iter().map(|id| self.pool().join(id).join("init"));
-        let records = records.filter_map(|record| fs::read_to_string(record).ok());
+    fn spares(&self) -> Vec<PathBuf> {
+        let spares = fs::read_dir(self.pool().join(".denizen/spares"));
+        spares.into_iter().flatten().flatten().map(|entry| entry.path()).collect()
+    }
+
+    /// The names of sessions and of their control groups.
+    fn note_ids(&mut self) {
+        for home in self.homes() {
+            let groups = fs::read_to_string(home.join("groups")).unwrap_or_default();
+            self.ids.extend(groups.lines().map(|group| name(Path::new(group))));
+            self.ids.insert(name(&home));
+        }
+    }
+
+    /// The command lines of the inits that sessions have on record now.
+    fn inits(homes: &[PathBuf]) -> BTreeSet<String> {
+        let records = homes.iter().map(|home| fs::read_to_string(home.join("init")));
+        let records = records.filter_map(Result::ok);
         records.map(|record| format!("denizen-init {} ", record.trim())).collect()
     }
 
@@ -229,7 +249,7 @@ impl Soak {
         self.note_ids();
         let all = processes();
         let daemons = self.daemons(&all);
-        let inits = self.inits();
+        let inits = Self::inits(&self.homes());
         let inits: Vec<&Process> =
             all.iter().filter(|process| inits.contains(&process.line)).collect();
         let pids = |inner: bool| -> Vec<i32> {
@@ -266,6 +286,9 @@ impl Soak {
             let _ = kill_process(Pid::from_raw(*pid).unwrap(), Signal::KILL);
         }
         self.story.push(format!("kill {kind:?} {victims:?}"));
+        // The first process within goes with the one outside, a little later.
+        let within = all.iter().filter(|it| it.depth > 1 && victims.contains(&it.parent));
+        self.victims.extend(within.map(|process| process.pid));
         self.victims.extend(victims);
         self.kills += 1;
         *self.tally.entry(format!("{kind:?}")).or_default() += 1;
@@ -330,7 +353,7 @@ impl Soak {
         }
     }
 
-    /// All sessions are stopped: there is a daemon, and nothing else.
+    /// All sessions are stopped: there is a daemon, what it keeps ready, and nothing else.
     fn nothing_stays(&self) {
         let begin = Instant::now();
         loop {
@@ -347,19 +370,23 @@ impl Soak {
     fn left(&self) -> Vec<String> {
         let mut left = Vec::new();
         let state = self.user.state.path().to_str().unwrap();
-        let inits = self.inits();
+        let inits = Self::inits(&self.homes());
+        let spares = self.spares();
+        let of_spares = Self::inits(&spares);
+        let spares: BTreeSet<String> = spares.iter().map(|home| name(home)).collect();
+        let ids: Vec<&String> = self.ids.iter().filter(|id| !spares.contains(*id)).collect();
         let all = processes();
         let known = self.user.daemon_pid();
         let strays = self.daemons(&all).into_iter().filter(|pid| Some(*pid) != known);
         left.extend(strays.map(|pid| format!("a daemon that nobody can ask: {pid}")));
-        for process in all {
+        for process in all.into_iter().filter(|process| !of_spares.contains(&process.line)) {
             let file = |name: &str| {
                 let path = format!("/proc/{}/{name}", process.pid);
                 text(&fs::read(path).unwrap_or_default())
             };
             let ours = process.line.contains(&format!("sleep {MARK}"))
                 || inits.contains(&process.line)
-                || self.ids.iter().any(|id| file("cgroup").contains(id.as_str()));
+                || ids.iter().any(|id| file("cgroup").contains(id.as_str()));
             if ours && !process.line.contains("DENIZEN_KILL") {
                 left.push(format!("process {} {}", process.pid, process.line));
             }
@@ -375,7 +402,7 @@ impl Soak {
                 if !entry.file_type().is_ok_and(|kind| kind.is_dir()) {
                     continue;
                 }
-                if self.ids.contains(entry.file_name().to_str().unwrap_or_default()) {
+                if ids.contains(&&name(&entry.path())) {
                     left.push(format!("control group {}", entry.path().display()));
                 }
                 folders.push(entry.path());
@@ -438,8 +465,10 @@ fn a_daemon_in_another_group_clears_up_after_the_one_before() {
     let output = client.output().unwrap();
     assert!(output.status.success(), "{output:?}");
     soak.note_ids();
-    let id = soak.ids.first().unwrap().clone();
-    assert!(group.join("denizen").join(&id).is_dir(), "the daemon is elsewhere");
+    let id = soak.user.json(&["inspect", "a"])["id"].as_str().unwrap().to_owned();
+    let groups = fs::read_to_string(soak.pool().join(&id).join("groups")).unwrap();
+    let here = groups.lines().any(|line| Path::new(line).starts_with(&group));
+    assert!(here, "the daemon is elsewhere: {groups}");
     let daemon = soak.user.daemon_pid().unwrap();
     kill_process(Pid::from_raw(daemon).unwrap(), Signal::KILL).unwrap();
     until("the daemon has ended", || has_ended(daemon));

@@ -128,7 +128,7 @@ impl Announcer {
 /// The word for an operation wherever people read it.
 pub(crate) fn op_name(op: &Op) -> &'static str {
     match op {
-        Op::Create => "create",
+        Op::Create { .. } => "create",
         Op::Start => "start",
         Op::Stop { .. } => "stop",
         Op::Backup => "backup",

@@ -204,6 +204,9 @@ pub(crate) trait Driver: Send + Sync {
     /// runtime, where blocking is allowed.
     fn start(&self, site: &Site) -> Result<Instance>;
 
+    /// Goes on with an instance whose session's folder and name are now others. May block.
+    fn moved(&self, instance: Instance, from: &Site, to: &Site) -> Result<Instance>;
+
     /// Clears away what an instance leaves outside of its session's folder. Nothing runs in it,
     /// or what does is dying. May block.
     fn ended(&self, site: &Site);

@@ -4,7 +4,7 @@
 //! [`Lifecycle::finished`], [`Lifecycle::tick`] …) and when; it answers with [`Effect`]s,
 //! which the pool carries out in order. It must never do I/O, wait, read a clock or draw a
 //! random number: the same calls give the same effects, so that whole lives of a pool can be
-//! simulated (`tests/simulation.rs`).
+//! simulated (`lifecycle/simulation.rs`).
 //!
 //! How it thinks: a session has a [`Phase`] (durable), at most one operation in flight, at
 //! most one holder, and a line of waiters. After every change [`Lifecycle::advance`] looks at
@@ -57,6 +57,8 @@ pub struct Policy {
     pub backup_after: Option<Duration>,
     /// Whether backups have somewhere to go.
     pub has_destination: bool,
+    /// How many spares are kept ready, as far as there is room.
+    pub spares: usize,
 }
 
 /// Where a session stands. What is written here is durable before the disk follows.
@@ -64,7 +66,8 @@ pub struct Policy {
 pub enum Phase {
     /// Not made yet: known only because somebody waits for it. Never durable.
     Absent,
-    /// The volume is being made and bootstrapped; undone if that does not end well.
+    /// The volume is being made and bootstrapped, and the session made ready; undone if that
+    /// does not end well.
     Creating,
     /// Local files, and an instance that may be running.
     Active,
@@ -92,8 +95,11 @@ impl Phase {
 /// Work the pool does for a session, one at a time.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Op {
-    /// Make the volume and bootstrap it; all or nothing.
-    Create,
+    /// Make the volume, bootstrap it and make the session ready to run commands; all or nothing.
+    Create {
+        /// Out of a spare, which is used up whatever becomes of it.
+        spare: bool,
+    },
     /// Make the session ready to run commands.
     Start,
     /// End the instance. Without `force`, answer [`Outcome::Busy`] if something still runs.
@@ -188,6 +194,11 @@ pub enum Effect {
         /// The operation to give up.
         seq: Seq,
     },
+    /// Make a spare, an instance that is no session's yet, then call [`Lifecycle::prepared`],
+    /// whatever happened.
+    Prepare,
+    /// End a spare. What is ordered after it begins when it has ended.
+    Discard,
     /// Make a row durable; nothing waits for it, and a crash before it loses nothing.
     Save(Row),
     /// Forget a row, as [`Effect::Save`].
@@ -357,6 +368,14 @@ pub struct Lifecycle {
     running: usize,
     /// Those of them that a caller waits for.
     wished: usize,
+    /// Spares that are ready. Each takes a place as a session does.
+    spares: usize,
+    /// Spares being made, which take places too.
+    preparing: usize,
+    /// Those of them that are to be ended as soon as they are made.
+    outdated: usize,
+    /// The last spare could not be made, and no session has been since.
+    cannot_prepare: bool,
     #[cfg(test)]
     fault: Option<Fault>,
 }
@@ -397,6 +416,12 @@ enum Fault {
     SlotWakesNobody,
     /// An archived session starts empty.
     ArchivedStartsEmpty,
+    /// Spares take no place.
+    SparesNotCounted,
+    /// A spare is given to two sessions.
+    SpareGivenTwice,
+    /// Somebody waits for ever for the place of a spare.
+    SpareKeepsPlace,
 }
 
 impl Lifecycle {
@@ -414,6 +439,10 @@ impl Lifecycle {
             slot_line: VecDeque::new(),
             running: 0,
             wished: 0,
+            spares: 0,
+            preparing: 0,
+            outdated: 0,
+            cannot_prepare: false,
             #[cfg(test)]
             fault: None,
         }
@@ -508,6 +537,7 @@ impl Lifecycle {
         for id in ids {
             self.advance(id, out);
         }
+        self.keep_spares(out);
     }
 
     fn recover_row(&mut self, mut row: Row, found: Found, out: &mut Vec<Effect>) {
@@ -515,6 +545,8 @@ impl Lifecycle {
         let was = row.phase;
         row.phase = match (was, found) {
             (Phase::Creating, Found::Half) if self.has(Fault::HalfMadeKept) => Phase::Stopped,
+            // Perhaps somebody was granted it already.
+            (Phase::Creating, Found::Whole) => Phase::Stopped,
             // Nobody was granted what was still being made, so nothing is lost with it.
             (Phase::Absent | Phase::Creating | Phase::Removing, _) => Phase::Removing,
             (Phase::Pruning, Found::Whole | Found::Half) => Phase::Pruning,
@@ -533,7 +565,7 @@ impl Lifecycle {
         };
         match was {
             // Whoever held it may have written until the very end.
-            Phase::Active => {
+            Phase::Active | Phase::Creating => {
                 row.unsaved = !self.has(Fault::CrashCountsAsSaved) || row.backup.is_none();
                 row.stopped_at = self.now;
             }
@@ -701,6 +733,37 @@ impl Lifecycle {
         if !self.has(Fault::SlotWakesNobody) {
             self.fill_slots(out);
         }
+        self.keep_spares(out);
+    }
+
+    /// A spare has been made, or could not be.
+    pub fn prepared(&mut self, now: PoolTime, made: bool, out: &mut Vec<Effect>) {
+        self.at(now);
+        self.preparing = self.preparing.saturating_sub(1);
+        self.spares += usize::from(made);
+        self.cannot_prepare = !made;
+        if self.outdated > 0 {
+            self.outdated -= 1;
+            if made {
+                self.discard_spare(out);
+            }
+        }
+        self.fill_slots(out);
+        self.keep_spares(out);
+    }
+
+    /// What spares are made of has changed: new ones take their places.
+    pub fn renew_spares(&mut self, now: PoolTime, out: &mut Vec<Effect>) {
+        self.at(now);
+        self.outdated = self.preparing;
+        while self.discard_spare(out) {}
+        self.keep_spares(out);
+    }
+
+    /// No more spares are wanted.
+    pub fn end_spares(&mut self, now: PoolTime, out: &mut Vec<Effect>) {
+        self.policy.spares = 0;
+        self.renew_spares(now, out);
     }
 
     fn at(&mut self, now: PoolTime) {
@@ -717,15 +780,24 @@ impl Lifecycle {
         self.failing.remove(&id);
         let row = &mut session.row;
         let change = match &running.op {
-            Op::Create => {
-                row.stopped_at = now;
-                self.enter(id, Phase::Stopped);
-                Change::Created
+            Op::Create { .. } => {
+                row.last_used = now;
+                // Whoever is granted it need not wait until that is durable: from what is
+                // (`Creating`, and a volume that is whole) a start concludes the same.
+                self.enter(id, Phase::Active);
+                if let Some(session) = self.sessions.get(&id) {
+                    out.push(Effect::Save(session.row.clone()));
+                }
+                self.cannot_prepare = false;
+                out.push(Effect::Notify { id, change: Change::Created });
+                out.push(Effect::Notify { id, change: Change::Started });
+                return;
             }
             Op::Start => {
                 // The row that says so is already durable.
                 row.unsaved = !saved_for_ever || row.backup.is_none();
                 row.last_used = now;
+                self.cannot_prepare = false;
                 out.push(Effect::Notify { id, change: Change::Started });
                 return;
             }
@@ -831,13 +903,11 @@ impl Lifecycle {
             }
             return;
         }
-        if running.op == Op::Create {
+        if let Op::Create { .. } = running.op {
             self.refuse_guards(id, out);
             self.forget(id, out);
-            out.push(Effect::Notify {
-                id,
-                change: Change::Failed { op: Op::Create, retry_at: None },
-            });
+            let op = running.op.clone();
+            out.push(Effect::Notify { id, change: Change::Failed { op, retry_at: None } });
             return;
         }
         let now = self.now;
@@ -958,8 +1028,8 @@ impl Lifecycle {
 
     /// Serves the front of a session's line until it has to wait for something.
     fn serve_line(&mut self, id: Uuid, out: &mut Vec<Effect>) {
-        let has_room = self.has_room();
         loop {
+            let has_room = self.has_room() || self.spares > 0;
             let Some(session) = self.sessions.get_mut(&id) else { return };
             let Some(front) = session.waiters.front() else { break };
             let (waiter, phase) = (front.id, session.row.phase);
@@ -1012,7 +1082,12 @@ impl Lifecycle {
                 (Want::Restored(name), _) => match name.or_else(|| session.row.backup.clone()) {
                     None => Err(Refusal::NoBackup),
                     Some(_) if !phase.is_resident() && !has_room => Err(Refusal::AtCapacity),
-                    Some(name) => return self.run(id, Op::Restore(name), Some(waiter), out),
+                    Some(name) => {
+                        if !phase.is_resident() && !self.has_room() {
+                            self.discard_spare(out);
+                        }
+                        return self.run(id, Op::Restore(name), Some(waiter), out);
+                    }
                 },
 
                 (Want::Removed, _) => return self.run(id, Op::Remove, Some(waiter), out),
@@ -1076,7 +1151,7 @@ impl Lifecycle {
         // A prune or removal that a crash left half-done falls back to itself: it has to end.
         let fallback = session.row.phase;
         let next = match &op {
-            Op::Create => Some(Phase::Creating),
+            Op::Create { .. } => Some(Phase::Creating),
             Op::Start => Some(Phase::Active),
             Op::Prune => Some(Phase::Pruning),
             Op::Restore(_) => Some(Phase::Restoring),
@@ -1152,7 +1227,32 @@ impl Lifecycle {
     // ---- Places in a full pool ----------------------------------------------------------
 
     fn has_room(&self) -> bool {
-        self.resident < self.policy.max_vms + usize::from(self.has(Fault::CapacityOffByOne))
+        let spares = if self.has(Fault::SparesNotCounted) { 0 } else { self.spares };
+        let most = self.policy.max_vms + usize::from(self.has(Fault::CapacityOffByOne));
+        self.resident + spares + self.preparing < most
+    }
+
+    /// Has spares made while there is room that nobody waits for.
+    fn keep_spares(&mut self, out: &mut Vec<Effect>) {
+        while self.spares + self.preparing < self.policy.spares
+            && !self.cannot_prepare
+            && self.outdated == 0
+            && self.slot_line.is_empty()
+            && self.has_room()
+        {
+            self.preparing += 1;
+            out.push(Effect::Prepare);
+        }
+    }
+
+    /// Gives up a spare, if there is one.
+    fn discard_spare(&mut self, out: &mut Vec<Effect>) -> bool {
+        let is_there = self.spares > 0;
+        if is_there {
+            self.spares -= 1;
+            out.push(Effect::Discard);
+        }
+        is_there
     }
 
     /// Puts a session at the end of the line for a place.
@@ -1169,23 +1269,31 @@ impl Lifecycle {
     /// whom no room is being made and who would not wait.
     fn fill_slots(&mut self, out: &mut Vec<Effect>) {
         while let Some(&id) = self.slot_line.front() {
-            if !self.has_room() {
+            let starts_empty = self.has(Fault::ArchivedStartsEmpty);
+            let backup = self.sessions.get(&id).and_then(|session| match session.row.phase {
+                Phase::Archived if !starts_empty => session.row.backup.clone(),
+                _ => None,
+            });
+            let spare = backup.is_none() && self.spares > 0;
+            let keeps_place = self.has(Fault::SpareKeepsPlace);
+            if !spare && !self.has_room() && (keeps_place || !self.discard_spare(out)) {
                 break;
             }
             self.slot_line.pop_front();
-            let starts_empty = self.has(Fault::ArchivedStartsEmpty);
             let Some(session) = self.sessions.get_mut(&id) else { continue };
             session.wants_slot = false;
             let Some(front) = session.waiters.front() else { continue };
             let wished_by = Some(front.id);
-            let op = match (session.row.phase, session.row.backup.clone()) {
-                (Phase::Archived, Some(name)) if !starts_empty => Op::Restore(name),
-                _ => Op::Create,
-            };
+            if spare && !self.has(Fault::SpareGivenTwice) {
+                self.spares -= 1;
+            }
+            let op = backup.map_or(Op::Create { spare }, Op::Restore);
             self.run(id, op, wished_by, out);
         }
-        while self.evicting < self.slot_line.len() && self.evict_one(out) {}
-        let turned_away: Vec<Uuid> = self.slot_line.iter().skip(self.evicting).copied().collect();
+        // A spare that is being made gives way when it is there.
+        while self.evicting + self.preparing < self.slot_line.len() && self.evict_one(out) {}
+        let on_their_way = self.evicting + self.preparing;
+        let turned_away: Vec<Uuid> = self.slot_line.iter().skip(on_their_way).copied().collect();
         for id in turned_away {
             self.turn_away_impatient(id, out);
         }

@@ -116,6 +116,14 @@ impl Builder {
         self
     }
 
+    /// How many sandboxes are kept ready for sessions to come, so that a new one need not wait
+    /// for its own. They take places of `max_vms` only while these are free. None where there
+    /// is a bootstrap command, and of no use under `host` isolation. Default: 0.
+    pub fn spares(mut self, count: usize) -> Self {
+        self.settings.spares = count;
+        self
+    }
+
     /// Opens the pool: makes its folders, takes its lock and takes up what an earlier process
     /// left.
     ///
@@ -152,6 +160,7 @@ impl MicroVmManager {
             clock: Arc::new(SystemClock),
             acquire_timeout: None,
             background_is_use: true,
+            spares: 0,
         };
         Builder { config, settings }
     }
@@ -202,7 +211,7 @@ impl MicroVmManager {
         Ok(VmExecutionGuard { hold })
     }
 
-    /// Does now what is due: stops idle sessions, backs up, prunes. What failed before and is
+    /// Does now what is due: stops idle sessions, backs up, prunes, makes spares. What failed before and is
     /// being waited out is tried again at once. Returns when it is done; a failure shows in
     /// [`MicroVmManager::inspect`] and in the events, and stops nothing else.
     ///
@@ -338,7 +347,10 @@ impl MicroVmManager {
         options: &PullOptions,
         progress: impl Fn(Progress) + Send + Sync + 'static,
     ) -> Result<ImageInfo> {
-        Ok(info(&self.pool()?.images()?.pull(reference, options, progress).await?))
+        let pool = self.pool()?;
+        let image = pool.images()?.pull(reference, options, progress).await?;
+        pool.renew_spares();
+        Ok(info(&image))
     }
 
     /// Brings an image from an OCI layout or from what `docker save` wrote. Cancel-safe: dropped,
@@ -353,8 +365,10 @@ impl MicroVmManager {
         progress: impl Fn(Progress) + Send + Sync + 'static,
     ) -> Result<ImageInfo> {
         let never = AtomicBool::new(false);
-        let import = move |_: &Pool, store: &Store| {
-            Ok(info(&store.import(&path, &options, &never, &progress)?))
+        let import = move |pool: &Arc<Pool>, store: &Store| {
+            let image = store.import(&path, &options, &never, &progress)?;
+            pool.renew_spares();
+            Ok(info(&image))
         };
         self.pool()?.with_images(import).await
     }
@@ -366,8 +380,10 @@ impl MicroVmManager {
     /// As [`MicroVmManager::images`].
     pub async fn remove_image(&self, name: &str) -> Result<bool> {
         let name = name.to_owned();
-        let remove = move |pool: &Pool, store: &Store| {
-            Ok(store.remove(&name, |layer| pool.needs_layer(layer))?.image)
+        let remove = move |pool: &Arc<Pool>, store: &Store| {
+            let removed = store.remove(&name, |layer| pool.needs_layer(layer))?;
+            pool.renew_spares();
+            Ok(removed.image)
         };
         self.pool()?.with_images(remove).await
     }

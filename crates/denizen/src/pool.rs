@@ -24,6 +24,7 @@ use tokio::task::JoinSet;
 use uuid::Uuid;
 
 use crate::backup::Backups;
+use crate::bootstrap;
 use crate::config::VmPoolRuntimeConfig;
 use crate::error::{Error, Result};
 use crate::event::{
@@ -51,6 +52,7 @@ pub(crate) struct Settings {
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) acquire_timeout: Option<Duration>,
     pub(crate) background_is_use: bool,
+    pub(crate) spares: usize,
 }
 
 /// A session's place in this process.
@@ -90,6 +92,12 @@ impl Place {
     }
 }
 
+/// An instance that is no session's yet.
+struct Spare {
+    site: Site,
+    instance: Instance,
+}
+
 /// The exclusive hold on a session; dropping it gives the session back.
 pub(crate) struct Hold {
     pub(crate) pool: Arc<Pool>,
@@ -114,6 +122,8 @@ type Answer = Result<Option<Hold>>;
 
 enum Order {
     Run { id: Uuid, seq: Seq, op: Op, row: Option<Write> },
+    Prepare,
+    Discard(Spare),
     Write(Write),
 }
 
@@ -126,6 +136,13 @@ struct State {
     interrupts: HashMap<Seq, Arc<AtomicBool>>,
     /// Sessions that others about to be made are copies of.
     origins: HashMap<Uuid, Site>,
+    spares: Vec<Spare>,
+    /// What sessions about to be made are made of.
+    claimed: HashMap<Uuid, Spare>,
+    /// How many spares are being made.
+    preparing: usize,
+    /// How many spares are being ended.
+    discarding: usize,
     ids: BTreeMap<String, Uuid>,
     names: HashMap<Uuid, SessionName>,
     /// The last failure of each session that has not been followed by a success.
@@ -170,18 +187,18 @@ impl Pool {
         let volumes = Volumes::open(&config.volume_root)?;
         let (mut registry, remembered) = Registry::open(volumes.root(), volumes.own())?;
         // Of sessions whose owner and init were both killed, processes may be alive.
-        let left_running = remembered.rows.iter().filter_map(|row| match row.phase {
-            Phase::Active | Phase::Creating => volumes.site(row.id).recorded_init(),
-            _ => None,
-        });
-        denizen_agent::sweep(&left_running.collect::<Vec<_>>());
+        let mut left_running: Vec<Site> = volumes.spares();
+        left_running.extend(remembered.rows.iter().filter_map(|row| {
+            let may_run = matches!(row.phase, Phase::Active | Phase::Creating);
+            may_run.then(|| volumes.site(row.id))
+        }));
+        let inits = left_running.iter().filter_map(Site::recorded_init);
+        denizen_agent::sweep(&inits.collect::<Vec<_>>());
         let (denials, denied) = mpsc::channel(1024);
         let options = Options { denials: Some(denials), ..settings.instances.clone() };
         let driver = settings.isolation.driver(volumes.own(), options)?;
-        for row in &remembered.rows {
-            if matches!(row.phase, Phase::Active | Phase::Creating) {
-                driver.ended(&volumes.site(row.id));
-            }
+        for site in &left_running {
+            driver.ended(site);
         }
         let clock = PoolClock::resume(settings.clock.clone(), remembered.time.as_ref());
         let known: HashSet<Uuid> = remembered.rows.iter().map(|row| row.id).collect();
@@ -208,6 +225,8 @@ impl Pool {
             prune_after: config.prune_after,
             backup_after: config.backup_after,
             has_destination: backups.is_some(),
+            // What a spare would be bootstrapped for is not known.
+            spares: if bootstrap::is_wanted(&config) { 0 } else { settings.spares },
         };
         let (orders, inbox) = mpsc::unbounded_channel();
         let names = remembered.names.into_iter().filter(|(_, id)| known.contains(id));
@@ -219,6 +238,10 @@ impl Pool {
             next_waiter: 1,
             interrupts: HashMap::new(),
             origins: HashMap::new(),
+            spares: Vec::new(),
+            claimed: HashMap::new(),
+            preparing: 0,
+            discarding: 0,
             ids: names.iter().map(|(id, name)| (name.to_string(), *id)).collect(),
             names,
             failures: HashMap::new(),
@@ -310,14 +333,29 @@ impl Pool {
         let order = |order| drop(self.orders.send(order));
         match effect {
             Effect::Run { id, seq, op, row } => {
-                if op == Op::Backup {
-                    state.interrupts.insert(seq, Arc::default());
+                match op {
+                    Op::Backup => drop(state.interrupts.insert(seq, Arc::default())),
+                    Op::Create { spare: true } => {
+                        let spare = state.spares.pop();
+                        state.claimed.extend(spare.map(|spare| (id, spare)));
+                    }
+                    _ => {}
                 }
                 order(Order::Run { id, seq, op, row: row.map(Write::Save) });
             }
             Effect::Interrupt { seq, .. } => {
                 if let Some(flag) = state.interrupts.get(&seq) {
                     flag.store(true, Ordering::Relaxed);
+                }
+            }
+            Effect::Prepare => {
+                state.preparing += 1;
+                order(Order::Prepare);
+            }
+            Effect::Discard => {
+                if let Some(spare) = state.spares.pop() {
+                    state.discarding += 1;
+                    order(Order::Discard(spare));
                 }
             }
             Effect::Save(row) => order(Order::Write(Write::Save(row))),
@@ -606,7 +644,7 @@ impl Pool {
     /// Runs `work` with the images, where it may block.
     pub(crate) async fn with_images<T: Send + 'static>(
         self: &Arc<Self>,
-        work: impl FnOnce(&Self, &Store) -> Result<T> + Send + 'static,
+        work: impl FnOnce(&Arc<Self>, &Store) -> Result<T> + Send + 'static,
     ) -> Result<T> {
         let pool = self.clone();
         blocking(move || work(&pool, pool.images()?)).await
@@ -622,7 +660,8 @@ impl Pool {
     /// Whether a session on this disk needs a layer.
     pub(crate) fn needs_layer(&self, layer: &Path) -> bool {
         let sessions = self.volumes.scan().unwrap_or_default();
-        let mut sessions = sessions.into_iter().map(|id| self.volumes.site(id));
+        let sessions = sessions.into_iter().map(|id| self.volumes.site(id));
+        let mut sessions = sessions.chain(self.volumes.spares());
         sessions.any(|site| self.driver.layers(&site).iter().any(|needed| needed == layer))
     }
 
@@ -649,7 +688,15 @@ impl Pool {
     /// Does what is due and waits until it is done. Cancel-safe: what has begun goes on.
     pub(crate) async fn maintain(self: &Arc<Self>) {
         self.apply(|state, now, out| state.core.tick_eagerly(now, out));
-        self.until(|state| state.core.housekeeping() == 0).await;
+        let quiet = |state: &State| {
+            state.core.housekeeping() == 0 && state.preparing == 0 && state.discarding == 0
+        };
+        self.until(quiet).await;
+    }
+
+    /// What spares are made of may have changed.
+    pub(crate) fn renew_spares(self: &Arc<Self>) {
+        self.apply(|state, now, out| state.core.renew_spares(now, out));
     }
 
     /// Waits until the condition holds. Cancel-safe.
@@ -691,6 +738,7 @@ impl Pool {
         };
         self.until(quiet).await;
         self.apply(|state, now, out| {
+            state.core.end_spares(now, out);
             let active: Vec<Uuid> = state
                 .core
                 .views()
@@ -704,9 +752,28 @@ impl Pool {
             }
         });
         self.until(quiet).await;
+        self.until(|state| state.preparing == 0 && state.discarding == 0).await;
         // The driver has written what the operations left; save the time last.
         let pool = self.clone();
         blocking(move || Ok(pool.registry.lock().commit(&[], &pool.clock.save())?)).await
+    }
+
+    fn prepared(self: &Arc<Self>, spare: Result<Spare>) {
+        if let Err(error) = &spare {
+            tracing::warn!(%error, "no session can be made ready ahead of its use");
+        }
+        self.apply(|state, now, out| {
+            state.preparing -= 1;
+            let made = spare.is_ok();
+            state.spares.extend(spare);
+            state.core.prepared(now, made, out);
+        });
+        self.changed.notify_waiters();
+    }
+
+    fn discarded(&self) {
+        self.state.lock().discarding -= 1;
+        self.changed.notify_waiters();
     }
 
     fn finished(self: &Arc<Self>, id: Uuid, seq: Seq, result: operation::Result) {
@@ -815,6 +882,7 @@ async fn drive(pool: Weak<Pool>, mut inbox: mpsc::UnboundedReceiver<Order>) {
         writes.extend(orders.iter().filter_map(|order| match order {
             Order::Run { row, .. } => row.clone(),
             Order::Write(write) => Some(write.clone()),
+            Order::Prepare | Order::Discard(_) => None,
         }));
         let written = if writes.is_empty() { Ok(()) } else { pool.write(writes).await };
         let failure = match written {
@@ -834,6 +902,10 @@ async fn drive(pool: Weak<Pool>, mut inbox: mpsc::UnboundedReceiver<Order>) {
                 }
                 (Order::Run { id, seq, op, .. }, _) => {
                     operations.spawn(operation::run(pool.clone(), id, seq, op));
+                }
+                (Order::Prepare, _) => drop(operations.spawn(operation::prepare(pool.clone()))),
+                (Order::Discard(spare), _) => {
+                    operations.spawn(operation::discard(pool.clone(), spare));
                 }
                 (Order::Write(write), Some(_)) => {
                     behind.retain(|earlier| earlier.id() != write.id());

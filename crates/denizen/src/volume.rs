@@ -1,9 +1,9 @@
 //! The folders of a pool: `<volume_root>/<uuid>/volume` for each session, and denizen's own
 //! things in `<volume_root>/.denizen`.
 //!
-//! Each change of a session's folder has one instant at which it has happened: making ends
-//! with the row that says so (and before it with the removal of the `incomplete` mark, for
-//! whoever finds the folder without its row), putting back and deleting are one rename each.
+//! Each change of a session's folder has one instant at which it has happened: making, putting
+//! back and deleting are one rename each. What has to be made in its place, because it is
+//! bootstrapped there, has the mark `incomplete` until then.
 //! Before that instant a crash leaves what was there, after it what shall be; so a start finds
 //! out by looking ([`Volumes::found`]). Nothing here follows a symlink out of a session.
 
@@ -42,7 +42,7 @@ impl Volumes {
         let made = fs::create_dir_all(&root).and_then(|()| make_private(&own));
         made.map_err(|source| Error::root(&root, source))?;
         check_owner(&root, &own)?;
-        for folder in ["staging", "trash"] {
+        for folder in ["staging", "spares", "trash"] {
             make_private(&own.join(folder)).map_err(|source| Error::root(&root, source))?;
         }
         Ok(Self { root, own })
@@ -97,27 +97,56 @@ impl Volumes {
         Ok(ids)
     }
 
-    /// Begins to make a volume: an empty folder, marked incomplete.
-    pub(crate) fn begin(&self, id: Uuid) -> Result<PathBuf> {
+    /// Begins to make a session's folder in its place, marked incomplete.
+    pub(crate) fn begin(&self, id: Uuid) -> Result<()> {
         let home = self.home(id);
-        let volume = home.join("volume");
         let make = || {
-            // Left over from an earlier try; the registry says that nothing of it is wanted.
             self.discard(id)?;
             make_private(&home)?;
             // Nothing of it has to outlast a power cut: its row says that it is being made.
             File::create(home.join(INCOMPLETE))?;
-            fs::create_dir(&volume)
+            fs::create_dir(home.join("volume"))
         };
-        make().map_err(|source| Error::volume("make", &volume, source))?;
-        Ok(volume)
+        make().map_err(|source| Error::volume("make", &home, source))
     }
 
-    /// Ends the making of a volume: from here on it is whole.
+    /// Makes a folder as a session's, with an empty volume, that is not any session's yet.
+    pub(crate) fn begin_spare(&self) -> Result<Site> {
+        let id = Uuid::new_v4();
+        let home = self.own.join("spares").join(id.to_string());
+        let made = make_private(&home).and_then(|()| fs::create_dir(home.join("volume")));
+        made.map_err(|source| Error::volume("make", &home, source))?;
+        Ok(Site::in_folder(id, home))
+    }
+
+    /// Makes a session's folder out of a spare one, in one step, also after a power cut.
+    pub(crate) fn install_new(&self, id: Uuid, spare: &Path) -> Result<()> {
+        let home = self.home(id);
+        let make = || {
+            // Left over from an earlier try; the registry says that nothing of it is wanted.
+            self.discard(id)?;
+            renameat_with(CWD, spare, CWD, &home, RenameFlags::NOREPLACE)?;
+            sync(&self.root)
+        };
+        make().map_err(|source| Error::volume("make", &home, source))
+    }
+
+    /// The spares that are there.
+    pub(crate) fn spares(&self) -> Vec<Site> {
+        let entries = fs::read_dir(self.own.join("spares")).into_iter().flatten().flatten();
+        let site = |entry: fs::DirEntry| {
+            let id = Uuid::try_parse(entry.file_name().to_str()?).ok()?;
+            Some(Site::in_folder(id, entry.path()))
+        };
+        entries.filter_map(site).collect()
+    }
+
+    /// Ends the making of a volume: from here on it is whole, also after a power cut.
     pub(crate) fn complete(&self, id: Uuid) -> Result<()> {
         let home = self.home(id);
         let end = || {
             fs::remove_file(home.join(INCOMPLETE))?;
+            sync(&home)?;
             sync(&self.root)
         };
         end().map_err(|source| Error::volume("make", &home, source))
@@ -171,9 +200,9 @@ impl Volumes {
         }
     }
 
-    /// What a killed process left in the trash and in staging.
+    /// What a killed process left in the trash, in staging and of spares.
     pub(crate) fn left_over(&self) -> LeftOver {
-        let folders = ["trash", "staging"].map(|folder| self.own.join(folder));
+        let folders = ["trash", "staging", "spares"].map(|folder| self.own.join(folder));
         let entries = folders.iter().filter_map(|folder| fs::read_dir(folder).ok()).flatten();
         LeftOver(entries.flatten().map(|entry| entry.path()).collect())
     }

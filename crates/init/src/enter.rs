@@ -8,6 +8,7 @@
 //! |---|---|
 //! | `map` | lines of `uid_map`, lines of `gid_map` (user_namespaces(7)) |
 //! | `alone` | – ; the maps are one user and group: no other may be had |
+//! | `group` | `tasks` file of a control group of version 1, or folder of one of version 2, to be in |
 //! | `shift` | path of a folder of the host, whose owners are to be those of the same numbers within |
 //! | `overlay` | target, attributes, upper, work, number of lower folders, these from the top |
 //! | `bind`, `rbind` | target, attributes, source; of one mount, or with those below it |
@@ -69,6 +70,7 @@ pub fn enter(plan: &[u8]) -> Result<Entered> {
         let what = what.to_owned();
         move |error: io::Error| (what, error.raw_os_error().unwrap_or(sys::EINVAL))
     };
+    let unified = join_groups(&steps)?;
     let (mut wait, mut go) = io::pipe().map_err(io("pipe"))?;
     let mut shifted = Vec::new();
     for step in &steps {
@@ -79,7 +81,7 @@ pub fn enter(plan: &[u8]) -> Result<Entered> {
             shifted.push((*path, copy.map_err(|error| (describe(step), error))?));
         }
     }
-    match kernel::split().map_err(|error| ("namespaces".to_owned(), error))? {
+    match kernel::split(unified.as_ref()).map_err(|error| ("namespaces".to_owned(), error))? {
         kernel::Side::Parent(pid) => {
             drop(wait);
             for step in &steps {
@@ -112,6 +114,25 @@ pub fn enter(plan: &[u8]) -> Result<Entered> {
     }
 }
 
+/// Has this process join control groups of version 1, and finds the one of version 2. To move
+/// another process, or a whole one in version 2, the kernel waits for all processors to come by
+/// (`kernel/cgroup/cgroup.c`: `cgroup_procs_write_start`), ten times as long as all the rest
+/// takes here.
+fn join_groups(steps: &[Step<'_>]) -> Result<Option<OwnedFd>> {
+    let mut unified = None;
+    for step in steps {
+        let Step::Group { path } = step else { continue };
+        let failed = |error: i32| (describe(step), error);
+        if path.to_bytes().ends_with(b"/tasks") {
+            let joined = fs::write(path_of(path), "0");
+            joined.map_err(|error| failed(error.raw_os_error().unwrap_or(sys::EINVAL)))?;
+        } else {
+            unified = Some(kernel::open_path(path).map_err(failed)?);
+        }
+    }
+    Ok(unified)
+}
+
 fn write_map(pid: i32, name: &str, content: &CStr) -> Result<()> {
     fs::write(format!("/proc/{pid}/{name}"), content.to_bytes())
         .map_err(|error| (name.to_owned(), error.raw_os_error().unwrap_or(sys::EINVAL)))
@@ -121,6 +142,7 @@ fn write_map(pid: i32, name: &str, content: &CStr) -> Result<()> {
 enum Step<'p> {
     Map { users: &'p CStr, groups: &'p CStr },
     Alone,
+    Group { path: &'p CStr },
     Shift { path: &'p CStr },
     Mount { at: &'p CStr, what: Mount<'p> },
     Dir { path: &'p CStr, mode: u32 },
@@ -157,6 +179,7 @@ fn parse(plan: &[u8]) -> Result<Vec<Step<'_>>> {
         steps.push(match step {
             b"map" => Step::Map { users: next()?, groups: next()? },
             b"alone" => Step::Alone,
+            b"group" => Step::Group { path: next()? },
             b"shift" => Step::Shift { path: next()? },
             b"overlay" => {
                 let (at, attributes) = (next()?, number(next()?, 10).ok_or_else(bad)?);
@@ -373,6 +396,7 @@ fn follow(step: &Step<'_>) -> std::result::Result<(), i32> {
         // Done before, or elsewhere.
         Step::Map { .. }
         | Step::Alone
+        | Step::Group { .. }
         | Step::Shift { .. }
         | Step::Mount { .. }
         | Step::Listen { .. }
@@ -438,6 +462,7 @@ fn describe(step: &Step<'_>) -> String {
     let (verb, what) = match step {
         Step::Map { .. } => ("map", None),
         Step::Alone => ("alone", None),
+        Step::Group { path } => ("join control group", Some(path)),
         Step::Shift { path } => ("shift", Some(path)),
         Step::Mount { at, .. } => ("mount", Some(at)),
         Step::Dir { path, .. } => ("make folder", Some(path)),

@@ -21,6 +21,11 @@ impl Driver for Host {
         Ok(Instance { agent: Agent::with(site.launch()), env: BTreeMap::new() })
     }
 
+    fn moved(&self, _: Instance, _: &Site, to: &Site) -> Result<Instance> {
+        // Nothing runs before the first command.
+        self.start(to)
+    }
+
     fn ended(&self, _: &Site) {}
 
     fn workdir(&self, site: &Site) -> PathBuf {

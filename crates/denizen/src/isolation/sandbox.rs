@@ -40,6 +40,9 @@ use crate::error::{Error, Result};
 /// Where the volume is within, and commands start.
 const WORKDIR: &str = "/volume";
 
+/// The same for all: a sandbox may be there before it is known whose it is.
+const HOST_NAME: &str = "denizen";
+
 /// Which capabilities root has over what is the sandbox's own (`capabilities(7)`): those of a
 /// package manager. CHOWN, DAC_OVERRIDE, FOWNER, FSETID, KILL, SETGID, SETUID,
 /// NET_BIND_SERVICE, SYS_CHROOT, SETFCAP.
@@ -115,8 +118,7 @@ impl Sandbox {
         self.users.take_over(&site.volume)?;
         DirBuilder::new().recursive(true).mode(0o700).create(site.root_changes())?;
         DirBuilder::new().recursive(true).mode(0o700).create(site.home.join("work"))?;
-        let overlays: Vec<_> =
-            below.iter().map(|below| Folders::new(site, &below.target)).collect();
+        let overlays = overlays(site, below);
         for overlay in &overlays {
             self.folder(&overlay.upper, 0o755)?;
             self.folder(&overlay.work, 0o755)?;
@@ -138,8 +140,24 @@ impl Sandbox {
         self.users.give(path, (0, 0))
     }
 
-    fn plan(&self, site: &Site, overlays: &[Folders], below: &[Below]) -> Plan {
+    /// How the first process is launched.
+    fn launch(
+        &self,
+        site: &Site,
+        groups: &[PathBuf],
+        overlays: &[Folders],
+        below: &[Below],
+    ) -> Launch {
+        let plan = self.plan(site, groups, overlays, below).finish();
+        let door = self.networks.door(site.id, &tokio::runtime::Handle::current());
+        Launch { enter: Some(Arc::new(Enter { plan, door })), ..site.launch() }
+    }
+
+    fn plan(&self, site: &Site, groups: &[PathBuf], overlays: &[Folders], below: &[Below]) -> Plan {
         let mut plan = Plan::default();
+        for group in groups {
+            plan.step(["group".as_ref(), group.as_os_str()]);
+        }
         let [user_map, group_map] = self.users.maps();
         if self.users.is_alone() {
             plan.step(["alone"]);
@@ -187,8 +205,7 @@ impl Sandbox {
         for path in HIDDEN {
             plan.step(["hide", path]);
         }
-        let id = site.id.simple().to_string();
-        plan.step(["host", &format!("denizen-{}", id.get(..8).unwrap_or_default())]);
+        plan.step(["host", HOST_NAME]);
         plan.step(["loopback"]);
         // What an image may lack.
         plan.step(["give", "/etc/hosts", host_root::HOSTS]);
@@ -259,20 +276,25 @@ impl Driver for Sandbox {
         let base = self.roots.of(site)?;
         let below = self.roots.below(&base)?;
         let overlays = self.folders(site, &below).map_err(failed)?;
-        let plan = self.plan(site, &overlays, &below).finish();
         let groups = self.groups.make(site.id, &site.home, &self.limits).map_err(|source| {
             self.groups.remove(site.id, &site.home);
             Error::volume("make control groups for", &site.home, source)
         })?;
-        let runtime = tokio::runtime::Handle::current();
-        let door = self.networks.door(site.id, &runtime);
-        let enter = Some(Arc::new(Enter { plan, groups, door }));
-        let agent = Agent::with(Launch { enter, ..site.launch() });
+        let agent = Agent::with(self.launch(site, &groups, &overlays, &below));
         // Where it cannot be made, the session does not start.
-        runtime.block_on(agent.launch()).inspect_err(|_| self.ended(site))?;
+        let launched = tokio::runtime::Handle::current().block_on(agent.launch());
+        launched.inspect_err(|_| self.ended(site))?;
         let mut env = self.networks.env();
         env.extend(base.env());
         Ok(Instance { agent, env })
+    }
+
+    fn moved(&self, instance: Instance, from: &Site, to: &Site) -> Result<Instance> {
+        let below = self.roots.below(&self.roots.of(to)?)?;
+        let groups = self.groups.joined(&to.home);
+        instance.agent.relaunch_by(self.launch(to, &groups, &overlays(to, &below), &below));
+        self.networks.rename(from.id, to.id);
+        Ok(instance)
     }
 
     fn ended(&self, site: &Site) {
@@ -293,7 +315,7 @@ impl Driver for Sandbox {
     }
 
     fn out_of_memory(&self, site: &Site) -> u64 {
-        self.groups.out_of_memory(site.id)
+        self.groups.out_of_memory(&site.home)
     }
 
     fn images(&self) -> Option<&Store> {
@@ -303,6 +325,10 @@ impl Driver for Sandbox {
     fn layers(&self, site: &Site) -> Vec<PathBuf> {
         self.roots.layers_of(site)
     }
+}
+
+fn overlays(site: &Site, below: &[Below]) -> Vec<Folders> {
+    below.iter().map(|below| Folders::new(site, &below.target)).collect()
 }
 
 /// The two folders of an overlay on the host.

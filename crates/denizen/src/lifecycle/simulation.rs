@@ -72,6 +72,10 @@ struct World {
     stopped: BTreeMap<Uuid, PoolTime>,
     /// Sessions whose removal somebody asked for.
     removals: BTreeSet<Uuid>,
+    /// Instances that are no session's yet.
+    spares: usize,
+    /// Those that are being made.
+    preparing: usize,
     next_version: u64,
     next_waiter: WaiterId,
     next_backup: u64,
@@ -103,6 +107,7 @@ impl World {
             prune_after: Duration::from_secs(300),
             backup_after: random.chance(70).then(|| Duration::from_secs(100)),
             has_destination: random.chance(75),
+            spares: usize::try_from(random.below(3)).unwrap_or(0),
         };
         let mut world = Self {
             core: Lifecycle::new(policy.clone()),
@@ -122,6 +127,8 @@ impl World {
             last_release: BTreeMap::new(),
             stopped: BTreeMap::new(),
             removals: BTreeSet::new(),
+            spares: 0,
+            preparing: 0,
             next_version: 1,
             next_waiter: 1,
             next_backup: 1,
@@ -155,6 +162,11 @@ impl World {
                         flying.interrupted |= flying.id == id && flying.seq == seq;
                     }
                 }
+                Effect::Prepare => self.preparing += 1,
+                Effect::Discard => {
+                    ensure!(self.spares > 0, "a spare is ended that is not there");
+                    self.spares -= 1;
+                }
                 // What nothing waits for may be lost.
                 Effect::Save(row) => {
                     if self.random.chance(90) {
@@ -172,7 +184,7 @@ impl World {
                     self.answered(id, waiter)?;
                     if why == Refusal::AtCapacity {
                         ensure!(
-                            self.core.resident() >= self.policy.max_vms,
+                            self.core.resident() + self.preparing >= self.policy.max_vms,
                             "turned away from a pool that is not full"
                         );
                     }
@@ -222,6 +234,10 @@ impl World {
                 .map(|(_, want)| want)
                 .any(|want| matches!(want, Want::Stopped { force: true } | Want::Removed));
             ensure!(forced, "processes of {id} ended though nobody forced it");
+        }
+        if op == (Op::Create { spare: true }) {
+            ensure!(self.spares > 0, "{id} is made of a spare that is not there");
+            self.spares -= 1;
         }
         let refused = row.is_some() && self.random.chance(4);
         if let (Some(row), false) = (row, refused) {
@@ -279,7 +295,7 @@ impl World {
     /// What an operation does to the world, if it does it.
     fn effect_of(&mut self, id: Uuid, op: &Op) -> Result<Outcome, String> {
         match op {
-            Op::Create => {
+            Op::Create { .. } => {
                 let version = self.fresh();
                 self.disks.insert(id, Disk { half: false, granted: false, version, bootstraps: 1 });
                 self.expected.insert(id, Some(version));
@@ -363,7 +379,8 @@ impl World {
             }
             30..=36 => self.cancel(id),
             37..=52 => self.release(id),
-            53..=77 => self.finish(false),
+            53..=56 => self.prepare(80),
+            57..=77 => self.finish(false),
             78..=92 => self.pass_time(),
             93..=94 => {
                 // By hand, while nobody looks.
@@ -443,6 +460,22 @@ impl World {
         self.call(|core, now, out| core.finished(now, id, seq, outcome, out))
     }
 
+    /// Ends the making of a spare.
+    fn prepare(&mut self, percent: u64) -> Check {
+        if self.random.chance(10) {
+            self.note("renew spares".to_owned());
+            self.call(super::Lifecycle::renew_spares)?;
+        }
+        if self.preparing == 0 {
+            return Ok(());
+        }
+        self.preparing -= 1;
+        let made = self.random.chance(percent);
+        self.spares += usize::from(made);
+        self.note(format!("prepared: {made}"));
+        self.call(|core, now, out| core.prepared(now, made, out))
+    }
+
     fn pass_time(&mut self) -> Check {
         let wait = match self.random.below(10) {
             0..=2 => self.random.below(1000),
@@ -479,7 +512,7 @@ impl World {
             }
             match self.random.below(3) {
                 0 => {}
-                1 if op == Op::Create => {
+                1 if matches!(op, Op::Create { .. }) => {
                     let version = self.fresh();
                     self.disks
                         .insert(id, Disk { half: true, granted: false, version, bootstraps: 0 });
@@ -499,6 +532,7 @@ impl World {
         }
         self.busy.clear();
         self.lines.clear();
+        (self.spares, self.preparing) = (0, 0);
         if self.random.chance(20) {
             self.policy.max_vms = 1 + usize::try_from(self.random.below(4)).unwrap_or(0);
         }
@@ -560,8 +594,9 @@ impl World {
             for flying in &mut self.flying {
                 flying.hangs = false;
             }
-            while !self.flying.is_empty() {
+            while !self.flying.is_empty() || self.preparing > 0 {
                 self.finish(true)?;
+                self.prepare(100)?;
             }
             self.busy.clear();
             let held: Vec<Uuid> = self.holders.keys().copied().collect();
@@ -581,6 +616,12 @@ impl World {
             ensure!(!disk.half, "{id} stays half-made");
             ensure!(!self.policy.has_destination, "{id} is never archived");
         }
+        ensure!(
+            self.spares == self.policy.spares.min(self.policy.max_vms - self.core.resident())
+                || self.core.cannot_prepare,
+            "{} spares are there",
+            self.spares
+        );
         if self.policy.has_destination {
             for (id, expected) in &self.expected {
                 let Some(version) = expected else { continue };
@@ -601,9 +642,11 @@ impl World {
             self.limit = resident;
         }
         self.limit = self.limit.min(resident).max(self.policy.max_vms);
-        ensure!(resident <= self.limit, "{resident} resident, {} allowed", self.limit);
+        let spares = self.spares + self.preparing;
+        let taken = resident + spares;
+        ensure!(taken <= self.limit, "{resident} and {spares} are there, {} allowed", self.limit);
         ensure!(
-            core.slot_line.is_empty() || resident >= self.policy.max_vms,
+            core.slot_line.is_empty() || resident + self.preparing >= self.policy.max_vms,
             "a place is free, and somebody waits for one"
         );
         let evicting = core.sessions.values().filter(|session| session.evicting).count();
@@ -686,7 +729,7 @@ fn a_seed_is_a_history() {
 
 #[test]
 fn every_planted_fault_is_caught() {
-    const ALL: [Fault; 16] = [
+    const ALL: [Fault; 19] = [
         Fault::CapacityOffByOne,
         Fault::SavedForEver,
         Fault::PruneWhileHeld,
@@ -703,6 +746,9 @@ fn every_planted_fault_is_caught() {
         Fault::BusyIgnored,
         Fault::SlotWakesNobody,
         Fault::ArchivedStartsEmpty,
+        Fault::SparesNotCounted,
+        Fault::SpareGivenTwice,
+        Fault::SpareKeepsPlace,
     ];
     for fault in ALL {
         let caught = (0..3000).find_map(|seed| {

@@ -2,13 +2,15 @@
 //!
 //! Operations are all or nothing where the lifecycle says so, and never begin another one.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
+use denizen_agent::{Spec, Stdio};
 use uuid::Uuid;
 
-use super::{Place, Pool, blocking};
+use super::{Place, Pool, Spare, blocking};
 use crate::error::{Error, Result as Fallible};
 use crate::isolation::Site;
 use crate::lifecycle::{Found, Op, Outcome, Seq};
@@ -32,8 +34,12 @@ pub(super) async fn run(pool: Arc<Pool>, id: Uuid, seq: Seq, op: Op) {
     }
     let mut report = Report(pool.clone(), id, seq, None);
     let place = pool.place(&mut pool.state.lock(), id);
+    if matches!(op, Op::Create { .. } | Op::Restore(_)) {
+        // The place may be one that a spare had.
+        pool.until(|state| state.discarding == 0).await;
+    }
     report.3 = Some(match op {
-        Op::Create => create(&pool, &place).await,
+        Op::Create { .. } => create(&pool, &place).await,
         Op::Start => start(&pool, &place).await,
         Op::Stop { force } => stop(&pool, &place, force).await,
         Op::Backup => save(&pool, id, seq).await,
@@ -42,52 +48,173 @@ pub(super) async fn run(pool: Arc<Pool>, id: Uuid, seq: Seq, op: Op) {
     });
 }
 
-async fn create(pool: &Arc<Pool>, place: &Place) -> Result {
+async fn create(pool: &Arc<Pool>, place: &Arc<Place>) -> Result {
     let id = place.site.id;
-    let origin = pool.state.lock().origins.get(&id).cloned();
-    let make = {
-        let pool = pool.clone();
-        blocking(move || {
-            pool.volumes.begin(id)?;
-            match origin {
-                Some(origin) => copy(&pool, id, &origin).map(|()| true),
-                None => Ok(false),
-            }
-        })
+    let (spare, origin) = {
+        let mut state = pool.state.lock();
+        (state.claimed.remove(&id), state.origins.get(&id).cloned())
     };
-    let made = async {
-        let copied = make.await?;
-        if !copied && bootstrap::is_wanted(&pool.config) {
-            let (driver, site) = (pool.driver.clone(), place.site.clone());
-            let instance = blocking(move || driver.start(&site)).await?;
-            let done = bootstrap::run(&pool.config, pool.isolation(), instance, place).await;
-            ended(pool, place).await?;
-            done?;
-        }
-        let volumes = pool.volumes.clone();
-        blocking(move || volumes.complete(id)).await
+    let made = if origin.is_none() && bootstrap::is_wanted(&pool.config) {
+        create_in_place(pool, place).await
+    } else {
+        create_with(pool, place, spare, origin).await
     };
-    let result = made.await;
-    if result.is_err() {
-        let volumes = pool.volumes.clone();
-        let home = volumes.home(id);
-        let discarded = blocking(move || {
-            volumes.discard(id).map_err(|source| Error::volume("clear", &home, source))
-        });
-        if let Err(error) = discarded.await {
+    if made.is_err() {
+        let end = async {
+            stop(pool, place, true).await?;
+            let (volumes, home) = (pool.volumes.clone(), pool.volumes.home(id));
+            blocking(move || {
+                volumes.discard(id).map_err(|source| Error::volume("clear", &home, source))
+            })
+            .await
+        };
+        if let Err(error) = end.await {
             // The mark in it says that it is half-made: the next start clears it.
             tracing::warn!(session = %id, %error, "cannot clear a half-made session");
         }
     }
-    result.map(|()| Outcome::Done)
+    made.map(|()| Outcome::Done)
+}
+
+/// Makes a session where it will stay: what it is bootstrapped by may write down where it is.
+async fn create_in_place(pool: &Arc<Pool>, place: &Arc<Place>) -> Fallible<()> {
+    let id = place.site.id;
+    let instance = {
+        let (pool, place) = (pool.clone(), place.clone());
+        blocking(move || {
+            pool.volumes.begin(id)?;
+            pool.driver.start(&place.site)
+        })
+    };
+    let done = bootstrap::run(&pool.config, pool.isolation(), instance.await?, place).await;
+    ended(pool, place).await?;
+    done?;
+    let (pool, place) = (pool.clone(), place.clone());
+    blocking(move || {
+        *place.instance.lock() = Some(pool.driver.start(&place.site)?);
+        pool.volumes.complete(id)
+    })
+    .await
+}
+
+/// Makes a session of a spare, which is made now if there is none, or is to be a copy.
+async fn create_with(
+    pool: &Arc<Pool>,
+    place: &Arc<Place>,
+    spare: Option<Spare>,
+    origin: Option<Site>,
+) -> Fallible<()> {
+    let spare = match spare {
+        Some(spare) if origin.is_none() && spare.instance.agent.is_alive().await => Some(spare),
+        Some(spare) => {
+            end_spare(pool, spare).await;
+            None
+        }
+        None => None,
+    };
+    let (pool, place) = (pool.clone(), place.clone());
+    blocking(move || {
+        let Spare { site, instance } = match spare {
+            Some(spare) => spare,
+            None => make_spare(&pool, origin.as_ref())?,
+        };
+        if let Err(error) = pool.volumes.install_new(place.site.id, &site.home) {
+            drop(instance);
+            pool.driver.ended(&site);
+            Volumes::unstage(&site.home);
+            return Err(error);
+        }
+        *place.instance.lock() = Some(pool.driver.moved(instance, &site, &place.site)?);
+        Ok(())
+    })
+    .await
+}
+
+/// Makes a spare, or a copy of a session. Blocks.
+fn make_spare(pool: &Pool, origin: Option<&Site>) -> Fallible<Spare> {
+    let site = pool.volumes.begin_spare()?;
+    let made = origin.map_or(Ok(()), |origin| copy(pool, &site, origin));
+    match made.and_then(|()| pool.driver.start(&site)) {
+        Ok(instance) => Ok(Spare { site, instance }),
+        Err(error) => {
+            Volumes::unstage(&site.home);
+            Err(error)
+        }
+    }
+}
+
+/// Makes a spare and reports it, whatever happens to this task.
+pub(super) async fn prepare(pool: Arc<Pool>) {
+    struct Report(Arc<Pool>, Option<Fallible<Spare>>);
+    impl Drop for Report {
+        fn drop(&mut self) {
+            let lost = || Err(Error::Task("it was cut off".to_owned()));
+            self.0.prepared(self.1.take().unwrap_or_else(lost));
+        }
+    }
+    let mut report = Report(pool.clone(), None);
+    pool.until(|state| state.discarding == 0).await;
+    let spare = blocking({
+        let pool = pool.clone();
+        move || make_spare(&pool, None)
+    });
+    let spare = spare.await;
+    if let Ok(spare) = &spare {
+        warm_up(&pool, spare).await;
+    }
+    report.1 = Some(spare);
+}
+
+/// Has the kernel look up what every command line needs, so that the first one need not wait
+/// for it. An image may have no such shell; then nothing is gained.
+async fn warm_up(pool: &Pool, spare: &Spare) {
+    let spec = Spec {
+        program: pool.config.shell.clone().into(),
+        args: pool.config.shell_args.iter().map(Into::into).chain([":".into()]).collect(),
+        env: BTreeMap::new(),
+        cwd: pool.driver.workdir(&spare.site),
+        stdio: Stdio::Pipes { stdin: false },
+    };
+    if let Ok(child) = spare.instance.agent.spawn(spec).await {
+        // A shell that does not end is ended with the handle.
+        let _ = tokio::time::timeout(GRACE, child.wait()).await;
+    }
+}
+
+/// Ends a spare and reports it, whatever happens to this task.
+pub(super) async fn discard(pool: Arc<Pool>, spare: Spare) {
+    struct Report(Arc<Pool>);
+    impl Drop for Report {
+        fn drop(&mut self) {
+            self.0.discarded();
+        }
+    }
+    let _report = Report(pool.clone());
+    end_spare(&pool, spare).await;
+}
+
+async fn end_spare(pool: &Pool, Spare { site, instance }: Spare) {
+    // There is nothing in it that would need time to end.
+    if let Err(error) = instance.agent.shutdown(Duration::ZERO).await {
+        tracing::warn!(%error, "a spare does not end");
+    }
+    let driver = pool.driver.clone();
+    let end = blocking(move || {
+        driver.ended(&site);
+        Volumes::unstage(&site.home);
+        Ok(())
+    });
+    if let Err(error) = end.await {
+        tracing::warn!(%error, "cannot clear away a spare");
+    }
 }
 
 /// Copies what another session has, with all that a backup keeps, by way of one.
-fn copy(pool: &Pool, id: Uuid, origin: &Site) -> Fallible<()> {
-    let staging = pool.volumes.stage(id)?;
+fn copy(pool: &Pool, to: &Site, origin: &Site) -> Fallible<()> {
+    let staging = pool.volumes.stage(to.id)?;
     let never = AtomicBool::new(false);
     let copied = backup::pack(origin, &staging, jiff::Timestamp::now(), &never)
-        .and_then(|archive| backup::unpack(&archive.path, &pool.volumes.home(id)));
+        .and_then(|archive| backup::unpack(&archive.path, &to.home));
     Volumes::unstage(&staging);
     copied
 }

@@ -11,14 +11,12 @@ use super::{EINVAL, errno, prctl, syscall};
 #[cfg(target_arch = "x86_64")]
 mod number {
     use std::ffi::c_long;
-    pub const CLONE: c_long = 56;
     pub const PIVOT_ROOT: c_long = 155;
     pub const KEYCTL: c_long = 250;
 }
 #[cfg(target_arch = "aarch64")]
 mod number {
     use std::ffi::c_long;
-    pub const CLONE: c_long = 220;
     pub const PIVOT_ROOT: c_long = 41;
     pub const KEYCTL: c_long = 219;
 }
@@ -28,15 +26,18 @@ const SYS_MOVE_MOUNT: c_long = 429;
 const SYS_FSOPEN: c_long = 430;
 const SYS_FSCONFIG: c_long = 431;
 const SYS_FSMOUNT: c_long = 432;
+const SYS_CLONE3: c_long = 435;
 const SYS_MOUNT_SETATTR: c_long = 442;
 const SYS_LANDLOCK_CREATE_RULESET: c_long = 444;
 const SYS_LANDLOCK_ADD_RULE: c_long = 445;
 const SYS_LANDLOCK_RESTRICT_SELF: c_long = 446;
 
-/// New mount, cgroup, uts, ipc, user, pid and net namespaces.
-const NAMESPACES: c_long =
-    0x0002_0000 | 0x0200_0000 | 0x0400_0000 | 0x0800_0000 | 0x1000_0000 | 0x2000_0000 | 0x4000_0000;
-const SIGCHLD: c_long = 17;
+/// New mount, uts, ipc, user, pid and net namespaces.
+const NAMESPACES: u64 =
+    0x0002_0000 | 0x0400_0000 | 0x0800_0000 | 0x1000_0000 | 0x2000_0000 | 0x4000_0000;
+const CLONE_NEWCGROUP: c_int = 0x0200_0000;
+const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+const SIGCHLD: u64 = 17;
 const AT_EMPTY_PATH: c_long = 0x1000;
 const AT_RECURSIVE: c_long = 0x8000;
 const AT_FDCWD: c_long = -100;
@@ -58,6 +59,22 @@ const PR_SET_NO_NEW_PRIVS: c_int = 38;
 const KEYCTL_JOIN_SESSION_KEYRING: c_long = 1;
 const SIOCSIFFLAGS: u64 = 0x8914;
 
+/// `struct clone_args` (clone(2)).
+#[repr(C)]
+#[derive(Default)]
+struct CloneArgs {
+    flags: u64,
+    pidfd: u64,
+    child_tid: u64,
+    parent_tid: u64,
+    exit_signal: u64,
+    stack: u64,
+    stack_size: u64,
+    tls: u64,
+    set_tid: u64,
+    set_tid_size: u64,
+    cgroup: u64,
+}
 #[repr(C)]
 #[derive(Default)]
 struct MountAttr {
@@ -133,6 +150,7 @@ unsafe extern "C" {
     fn ioctl(fd: c_int, request: u64, ...) -> c_int;
     fn setrlimit(what: c_int, limit: *const [u64; 2]) -> c_int;
     fn waitpid(pid: c_int, status: *mut c_int, options: c_int) -> c_int;
+    fn unshare(namespaces: c_int) -> c_int;
 }
 
 type Result<T> = std::result::Result<T, i32>;
@@ -155,12 +173,26 @@ pub enum Side {
     Child,
 }
 
-/// Splits this process, which must have one thread; the new one is in namespaces of its own.
-pub fn split() -> Result<Side> {
+/// Splits this process, which must have one thread; the new one is in namespaces of its own,
+/// and from its start in the control group of version 2 whose folder is given.
+pub fn split(group: Option<&OwnedFd>) -> Result<Side> {
+    let group = group.and_then(|fd| u64::try_from(fd.as_raw_fd()).ok());
+    let into = if group.is_some() { CLONE_INTO_CGROUP } else { 0 };
+    let args = CloneArgs {
+        flags: NAMESPACES | into,
+        exit_signal: SIGCHLD,
+        cgroup: group.unwrap_or(0),
+        ..CloneArgs::default()
+    };
     // SAFETY: without CLONE_VM and with no stack given, this is fork(2) with flags; there is
-    // one thread, so no lock is held by another.
-    match unsafe { syscall(number::CLONE, NAMESPACES | SIGCHLD, 0usize, 0usize, 0usize, 0usize) } {
-        0 => Ok(Side::Child),
+    // one thread, so no lock is held by another. `args` lives over the call.
+    match unsafe { syscall(SYS_CLONE3, &raw const args, size_of::<CloneArgs>()) } {
+        0 => {
+            // Only now: its root is the group that the process is in.
+            // SAFETY: a plain number.
+            done(unsafe { unshare(CLONE_NEWCGROUP) }.into())?;
+            Ok(Side::Child)
+        }
         pid if pid > 0 => i32::try_from(pid).map(Side::Parent).map_err(|_| EINVAL),
         _ => Err(errno()),
     }

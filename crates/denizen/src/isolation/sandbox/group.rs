@@ -78,11 +78,10 @@ impl Groups {
         self.places.iter().flat_map(|place| place.controllers.clone()).collect()
     }
 
-    /// Makes a session's groups; gives the files that its first process is to be put into.
+    /// Makes a session's groups; gives what the plan of its first process names them by.
     /// Where they are is written down in `home`, the session's folder, first: a later denizen
     /// may be in a group itself that is granted others.
     pub(super) fn make(&self, id: Uuid, home: &Path, limits: &Limits) -> io::Result<Vec<PathBuf>> {
-        let mut files = Vec::new();
         self.remove(id, home);
         let folders: Vec<_> = self.folders(id).map(|path| path.display().to_string()).collect();
         fs::write(home.join(RECORD), folders.join("\n"))?;
@@ -97,22 +96,41 @@ impl Groups {
                     fs::write(folder.join(file), value)?;
                 }
             }
-            files.push(folder.join("cgroup.procs"));
         }
-        Ok(files)
+        Ok(self.joined(home))
+    }
+
+    /// What a plan names the groups of a session by that has some.
+    pub(super) fn joined(&self, home: &Path) -> Vec<PathBuf> {
+        let recorded = Self::recorded(home).into_iter();
+        let named = recorded.filter_map(|group| {
+            let place = self.places.iter().find(|place| group.parent() == Some(&place.folder))?;
+            Some(if place.unified { group } else { group.join("tasks") })
+        });
+        named.collect()
     }
 
     fn folders(&self, id: Uuid) -> impl Iterator<Item = PathBuf> {
         self.places.iter().map(move |place| place.folder.join(id.to_string()))
     }
 
+    /// The groups that a session's record names: of its own name, or of the one that its
+    /// instance had when it was made.
+    fn recorded(home: &Path) -> Vec<PathBuf> {
+        let recorded = fs::read_to_string(home.join(RECORD)).unwrap_or_default();
+        // Only what could be ours: a group has no files that could be deleted by mistake.
+        let ours = |path: &PathBuf| {
+            let name = path.file_name().and_then(|name| name.to_str());
+            let of_ours = path.parent().is_some_and(|folder| folder.ends_with("denizen"));
+            of_ours && name.is_some_and(|name| Uuid::try_parse(name).is_ok())
+        };
+        recorded.lines().map(PathBuf::from).filter(ours).collect()
+    }
+
     /// Removes a session's groups, in which nothing may run any more. Blocks for as long as
     /// dying takes.
     pub(super) fn remove(&self, id: Uuid, home: &Path) {
-        let recorded = fs::read_to_string(home.join(RECORD)).unwrap_or_default();
-        let name = id.to_string();
-        // Only what could be ours: a group has no files that could be deleted by mistake.
-        let recorded = recorded.lines().map(PathBuf::from).filter(|path| path.ends_with(&name));
+        let recorded = Self::recorded(home).into_iter();
         let folders: BTreeSet<PathBuf> = recorded.chain(self.folders(id)).collect();
         for folder in folders {
             let begin = Instant::now();
@@ -134,11 +152,13 @@ impl Groups {
     }
 
     /// How often the kernel has ended a process of the session for want of memory.
-    pub(super) fn out_of_memory(&self, id: Uuid) -> u64 {
+    pub(super) fn out_of_memory(&self, home: &Path) -> u64 {
         let memory = self.places.iter().find(|place| place.controllers.contains(&"memory"));
         let Some(place) = memory else { return 0 };
         let file = if place.unified { "memory.events" } else { "memory.oom_control" };
-        let text = fs::read_to_string(place.folder.join(id.to_string()).join(file));
+        let groups = Self::recorded(home).into_iter();
+        let group = groups.filter(|group| group.parent() == Some(&place.folder)).next_back();
+        let text = group.and_then(|group| fs::read_to_string(group.join(file)).ok());
         let text = text.unwrap_or_default();
         let count = text.lines().find_map(|line| line.strip_prefix("oom_kill "));
         count.and_then(|count| count.trim().parse().ok()).unwrap_or(0)

@@ -28,7 +28,7 @@ use super::users::Users;
 use crate::error::{Error, Result};
 
 /// Made anew when what is copied, or how, has changed.
-const VERSION: u32 = 4;
+const VERSION: u32 = 5;
 
 /// Folders with programs and libraries, and what package managers know of them. Where they
 /// are links (`/bin` to `usr/bin`), the copy has the links.
@@ -105,7 +105,7 @@ const LOCKS: [&str; 3] =
     ["var/lib/dpkg/lock", "var/lib/dpkg/lock-frontend", "var/lib/dpkg/triggers/Lock"];
 
 /// What a machine without neighbours knows.
-pub(super) const HOSTS: &str = "127.0.0.1 localhost\n::1 localhost\n";
+pub(super) const HOSTS: &str = "127.0.0.1 localhost denizen\n::1 localhost\n";
 
 /// New files with their content and modes.
 const FILES: [(&str, &str, u32); 6] = [

@@ -27,7 +27,13 @@ const ADDRESS: (Ipv4Addr, u32) = (Ipv4Addr::new(10, 0, 2, 15), 24);
 pub(super) struct Networks {
     network: Network,
     denials: Option<Denials>,
-    served: Arc<Mutex<HashMap<Uuid, AbortHandle>>>,
+    served: Arc<Mutex<HashMap<Uuid, Served>>>,
+}
+
+/// A way that is served, and whose it is.
+struct Served {
+    owner: Arc<Mutex<Uuid>>,
+    task: AbortHandle,
 }
 
 impl Networks {
@@ -85,30 +91,43 @@ impl Networks {
         let denials = self.denials.clone();
         Some(Door(Arc::new(move |way: OwnedFd| {
             let denials = denials.clone();
-            let told = move |event| {
-                if let (Event::Denied(denial), Some(denials)) = (event, &denials) {
-                    // A session that is refused all the time need not be told of each.
-                    let _ = denials.try_send((id, denial));
+            let owner = Arc::new(Mutex::new(id));
+            let told = {
+                let owner = owner.clone();
+                move |event| {
+                    if let (Event::Denied(denial), Some(denials)) = (event, &denials) {
+                        // A session that is refused all the time need not be told of each.
+                        let _ = denials.try_send((*owner.lock(), denial));
+                    }
                 }
             };
-            let task = runtime.spawn(serve(id, way, rules.clone(), full, told));
-            let before = served.lock().insert(id, task.abort_handle());
-            if let Some(before) = before {
-                before.abort();
+            let task = runtime.spawn(serve(owner.clone(), way, rules.clone(), full, told));
+            let task = task.abort_handle();
+            if let Some(before) = served.lock().insert(id, Served { owner, task }) {
+                before.task.abort();
             }
         })))
     }
 
+    /// A sandbox's way is now of a session of another name.
+    pub(super) fn rename(&self, from: Uuid, to: Uuid) {
+        let mut served = self.served.lock();
+        if let Some(way) = served.remove(&from) {
+            *way.owner.lock() = to;
+            served.insert(to, way);
+        }
+    }
+
     /// Ends a sandbox's way.
     pub(super) fn close(&self, id: Uuid) {
-        if let Some(task) = self.served.lock().remove(&id) {
-            task.abort();
+        if let Some(way) = self.served.lock().remove(&id) {
+            way.task.abort();
         }
     }
 }
 
 async fn serve(
-    id: Uuid,
+    owner: Arc<Mutex<Uuid>>,
     way: OwnedFd,
     rules: Rules,
     full: bool,
@@ -129,6 +148,6 @@ async fn serve(
         }
     };
     if let Err(error) = ended {
-        tracing::warn!(session = %id, error, "the session's network has ended");
+        tracing::warn!(session = %owner.lock(), error, "the session's network has ended");
     }
 }
