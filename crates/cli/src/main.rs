@@ -85,6 +85,13 @@ enum Verb {
         #[arg(long)]
         force: bool,
     },
+    /// Make a session, of an image if one is named; if there is one already, start it
+    Create {
+        /// Name or UUID
+        session: String,
+        /// Its root: the name of an image (`denizen image ls`)
+        image: Option<String>,
+    },
     /// Start a session, which is made if need be
     Start {
         /// Name or UUID
@@ -275,6 +282,13 @@ async fn act(cli: Cli, settings: config::Settings) -> Result<i32> {
         Verb::Stop { session, force } => {
             let path = client::path(&session, &format!("/stop?force={force}"));
             client.json("POST", &path).await?;
+        }
+        Verb::Create { session, image } => {
+            let mut path = client::path(&session, "/start");
+            if let Some(image) = image {
+                path.push_str(&format!("?image={}", client::escape(&image)));
+            }
+            show::session(&client.json("POST", &path).await?, json)?;
         }
         Verb::Start { session } => {
             let path = client::path(&session, "/start");

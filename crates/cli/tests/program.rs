@@ -411,6 +411,33 @@ fn sessions_can_have_an_image_as_their_root() {
 }
 
 #[test]
+fn each_session_can_have_an_image_of_its_own() {
+    let user = User::new();
+    let folder = tempfile::tempdir().unwrap();
+    let image = saved_image(folder.path());
+    assert!(user.run(&["image", "import", image.to_str().unwrap()]).status.success());
+    let made = user.json(&["create", "its-own", "demo/busybox:1"]);
+    assert_eq!(made["image"], "docker.io/demo/busybox:1");
+    assert_eq!(user.json(&["create", "usual"])["image"], serde_json::Value::Null);
+    // A shell of the image, which the host's root has not at this place.
+    assert_eq!(text(&user.exec("its-own", "cat /etc/motd").stdout), "from-the-image\n");
+    assert_ne!(text(&user.exec("usual", "cat /etc/motd").stdout), "from-the-image\n");
+    // The same again is fine, also while it is in use; another is not.
+    assert!(user.run(&["create", "its-own", "demo/busybox:1"]).status.success());
+    let other = user.run(&["create", "usual", "demo/busybox:1"]);
+    assert_eq!(other.status.code(), Some(125));
+    assert!(text(&other.stderr).contains("is made of no image"), "{other:?}");
+    let none = user.run(&["create", "third", "demo/none:1"]);
+    assert!(text(&none.stderr).contains("the image demo/none:1"), "{none:?}");
+    assert_eq!(user.run(&["inspect", "third"]).status.code(), Some(125), "nothing was made");
+    // It comes back as what it was, and so does its copy.
+    assert!(user.run(&["stop", "its-own"]).status.success());
+    assert_eq!(text(&user.exec("its-own", "cat /etc/motd").stdout), "from-the-image\n");
+    let copy = user.json(&["fork", "its-own"]);
+    assert_eq!(copy["image"], "docker.io/demo/busybox:1");
+}
+
+#[test]
 fn an_image_comes_from_a_registry() {
     let user = User::new();
     let folder = tempfile::tempdir().unwrap();

@@ -61,6 +61,18 @@ pub enum Error {
         session: Uuid,
     },
 
+    /// The session is made of something else than was asked for.
+    #[error(
+        "session {session} is made of {}: name another one, or remove it first",
+        image.as_deref().unwrap_or("no image")
+    )]
+    OtherImage {
+        /// The session.
+        session: Uuid,
+        /// What it is made of, if that is an image.
+        image: Option<String>,
+    },
+
     /// There is no such session.
     #[error("there is no session {session}")]
     Unknown {
@@ -207,6 +219,13 @@ pub enum Error {
 impl Error {
     pub(crate) fn config(field: &'static str, problem: impl Into<String>) -> Self {
         Self::Config { field, problem: problem.into() }
+    }
+
+    pub(crate) fn no_image(name: &str) -> Self {
+        Self::Image(denizen_image::Error::NotFound {
+            what: format!("the image {name}"),
+            hint: "pull or import it (`denizen image`)",
+        })
     }
 
     pub(crate) fn root(path: &Path, source: io::Error) -> Self {

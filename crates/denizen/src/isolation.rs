@@ -133,6 +133,12 @@ pub(crate) struct Options {
     pub(crate) image: Option<String>,
 }
 
+/// What is said where an image is asked for and cannot be had.
+pub(crate) fn no_roots(isolation: &'static str) -> Error {
+    let problem = "its sessions have no root of their own that an image could be".to_owned();
+    Error::Isolation { isolation, problem }
+}
+
 /// A session's live incarnation.
 #[derive(Clone, Debug)]
 pub(crate) struct Instance {
@@ -226,6 +232,12 @@ pub(crate) trait Driver: Send + Sync {
 
     /// The images that sessions can be made of, where that is possible.
     fn images(&self) -> Option<&Store>;
+
+    /// Has a session that is being made be made of an image. May block.
+    fn choose_image(&self, site: &Site, image: &str) -> Result<()>;
+
+    /// The image that a session is made of. May block.
+    fn image(&self, site: &Site) -> Option<String>;
 
     /// The layers of images that a session needs.
     fn layers(&self, site: &Site) -> Vec<PathBuf>;

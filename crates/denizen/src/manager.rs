@@ -211,6 +211,23 @@ impl MicroVmManager {
         Ok(VmExecutionGuard { hold })
     }
 
+    /// As [`MicroVmManager::acquire`], but a new session is made of this image (its name, as
+    /// [`MicroVmManager::images`] tells it) rather than of the pool's default. Cancel-safe as
+    /// that.
+    ///
+    /// # Errors
+    /// As [`MicroVmManager::acquire`]; [`Error::OtherImage`] if there is such a session and it
+    /// is made of something else, [`Error::Image`] if there is no such image.
+    pub async fn acquire_with_image(
+        &self,
+        session_id: Uuid,
+        image: &str,
+    ) -> Result<VmExecutionGuard> {
+        let image = self.image(image).await?.name;
+        let hold = self.pool()?.acquire_with_image(session_id, &image).await?;
+        Ok(VmExecutionGuard { hold })
+    }
+
     /// Does now what is due: stops idle sessions, backs up, prunes, makes spares. What failed before and is
     /// being waited out is tried again at once. Returns when it is done; a failure shows in
     /// [`MicroVmManager::inspect`] and in the events, and stops nothing else.
@@ -334,6 +351,16 @@ impl MicroVmManager {
     pub async fn images(&self) -> Result<Vec<ImageInfo>> {
         let images = self.pool()?.with_images(|_, store| Ok(store.list()?)).await?;
         Ok(images.iter().map(info).collect())
+    }
+
+    /// The image of that name; a short one (`debian:12`) will do. Cancel-safe.
+    ///
+    /// # Errors
+    /// As [`MicroVmManager::images`]; [`Error::Image`] too if there is none.
+    pub async fn image(&self, name: &str) -> Result<ImageInfo> {
+        let wanted = name.to_owned();
+        let image = self.pool()?.with_images(move |_, store| Ok(store.get(&wanted)?)).await?;
+        image.as_ref().map(info).ok_or_else(|| Error::no_image(name))
     }
 
     /// Brings an image from a registry; `progress` is told of every step. Cancel-safe: dropped,

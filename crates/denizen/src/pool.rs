@@ -30,7 +30,7 @@ use crate::error::{Error, Result};
 use crate::event::{
     Announcer, Event, EventKind, Events, maybe_unix_seconds, op_name, unix_seconds,
 };
-use crate::isolation::{Driver, Instance, Isolation, Options, Site};
+use crate::isolation::{Driver, Instance, Isolation, Options, Site, no_roots};
 use crate::lifecycle::{
     Change, Effect, Lifecycle, Op, Phase, Policy, PoolTime, Refusal, Seq, View, WaiterId, Want,
 };
@@ -98,6 +98,15 @@ struct Spare {
     instance: Instance,
 }
 
+/// What a new session begins with.
+#[derive(Clone)]
+enum Origin {
+    /// A copy of another one.
+    Session(Site),
+    /// An image of this name.
+    Image(String),
+}
+
 /// The exclusive hold on a session; dropping it gives the session back.
 pub(crate) struct Hold {
     pub(crate) pool: Arc<Pool>,
@@ -134,8 +143,8 @@ struct State {
     next_waiter: WaiterId,
     /// Flags of operations that may be given up.
     interrupts: HashMap<Seq, Arc<AtomicBool>>,
-    /// Sessions that others about to be made are copies of.
-    origins: HashMap<Uuid, Site>,
+    /// What sessions about to be made begin with, if not with the pool's default.
+    origins: HashMap<Uuid, Origin>,
     spares: Vec<Spare>,
     /// What sessions about to be made are made of.
     claimed: HashMap<Uuid, Spare>,
@@ -544,11 +553,34 @@ impl Pool {
         // Nobody changes it while it is copied.
         let hold = self.acquire(source).await?;
         let id = Uuid::new_v4();
-        self.state.lock().origins.insert(id, hold.place.site.clone());
-        let made = self.acquire(id).await;
-        self.state.lock().origins.remove(&id);
-        drop(made?);
+        drop(self.acquire_made_of(id, Origin::Session(hold.place.site.clone())).await?);
         Ok(id)
+    }
+
+    /// As [`Pool::acquire`]; a new session is made of this image, one that there is must be.
+    pub(crate) async fn acquire_with_image(
+        self: &Arc<Self>,
+        id: Uuid,
+        image: &str,
+    ) -> Result<Hold> {
+        let hold = self.acquire_made_of(id, Origin::Image(image.to_owned())).await?;
+        let (pool, place) = (self.clone(), hold.place.clone());
+        match blocking(move || Ok(pool.driver.image(&place.site))).await? {
+            Some(of) if of == image => Ok(hold),
+            of => Err(Error::OtherImage { session: id, image: of }),
+        }
+    }
+
+    async fn acquire_made_of(self: &Arc<Self>, id: Uuid, origin: Origin) -> Result<Hold> {
+        struct Forget<'a>(&'a Pool, Uuid);
+        impl Drop for Forget<'_> {
+            fn drop(&mut self) {
+                self.0.state.lock().origins.remove(&self.1);
+            }
+        }
+        self.state.lock().origins.insert(id, origin);
+        let _forget = Forget(self, id);
+        self.acquire(id).await
     }
 
     fn known(&self, id: Uuid) -> Result<()> {
@@ -603,8 +635,11 @@ impl Pool {
         self.known(id)?;
         let state = self.state.lock();
         let view = state.core.view(id);
-        view.map(|view| self.info(&state, &view))
-            .ok_or_else(|| Error::Unknown { session: id.to_string() })
+        let info = view.map(|view| self.info(&state, &view));
+        drop(state);
+        let mut info = info.ok_or_else(|| Error::Unknown { session: id.to_string() })?;
+        info.image = self.driver.image(&self.volumes.site(id));
+        Ok(info)
     }
 
     fn info(&self, state: &State, view: &View<'_>) -> SessionInfo {
@@ -614,6 +649,7 @@ impl Pool {
             id: row.id,
             name: state.names.get(&row.id).map(ToString::to_string),
             isolation: self.settings.isolation.name(),
+            image: None,
             state: phase_name(row.phase),
             operation: view.running.map(op_name),
             in_use: view.held,
@@ -651,10 +687,7 @@ impl Pool {
     }
 
     pub(crate) fn images(&self) -> Result<&Store> {
-        self.driver.images().ok_or_else(|| Error::Isolation {
-            isolation: self.settings.isolation.name(),
-            problem: "its sessions have no root of their own that an image could be".to_owned(),
-        })
+        self.driver.images().ok_or_else(|| no_roots(self.settings.isolation.name()))
     }
 
     /// Whether a session on this disk needs a layer.
@@ -799,6 +832,8 @@ pub struct SessionInfo {
     pub name: Option<String>,
     /// How far it is kept from its host.
     pub isolation: &'static str,
+    /// The image that its root is, if it is one; told of one session only, not in a list.
+    pub image: Option<String>,
     /// `creating`, `active`, `stopped`, `restoring`, `pruning`, `archived`, `missing` or
     /// `removing`.
     pub state: &'static str,

@@ -67,6 +67,7 @@ impl From<Error> for Refused {
             Error::NoBackup { .. } => (StatusCode::NOT_FOUND, "no_backup"),
             Error::Name { .. } => (StatusCode::BAD_REQUEST, "bad_name"),
             Error::InUse { .. } => (StatusCode::CONFLICT, "in_use"),
+            Error::OtherImage { .. } => (StatusCode::CONFLICT, "other_image"),
             Error::NoDestination => (StatusCode::CONFLICT, "no_destination"),
             Error::VolumeMissing { .. } => (StatusCode::CONFLICT, "volume_missing"),
             Error::AtCapacity { .. } | Error::AcquireTimeout { .. } => {
@@ -106,9 +107,23 @@ async fn inspect(State(api): State<Api>, Path(session): Path<String>) -> Answer<
     Ok(Json(api.pool.inspect(id)?).into_response())
 }
 
-async fn start(State(api): State<Api>, Path(session): Path<String>) -> Answer<Response> {
+#[derive(Deserialize)]
+struct StartQuery {
+    /// What a new session is made of.
+    image: Option<String>,
+}
+
+async fn start(
+    State(api): State<Api>,
+    Path(session): Path<String>,
+    Query(query): Query<StartQuery>,
+) -> Answer<Response> {
+    let image = match query.image {
+        Some(name) => Some(api.pool.image(&name).await?.name),
+        None => None,
+    };
     let id = api.leases.find_or_name(&session).await?;
-    drop(api.leases.take(id).await?);
+    drop(api.leases.take(id, image.as_deref()).await?);
     Ok(Json(api.pool.inspect(id)?).into_response())
 }
 
@@ -356,7 +371,7 @@ async fn port(
         return Err(Refused { status: StatusCode::UPGRADE_REQUIRED, code: "upgrade", message });
     }
     let id = api.leases.find(&session)?;
-    let lease = api.leases.take(id).await?;
+    let lease = api.leases.take(id, None).await?;
     let unreachable = |error: &dyn std::fmt::Display| Refused {
         status: StatusCode::BAD_GATEWAY,
         code: "port",

@@ -65,15 +65,25 @@ impl Leases {
         }
     }
 
-    /// Shares the session's guard, acquiring it if nobody has it. Cancel-safe.
-    pub(crate) async fn take(&self, id: Uuid) -> Result<Arc<Lease>, Error> {
+    /// Shares the session's guard, acquiring it if nobody has it; a new session is made of this
+    /// image, if one is named. Cancel-safe.
+    pub(crate) async fn take(&self, id: Uuid, image: Option<&str>) -> Result<Arc<Lease>, Error> {
         *self.last_use.lock() = Instant::now();
         let slot = self.slots.lock().entry(id).or_default().clone();
         let mut shared = slot.lease.lock().await;
         if let Some(lease) = shared.upgrade() {
+            if image.is_some() {
+                let of = self.pool.inspect(id)?.image;
+                if of.as_deref() != image {
+                    return Err(Error::OtherImage { session: id, image: of });
+                }
+            }
             return Ok(lease);
         }
-        let guard = self.pool.acquire(id).await?;
+        let guard = match image {
+            Some(image) => self.pool.acquire_with_image(id, image).await?,
+            None => self.pool.acquire(id).await?,
+        };
         let logs = self.pool.session_folder(id)?.join("logs");
         let jobs = slot.jobs.lock().get_or_insert_with(|| Arc::new(Jobs::new(logs))).clone();
         let watchers = slot.watchers.clone();
@@ -140,7 +150,7 @@ impl Resolver {
         })?;
         let Self(leases) = self;
         let id = leases.find_or_name(session).await.map_err(|error| refused(&error))?;
-        leases.take(id).await.map_err(|error| refused(&error))
+        leases.take(id, None).await.map_err(|error| refused(&error))
     }
 }
 

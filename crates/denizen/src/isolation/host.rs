@@ -48,6 +48,14 @@ impl Driver for Host {
         None
     }
 
+    fn choose_image(&self, _: &Site, _: &str) -> Result<()> {
+        Err(super::no_roots("host"))
+    }
+
+    fn image(&self, _: &Site) -> Option<String> {
+        None
+    }
+
     fn layers(&self, _: &Site) -> Vec<PathBuf> {
         Vec::new()
     }

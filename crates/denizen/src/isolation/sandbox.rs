@@ -322,6 +322,14 @@ impl Driver for Sandbox {
         Some(&self.roots.images)
     }
 
+    fn choose_image(&self, site: &Site, image: &str) -> Result<()> {
+        self.roots.choose(site, image)
+    }
+
+    fn image(&self, site: &Site) -> Option<String> {
+        self.roots.image_of(site)
+    }
+
     fn layers(&self, site: &Site) -> Vec<PathBuf> {
         self.roots.layers_of(site)
     }

@@ -10,7 +10,7 @@ use std::time::Duration;
 use denizen_agent::{Spec, Stdio};
 use uuid::Uuid;
 
-use super::{Place, Pool, Spare, blocking};
+use super::{Origin, Place, Pool, Spare, blocking};
 use crate::error::{Error, Result as Fallible};
 use crate::isolation::Site;
 use crate::lifecycle::{Found, Op, Outcome, Seq};
@@ -54,8 +54,10 @@ async fn create(pool: &Arc<Pool>, place: &Arc<Place>) -> Result {
         let mut state = pool.state.lock();
         (state.claimed.remove(&id), state.origins.get(&id).cloned())
     };
-    let made = if origin.is_none() && bootstrap::is_wanted(&pool.config) {
-        create_in_place(pool, place).await
+    // What a copy was bootstrapped with is copied.
+    let is_copy = matches!(origin, Some(Origin::Session(_)));
+    let made = if !is_copy && bootstrap::is_wanted(&pool.config) {
+        create_in_place(pool, place, origin).await
     } else {
         create_with(pool, place, spare, origin).await
     };
@@ -77,12 +79,17 @@ async fn create(pool: &Arc<Pool>, place: &Arc<Place>) -> Result {
 }
 
 /// Makes a session where it will stay: what it is bootstrapped by may write down where it is.
-async fn create_in_place(pool: &Arc<Pool>, place: &Arc<Place>) -> Fallible<()> {
+async fn create_in_place(
+    pool: &Arc<Pool>,
+    place: &Arc<Place>,
+    origin: Option<Origin>,
+) -> Fallible<()> {
     let id = place.site.id;
     let instance = {
         let (pool, place) = (pool.clone(), place.clone());
         blocking(move || {
             pool.volumes.begin(id)?;
+            originate(&pool, &place.site, origin.as_ref())?;
             pool.driver.start(&place.site)
         })
     };
@@ -97,12 +104,12 @@ async fn create_in_place(pool: &Arc<Pool>, place: &Arc<Place>) -> Fallible<()> {
     .await
 }
 
-/// Makes a session of a spare, which is made now if there is none, or is to be a copy.
+/// Makes a session of a spare, which is made now if there is none, or none of that origin.
 async fn create_with(
     pool: &Arc<Pool>,
     place: &Arc<Place>,
     spare: Option<Spare>,
-    origin: Option<Site>,
+    origin: Option<Origin>,
 ) -> Fallible<()> {
     let spare = match spare {
         Some(spare) if origin.is_none() && spare.instance.agent.is_alive().await => Some(spare),
@@ -130,11 +137,10 @@ async fn create_with(
     .await
 }
 
-/// Makes a spare, or a copy of a session. Blocks.
-fn make_spare(pool: &Pool, origin: Option<&Site>) -> Fallible<Spare> {
+/// Makes a spare, or what only a session of that origin can be made of. Blocks.
+fn make_spare(pool: &Pool, origin: Option<&Origin>) -> Fallible<Spare> {
     let site = pool.volumes.begin_spare()?;
-    let made = origin.map_or(Ok(()), |origin| copy(pool, &site, origin));
-    match made.and_then(|()| pool.driver.start(&site)) {
+    match originate(pool, &site, origin).and_then(|()| pool.driver.start(&site)) {
         Ok(instance) => Ok(Spare { site, instance }),
         Err(error) => {
             Volumes::unstage(&site.home);
@@ -206,6 +212,15 @@ async fn end_spare(pool: &Pool, Spare { site, instance }: Spare) {
     });
     if let Err(error) = end.await {
         tracing::warn!(%error, "cannot clear away a spare");
+    }
+}
+
+/// Puts into a new session's folder what it begins with.
+fn originate(pool: &Pool, site: &Site, origin: Option<&Origin>) -> Fallible<()> {
+    match origin {
+        Some(Origin::Session(origin)) => copy(pool, site, origin),
+        Some(Origin::Image(image)) => pool.driver.choose_image(site, image),
+        None => Ok(()),
     }
 }
 

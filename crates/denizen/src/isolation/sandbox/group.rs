@@ -156,8 +156,8 @@ impl Groups {
         let memory = self.places.iter().find(|place| place.controllers.contains(&"memory"));
         let Some(place) = memory else { return 0 };
         let file = if place.unified { "memory.events" } else { "memory.oom_control" };
-        let groups = Self::recorded(home).into_iter();
-        let group = groups.filter(|group| group.parent() == Some(&place.folder)).next_back();
+        let mut groups = Self::recorded(home).into_iter();
+        let group = groups.find(|group| group.parent() == Some(&place.folder));
         let text = group.and_then(|group| fs::read_to_string(group.join(file)).ok());
         let text = text.unwrap_or_default();
         let count = text.lines().find_map(|line| line.strip_prefix("oom_kill "));

@@ -69,14 +69,22 @@ impl Roots {
             };
         }
         let base = self.default_base()?;
-        let text = serde_json::to_vec(&base).map_err(|error| failed(io::Error::other(error)))?;
-        let write = || {
-            DirBuilder::new().recursive(true).mode(0o700).create(site.root_changes())?;
-            // Never through a link.
-            File::create_new(&record)?.write_all(&text)
-        };
-        write().map_err(|source| Error::volume("write", &record, source))?;
+        write(site, &base)?;
         Ok(base)
+    }
+
+    /// Gives a new session an image as its base.
+    pub(super) fn choose(&self, site: &Site, image: &str) -> Result<()> {
+        // A folder is the operator's choice only: any could be named.
+        write(site, &self.image(image)?)
+    }
+
+    /// The name of the image that is a session's base.
+    pub(super) fn image_of(&self, site: &Site) -> Option<String> {
+        match read(&site.root_changes().join(RECORD)) {
+            Ok(Some(Base::Image { name, .. })) => Some(name),
+            _ => None,
+        }
     }
 
     /// Whether a record can be ours: it comes back from backups, which others may have changed.
@@ -98,7 +106,11 @@ impl Roots {
         if Path::new(name).is_absolute() {
             return Ok(Base::Folder { path: name.into() });
         }
-        let image = self.images.get(name)?.ok_or_else(|| missing(name))?;
+        self.image(name)
+    }
+
+    fn image(&self, name: &str) -> Result<Base> {
+        let image = self.images.get(name)?.ok_or_else(|| Error::no_image(name))?;
         let layers = image.layers.iter().filter_map(|layer| {
             let digest = layer.parent()?.file_name()?;
             Some(digest.to_string_lossy().into_owned())
@@ -131,7 +143,7 @@ impl Roots {
                 let layers = layers.iter().map(|layer| self.layer(layer));
                 let layers: Vec<_> = layers.collect();
                 if !layers.iter().all(|layer| layer.is_dir()) {
-                    return Err(missing(&format!("{name}@{digest}")));
+                    return Err(Error::no_image(&format!("{name}@{digest}")));
                 }
                 vec![root(layers, false)]
             }
@@ -164,6 +176,17 @@ impl Base {
     }
 }
 
+fn write(site: &Site, base: &Base) -> Result<()> {
+    let record = site.root_changes().join(RECORD);
+    let write = || {
+        let text = serde_json::to_vec(base).map_err(io::Error::other)?;
+        DirBuilder::new().recursive(true).mode(0o700).create(site.root_changes())?;
+        // Never through a link.
+        File::create_new(&record)?.write_all(&text)
+    };
+    write().map_err(|source| Error::volume("write", &record, source))
+}
+
 /// What is written down, if it is. A backup may bring anything by this name.
 fn read(record: &Path) -> io::Result<Option<Base>> {
     const MOST: u64 = 1 << 20;
@@ -179,11 +202,4 @@ fn read(record: &Path) -> io::Result<Option<Base>> {
     let mut text = Vec::new();
     file.take(MOST).read_to_end(&mut text)?;
     serde_json::from_slice(&text).map(Some).map_err(io::Error::other)
-}
-
-fn missing(name: &str) -> Error {
-    Error::Image(denizen_image::Error::NotFound {
-        what: format!("the image {name}"),
-        hint: "pull or import it (`denizen image`)",
-    })
 }
