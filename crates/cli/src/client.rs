@@ -284,7 +284,7 @@ fn try_daemon(settings: &Settings) -> Result<Started> {
     let mut daemon = Command::new(program);
     daemon.args(["serve", "--background", "--idle-exit", IDLE_EXIT]);
     // It is told all that is in force here, and nothing else: our flags and variables are in it.
-    daemon.args(["--config", "/dev/stdin"]);
+    daemon.args(["--config", "/proc/self/fd/0"]);
     for (name, _) in std::env::vars_os() {
         if name.as_encoded_bytes().starts_with(b"DENIZEN_") && name != "DENIZEN_LOG" {
             daemon.env_remove(name);

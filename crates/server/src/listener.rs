@@ -2,9 +2,11 @@
 //! kernel says of each peer (`SO_PEERCRED`, unix(7)).
 
 use std::io;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
+use rustix::net::{
+    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with,
+};
 use tokio::net::{UnixListener, UnixStream};
 
 use crate::ServeError;
@@ -26,14 +28,20 @@ impl OwnListener {
             // Left behind by a daemon that was killed.
             Err(_) => std::fs::remove_file(path).map_err(failed)?,
         }
-        // The mode is right from the start: nobody can connect before it is.
-        let before = rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o177));
-        let bound = UnixListener::bind(path);
-        rustix::process::umask(before);
-        let listener = bound.map_err(failed)?;
-        let mode = std::fs::Permissions::from_mode(0o600);
-        std::fs::set_permissions(path, mode).map_err(failed)?;
+        let listener = Self::listen(path).map_err(failed)?;
         Ok(Self { listener, path: path.to_owned() })
+    }
+
+    fn listen(path: &Path) -> io::Result<UnixListener> {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+        // Its file gets the mode that the socket has (`net/unix/af_unix.c`), so that nobody can
+        // connect before it is right. Not by the umask: that is all threads', and they are
+        // making folders.
+        rustix::fs::fchmod(&socket, rustix::fs::Mode::from_raw_mode(0o600))?;
+        bind(&socket, &SocketAddrUnix::new(path)?)?;
+        listen(&socket, 1024)?;
+        UnixListener::from_std(std::os::unix::net::UnixListener::from(socket))
     }
 
     pub(crate) fn path(&self) -> &Path {
