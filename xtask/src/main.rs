@@ -52,7 +52,7 @@ fn is_there(program: &str) -> bool {
 }
 
 /// Programs that the tests run, with the Debian package that has each.
-const NEEDED: [(&str, &str); 16] = [
+const NEEDED: [(&str, &str); 18] = [
     ("sqlite3", "sqlite3"),
     ("tar", "tar"),
     ("zstd", "zstd"),
@@ -69,6 +69,8 @@ const NEEDED: [(&str, &str); 16] = [
     ("python3", "python3"),
     ("curl", "curl"),
     ("ip", "iproute2"),
+    ("qemu-system-x86_64", "qemu-system-x86"),
+    ("mke2fs", "e2fsprogs"),
 ];
 
 /// Installs Debian packages whose programs are not there.
@@ -86,6 +88,28 @@ fn install(needed: &[(&str, &str)]) -> Result<(), String> {
     Ok(())
 }
 
+/// Takes the kernel of the tests' guest out of its Debian package, which is not installed: it
+/// would make itself this machine's.
+fn fetch_kernel() -> Result<(), String> {
+    let folder = root().join("target/guest");
+    if folder.join("vmlinuz").exists() {
+        return Ok(());
+    }
+    let script = r#"
+        rm -rf "$1" && mkdir -p "$1" && cd "$1"
+        apt-get update -qq
+        package=$(apt-cache depends linux-image-cloud-amd64 | sed -n 's/ *Depends: //p')
+        apt-get download -qq "$package"
+        dpkg -x linux-image-*.deb .
+        mkdir modules
+        find lib -name '*.ko' -exec mv -t modules {} +
+        rm -r linux-image-*.deb lib usr
+        # Last: it says that all is there.
+        mv boot/vmlinuz-* vmlinuz && rm -r boot
+    "#;
+    run("sh", &["-ec", script, "sh", &folder.to_string_lossy()])
+}
+
 /// Installs what the tests are run and checked with.
 fn install_tools() -> Result<(), String> {
     for tool in ["cargo-nextest", "cargo-deny"] {
@@ -98,6 +122,7 @@ fn install_tools() -> Result<(), String> {
 
 fn test() -> Result<(), String> {
     install(&NEEDED)?;
+    fetch_kernel()?;
     install_tools()?;
     run("cargo", &["fmt", "--all", "--check"])?;
     // Advisories would have to be fetched; what we are built from is known here.

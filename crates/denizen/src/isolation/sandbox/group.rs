@@ -65,8 +65,10 @@ impl Groups {
             }
             let wanted = if unified { "" } else { controllers[0] };
             let Some(own) = own_group(&own, wanted) else { continue };
-            let above = place.join(own.trim_start_matches('/'));
-            if let Some(folder) = claim(&above, unified, &controllers) {
+            let own = place.join(own.trim_start_matches('/'));
+            let folder =
+                if unified { claim_unified(&place, &own, &controllers) } else { claim(&own) };
+            if let Some(folder) = folder {
                 places.push(Place { controllers, folder, unified });
             }
         }
@@ -183,25 +185,53 @@ fn own_group<'t>(text: &'t str, controller: &str) -> Option<&'t str> {
 }
 
 /// Makes denizen's folder below a group, if that is allowed.
-fn claim(above: &Path, unified: bool, controllers: &[&str]) -> Option<PathBuf> {
+fn claim(above: &Path) -> Option<PathBuf> {
     let folder = above.join("denizen");
     if fs::create_dir(&folder).is_err() {
         // Perhaps another user's denizen has made it.
         rustix::fs::access(&folder, Access::WRITE_OK).ok()?;
     }
-    if !unified {
-        return Some(folder);
-    }
-    let wanted = controllers.iter().map(|name| format!("+{name}")).collect::<Vec<_>>().join(" ");
-    // Version 2: a group has members or children. If we are a member, we move down first.
-    if fs::write(above.join("cgroup.subtree_control"), &wanted).is_err() {
-        let daemon = above.join("denizen-daemon");
-        let _ = fs::create_dir(&daemon);
-        fs::write(daemon.join("cgroup.procs"), std::process::id().to_string()).ok()?;
-        fs::write(above.join("cgroup.subtree_control"), &wanted).ok()?;
-    }
-    fs::write(folder.join("cgroup.subtree_control"), &wanted).ok()?;
     Some(folder)
+}
+
+/// Makes denizen's folder in version 2, where a group has members or children: below this
+/// process's own group, from which it moves down if it is alone there, or else below the
+/// nearest one above that was delegated along with it (`cgroup-v2.rst` of the kernel).
+fn claim_unified(mount: &Path, own: &Path, controllers: &[&str]) -> Option<PathBuf> {
+    claim_and_enable(own, controllers)
+        .or_else(|| {
+            let below = own.join("denizen-daemon");
+            let _ = fs::create_dir(&below);
+            let me = std::process::id().to_string();
+            fs::write(below.join("cgroup.procs"), &me).ok()?;
+            let claimed = claim_and_enable(own, controllers);
+            if claimed.is_none() {
+                // As it was; if that fails too, it is no worse off below.
+                let _ = fs::write(own.join("cgroup.procs"), me);
+                let _ = fs::remove_dir(below);
+            }
+            claimed
+        })
+        .or_else(|| {
+            let above = own.ancestors().skip(1).take_while(|above| above.starts_with(mount));
+            above.take(8).find_map(|above| claim_and_enable(above, controllers))
+        })
+}
+
+/// Makes denizen's folder below a group, and has the controllers count there.
+fn claim_and_enable(above: &Path, controllers: &[&str]) -> Option<PathBuf> {
+    let enable = |group: &Path| {
+        let file = group.join("cgroup.subtree_control");
+        let enabled = fs::read_to_string(&file).unwrap_or_default();
+        let missing =
+            controllers.iter().filter(|name| !enabled.split_whitespace().any(|has| has == **name));
+        let missing: Vec<_> = missing.map(|name| format!("+{name}")).collect();
+        missing.is_empty() || fs::write(file, missing.join(" ")).is_ok()
+    };
+    if !enable(above) {
+        return None;
+    }
+    claim(above).filter(|folder| enable(folder))
 }
 
 /// What is written where: `cgroup-v1/*.rst` and `cgroup-v2.rst` of the kernel.
