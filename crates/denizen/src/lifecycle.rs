@@ -1176,6 +1176,11 @@ impl Lifecycle {
             let starts_empty = self.has(Fault::ArchivedStartsEmpty);
             let Some(session) = self.sessions.get_mut(&id) else { continue };
             session.wants_slot = false;
+            // Whoever was first in its line has left, and the next one wanted something else
+            // of it: it comes back when that is done.
+            if session.running.is_some() {
+                continue;
+            }
             let Some(front) = session.waiters.front() else { continue };
             let wished_by = Some(front.id);
             let op = match (session.row.phase, session.row.backup.clone()) {
