@@ -29,7 +29,7 @@ use crate::error::{Error, Result};
 use crate::event::{
     Announcer, Event, EventKind, Events, maybe_unix_seconds, op_name, unix_seconds,
 };
-use crate::isolation::{Driver, Instance, Isolation, Options, Site};
+use crate::isolation::{self, Driver, Instance, Isolation, Options, Site};
 use crate::lifecycle::{
     Change, Effect, Lifecycle, Op, Phase, Policy, PoolTime, Refusal, Seq, View, WaiterId, Want,
 };
@@ -63,6 +63,8 @@ pub(crate) struct Place {
     instance: Mutex<Option<Instance>>,
     /// How often a process of the instance was ended for want of memory, as last seen.
     out_of_memory: AtomicU64,
+    /// Whether nothing ran in the instance when it was last frozen.
+    quiet: AtomicBool,
 }
 
 impl Place {
@@ -169,19 +171,20 @@ impl Pool {
         }
         let volumes = Volumes::open(&config.volume_root)?;
         let (mut registry, remembered) = Registry::open(volumes.root(), volumes.own())?;
-        // Of sessions whose owner and init were both killed, processes may be alive.
-        let left_running = remembered.rows.iter().filter_map(|row| match row.phase {
-            Phase::Active | Phase::Creating => volumes.site(row.id).recorded_init(),
-            _ => None,
-        });
-        denizen_agent::sweep(&left_running.collect::<Vec<_>>());
+        // Of sessions whose owner and init were both killed, processes may be alive; of those
+        // that were frozen, they are. These can see that their owner is gone, or die of being
+        // killed, only when they are thawed.
+        let left = remembered.rows.iter().filter(|row| may_run(row.phase));
+        let left: Vec<Site> = left.map(|row| volumes.site(row.id)).collect();
+        for site in &left {
+            isolation::let_go(site);
+        }
+        denizen_agent::sweep(&left.iter().filter_map(Site::recorded_init).collect::<Vec<_>>());
         let (denials, denied) = mpsc::channel(1024);
         let options = Options { denials: Some(denials), ..settings.instances.clone() };
         let driver = settings.isolation.driver(volumes.own(), options)?;
-        for row in &remembered.rows {
-            if matches!(row.phase, Phase::Active | Phase::Creating) {
-                driver.ended(&volumes.site(row.id));
-            }
+        for site in &left {
+            driver.ended(site);
         }
         let clock = PoolClock::resume(settings.clock.clone(), remembered.time.as_ref());
         let known: HashSet<Uuid> = remembered.rows.iter().map(|row| row.id).collect();
@@ -205,6 +208,7 @@ impl Pool {
         let policy = Policy {
             max_vms: config.max_vms,
             idle_shutdown: config.idle_shutdown,
+            sleep: settings.instances.sleep,
             prune_after: config.prune_after,
             backup_after: config.backup_after,
             has_destination: backups.is_some(),
@@ -384,7 +388,7 @@ impl Pool {
                 let text = failure.map_or_else(|| "unknown".to_owned(), ToString::to_string);
                 state.failures.insert(id, text);
             }
-            Change::BackedUp(_) | Change::Archived | Change::Stopped => {
+            Change::BackedUp(_) | Change::Archived | Change::Stopped | Change::Frozen => {
                 state.failures.remove(&id);
             }
             _ => {}
@@ -393,6 +397,8 @@ impl Pool {
             Change::Created => EventKind::Created,
             Change::Started => EventKind::Started,
             Change::Stopped => EventKind::Stopped,
+            Change::Frozen => EventKind::Frozen,
+            Change::Thawed => EventKind::Thawed,
             Change::StillRunning => EventKind::StillRunning,
             Change::BackedUp(backup) => EventKind::BackedUp { backup },
             Change::Restored(backup) => EventKind::Restored { backup },
@@ -431,6 +437,7 @@ impl Pool {
                 workdir,
                 instance: Mutex::default(),
                 out_of_memory: AtomicU64::new(0),
+                quiet: AtomicBool::new(false),
             })
         });
         place.clone()
@@ -694,7 +701,7 @@ impl Pool {
             let active: Vec<Uuid> = state
                 .core
                 .views()
-                .filter(|view| view.row.phase == Phase::Active)
+                .filter(|view| matches!(view.row.phase, Phase::Active | Phase::Frozen))
                 .map(|view| view.row.id)
                 .collect();
             for id in active {
@@ -709,17 +716,20 @@ impl Pool {
         blocking(move || Ok(pool.registry.lock().commit(&[], &pool.clock.save())?)).await
     }
 
-    fn finished(self: &Arc<Self>, id: Uuid, seq: Seq, result: operation::Result) {
-        let (outcome, failure) = match result {
-            Ok(outcome) => (outcome, None),
-            Err(error) => (crate::lifecycle::Outcome::Failed, Some(Arc::new(error))),
-        };
+    fn finished(self: &Arc<Self>, id: Uuid, seq: Seq, ended: operation::Ended) {
+        let operation::Ended { outcome, failure } = ended;
+        let failure = failure.map(Arc::new);
         self.apply_after(failure.as_ref(), |state, now, out| {
             state.interrupts.remove(&seq);
             state.core.finished(now, id, seq, outcome, out);
         });
         self.changed.notify_waiters();
     }
+}
+
+/// Whether something may have been running in a session when the process before this one ended.
+fn may_run(phase: Phase) -> bool {
+    matches!(phase, Phase::Active | Phase::Frozen | Phase::Creating | Phase::Removing)
 }
 
 /// What is known of a session.
@@ -732,8 +742,8 @@ pub struct SessionInfo {
     pub name: Option<String>,
     /// How far it is kept from its host.
     pub isolation: &'static str,
-    /// `creating`, `active`, `stopped`, `restoring`, `pruning`, `archived`, `missing` or
-    /// `removing`.
+    /// `creating`, `active`, `frozen`, `stopped`, `restoring`, `pruning`, `archived`, `missing`
+    /// or `removing`.
     pub state: &'static str,
     /// What is being done for it right now.
     pub operation: Option<&'static str>,
@@ -830,7 +840,7 @@ async fn drive(pool: Weak<Pool>, mut inbox: mpsc::UnboundedReceiver<Order>) {
         for order in orders {
             match (order, &failure) {
                 (Order::Run { id, seq, row: Some(_), .. }, Some(error)) => {
-                    pool.finished(id, seq, Err(Error::Shared(error.clone())));
+                    pool.finished(id, seq, Err(Error::Shared(error.clone())).into());
                 }
                 (Order::Run { id, seq, op, .. }, _) => {
                     operations.spawn(operation::run(pool.clone(), id, seq, op));

@@ -13,7 +13,7 @@ use rustix::fs::Access;
 use rustix::io::Errno;
 use uuid::Uuid;
 
-use super::Limits;
+use super::{Limits, freezer};
 
 /// The file in a session's folder that says where its groups are.
 const RECORD: &str = "groups";
@@ -27,6 +27,8 @@ const CONTROLLERS: [&str; 3] = ["memory", "pids", "cpu"];
 pub(super) struct Groups {
     /// Each controller with the folder that the sessions' folders go into.
     places: Vec<Place>,
+    /// The folder for groups that can be frozen, if they shall be; perhaps one of the above.
+    freezer: Option<PathBuf>,
 }
 
 #[derive(Clone, Debug)]
@@ -70,7 +72,31 @@ impl Groups {
                 places.push(Place { controllers, folder, unified });
             }
         }
-        Self { places }
+        Self { places, freezer: None }
+    }
+
+    /// The folder for groups that can be frozen, if any is granted.
+    pub(super) fn find_freezer(&self) -> Option<PathBuf> {
+        let unified = self.places.iter().filter(|place| place.unified);
+        freezer::find(unified.map(|place| &place.folder))
+    }
+
+    /// Makes groups that can be frozen from now on; false if that is not granted.
+    pub(super) fn use_freezer(&mut self) -> bool {
+        self.freezer = self.find_freezer();
+        self.freezer.is_some()
+    }
+
+    /// Has all of a session stand still.
+    pub(super) fn freeze(&self, id: Uuid) -> io::Result<()> {
+        let folder = self.freezer.as_ref().ok_or(io::ErrorKind::Unsupported)?;
+        freezer::freeze(&folder.join(id.to_string()))
+    }
+
+    /// Has all of a session go on; gives whether it stood still.
+    pub(super) fn thaw(&self, id: Uuid) -> io::Result<bool> {
+        let folder = self.freezer.as_ref();
+        folder.map_or(Ok(false), |folder| freezer::thaw(&folder.join(id.to_string())))
     }
 
     /// The controllers that hold.
@@ -99,22 +125,40 @@ impl Groups {
             }
             files.push(folder.join("cgroup.procs"));
         }
+        if let Some(freezer) = self.own_freezer() {
+            let folder = freezer.join(id.to_string());
+            match fs::create_dir(&folder) {
+                // What could not be removed must not stop what comes now.
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                    freezer::thaw(&folder)?;
+                }
+                made => made?,
+            }
+            files.push(folder.join("cgroup.procs"));
+        }
         Ok(files)
     }
 
     fn folders(&self, id: Uuid) -> impl Iterator<Item = PathBuf> {
-        self.places.iter().map(move |place| place.folder.join(id.to_string()))
+        let freezer = self.own_freezer().into_iter();
+        let all = self.places.iter().map(|place| &place.folder).chain(freezer);
+        all.map(move |folder| folder.join(id.to_string()))
+    }
+
+    /// The freezer's folder, where it is none of the others.
+    fn own_freezer(&self) -> Option<&PathBuf> {
+        let freezer = self.freezer.as_ref()?;
+        self.places.iter().all(|place| place.folder != *freezer).then_some(freezer)
     }
 
     /// Removes a session's groups, in which nothing may run any more. Blocks for as long as
     /// dying takes.
     pub(super) fn remove(&self, id: Uuid, home: &Path) {
-        let recorded = fs::read_to_string(home.join(RECORD)).unwrap_or_default();
-        let name = id.to_string();
-        // Only what could be ours: a group has no files that could be deleted by mistake.
-        let recorded = recorded.lines().map(PathBuf::from).filter(|path| path.ends_with(&name));
-        let folders: BTreeSet<PathBuf> = recorded.chain(self.folders(id)).collect();
+        let folders: BTreeSet<PathBuf> = recorded(id, home).chain(self.folders(id)).collect();
         for folder in folders {
+            // Frozen, a killed process may stay (version 1), and so would one that only has to
+            // see that its owner is gone.
+            let _ = freezer::thaw(&folder);
             let begin = Instant::now();
             loop {
                 match rustix::fs::rmdir(&folder) {
@@ -145,8 +189,25 @@ impl Groups {
     }
 }
 
+/// The groups that a session's record names; only what could be ours: a group has no files that
+/// could be deleted by mistake.
+fn recorded(id: Uuid, home: &Path) -> impl Iterator<Item = PathBuf> {
+    let record = fs::read_to_string(home.join(RECORD)).unwrap_or_default();
+    let all: Vec<_> = record.lines().map(PathBuf::from).collect();
+    all.into_iter().filter(move |path| path.ends_with(id.to_string()))
+}
+
+/// Has all that an earlier process has frozen of a session go on, so that it can be ended.
+pub(super) fn thaw_recorded(id: Uuid, home: &Path) {
+    for folder in recorded(id, home) {
+        if let Err(error) = freezer::thaw(&folder) {
+            tracing::warn!(path = %folder.display(), %error, "control group stays frozen");
+        }
+    }
+}
+
 /// Mount point, type and options of a line of `proc_pid_mountinfo(5)`.
-fn mount(line: &str) -> Option<(PathBuf, &str, &str)> {
+pub(super) fn mount(line: &str) -> Option<(PathBuf, &str, &str)> {
     let (head, tail) = line.split_once(" - ")?;
     let mut tail = tail.split(' ');
     let (kind, options) = (tail.next()?, tail.nth(1)?);
@@ -154,7 +215,7 @@ fn mount(line: &str) -> Option<(PathBuf, &str, &str)> {
 }
 
 /// The path of this process's own group in a hierarchy, by `proc_pid_cgroup(5)`.
-fn own_group<'t>(text: &'t str, controller: &str) -> Option<&'t str> {
+pub(super) fn own_group<'t>(text: &'t str, controller: &str) -> Option<&'t str> {
     text.lines().find_map(|line| {
         let mut parts = line.splitn(3, ':').skip(1);
         let (names, path) = (parts.next()?, parts.next()?);
@@ -163,7 +224,7 @@ fn own_group<'t>(text: &'t str, controller: &str) -> Option<&'t str> {
 }
 
 /// Makes denizen's folder below a group, if that is allowed.
-fn claim(above: &Path, unified: bool, controllers: &[&str]) -> Option<PathBuf> {
+pub(super) fn claim(above: &Path, unified: bool, controllers: &[&str]) -> Option<PathBuf> {
     let folder = above.join("denizen");
     if fs::create_dir(&folder).is_err() {
         // Perhaps another user's denizen has made it.
