@@ -156,6 +156,19 @@ pub(crate) struct Pool {
     announcer: Announcer,
 }
 
+impl Drop for Pool {
+    /// Instances end with the pool, which those that stand still could not.
+    fn drop(&mut self) {
+        for place in self.state.get_mut().places.values() {
+            if place.agent().is_some()
+                && let Err(error) = self.driver.thaw(&place.site)
+            {
+                tracing::warn!(session = %place.site.id, %error, "stays frozen");
+            }
+        }
+    }
+}
+
 /// The pool's tasks; they end when this is dropped.
 pub(crate) struct Tasks(#[allow(dead_code)] JoinSet<()>);
 

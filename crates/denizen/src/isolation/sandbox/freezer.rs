@@ -59,11 +59,11 @@ impl Version {
         })
     }
 
-    fn wait(self, group: &Path, frozen: bool) -> io::Result<()> {
+    fn wait(self, group: &Path, frozen: bool, patience: Duration) -> io::Result<()> {
         let begin = Instant::now();
         let mut pause = Duration::from_micros(50);
         while self.state(group)? != Some(frozen) {
-            if begin.elapsed() > PATIENCE {
+            if begin.elapsed() > patience {
                 let what = if frozen {
                     "its processes do not come to rest"
                 } else {
@@ -71,8 +71,9 @@ impl Version {
                 };
                 return Err(io::Error::new(io::ErrorKind::TimedOut, what));
             }
-            // Version 1 has nothing to wait for.
+            // Version 1 has nothing to wait for, and may have missed what was just starting.
             std::thread::sleep(pause);
+            self.order(group, frozen)?;
             pause = PAUSE.min(pause * 2);
         }
         Ok(())
@@ -109,16 +110,20 @@ pub(super) fn find<'p>(mut folders: impl Iterator<Item = &'p PathBuf>) -> Option
 pub(super) fn freeze(group: &Path) -> io::Result<()> {
     let version = Version::of(group).ok_or(io::ErrorKind::NotFound)?;
     version.order(group, true)?;
-    version.wait(group, true)
+    version.wait(group, true, PATIENCE)
 }
 
 /// Has all of a group go on; gives whether it had to. A group that is gone, or of a kind that
 /// cannot be frozen, is not frozen. Blocks for a moment.
 pub(super) fn thaw(group: &Path) -> io::Result<bool> {
+    thaw_within(group, PATIENCE)
+}
+
+fn thaw_within(group: &Path, patience: Duration) -> io::Result<bool> {
     let Some(version) = Version::of(group) else { return Ok(false) };
     let was = version.state(group)? != Some(false);
     version.order(group, false)?;
-    version.wait(group, false)?;
+    version.wait(group, false, patience)?;
     Ok(was)
 }
 
@@ -211,7 +216,7 @@ mod tests {
             {
                 let group = Group::below(&above, "denizen-below");
                 freeze(&above).unwrap();
-                let error = thaw(&group.folder).unwrap_err();
+                let error = thaw_within(&group.folder, PAUSE).unwrap_err();
                 assert_eq!(error.kind(), io::ErrorKind::TimedOut, "{version:?}");
                 thaw(&above).unwrap();
                 group.runs();
