@@ -191,12 +191,32 @@ async fn freeze(pool: &Pool, place: &Place) -> Ended {
     // could be seen.
     place.quiet.store(quiet, Ordering::Relaxed);
     let (driver, site) = (pool.driver.clone(), place.site.clone());
-    match blocking(move || driver.freeze(&site)).await {
+    let given_up = GivenUp::default();
+    let flag = given_up.0.clone();
+    let frozen = blocking(move || {
+        let frozen = driver.freeze(&site);
+        if flag.load(Ordering::SeqCst) {
+            // The pool has been dropped, and may have thawed it before.
+            driver.thaw(&site)?;
+        }
+        frozen
+    });
+    match frozen.await {
         Ok(()) => Ok(Outcome::Done).into(),
         Err(error) => match thaw(pool, place).await {
             Ok(_) => Err(error).into(),
             Err(_) => Ended::broken(error),
         },
+    }
+}
+
+/// Tells work that goes on by itself that nobody waits for it any more, once it is dropped.
+#[derive(Default)]
+struct GivenUp(Arc<AtomicBool>);
+
+impl Drop for GivenUp {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
     }
 }
 
