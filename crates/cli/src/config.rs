@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
-use denizen::{Isolation, Limits, Network, Rule, VmPoolConfig};
+use denizen::{Isolation, Limits, Network, Rule, Sleep, VmPoolConfig};
 use serde::{Deserialize, Serialize};
 
 use crate::{Failure, Result};
@@ -57,6 +57,20 @@ pub struct Options {
         hide_short_help = true
     )]
     allow: Option<Vec<Rule>>,
+    /// What becomes of idle sessions: stop (their processes end) or freeze (their processes stand
+    /// still, and go on with the next use) [default: stop]
+    #[arg(long, global = true, env = "DENIZEN_SLEEP", value_name = "SLEEP")]
+    sleep: Option<Sleep>,
+    /// Whether processes that a command left running keep their session from sleeping [default:
+    /// true]
+    #[arg(
+        long,
+        global = true,
+        env = "DENIZEN_BACKGROUND_IS_USE",
+        value_name = "BOOL",
+        hide_short_help = true
+    )]
+    background_is_use: Option<bool>,
     /// What each session may use, as a TOML inline table
     #[arg(
         long,
@@ -199,6 +213,8 @@ struct FileConfig {
     image: Option<String>,
     network: Option<NetworkKind>,
     allow: Option<Vec<Rule>>,
+    sleep: Option<Sleep>,
+    background_is_use: Option<bool>,
     limits: Option<Limits>,
     pool: toml::Table,
 }
@@ -226,6 +242,10 @@ pub struct Settings {
     pub network: NetworkKind,
     /// What the network's kind does not open by itself.
     pub allow: Vec<Rule>,
+    /// What becomes of idle sessions.
+    pub sleep: Sleep,
+    /// Whether processes left running keep a session from that.
+    pub background_is_use: bool,
     /// What each session may use.
     pub limits: Limits,
     /// The pool.
@@ -298,6 +318,8 @@ pub fn load(options: &Options) -> Result<Settings> {
         image: options.image.clone().or(given.image),
         network: options.network.or(given.network).unwrap_or_default(),
         allow: options.allow.clone().or(given.allow).unwrap_or_default(),
+        sleep: options.sleep.or(given.sleep).unwrap_or_default(),
+        background_is_use: options.background_is_use.or(given.background_is_use).unwrap_or(true),
         limits: options.limits.clone().map(|Toml(it)| it).or(given.limits).unwrap_or_default(),
         state,
         cache: absolute(&cache)?,

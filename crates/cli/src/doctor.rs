@@ -8,7 +8,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use denizen::Isolation;
+use denizen::{Isolation, Sleep};
 use rustix::fs::{Access, XattrFlags};
 use serde_json::json;
 
@@ -55,6 +55,8 @@ struct Attempt {
     output: std::result::Result<String, String>,
     /// Resources that are limited for whole sessions.
     limited: Vec<&'static str>,
+    /// Whether sessions could be frozen.
+    freezer: bool,
 }
 
 impl Attempt {
@@ -86,6 +88,7 @@ pub async fn run(settings: &Settings, as_json: bool) -> Result<i32> {
         ]);
         findings.extend(seccomp(&attempt));
     }
+    findings.extend(freezer(settings, &attempt));
     findings.extend([container(), nested()].into_iter().flatten());
     findings.extend(programs(&attempt));
     findings.push(command(settings, &attempt));
@@ -367,6 +370,33 @@ fn limits(settings: &Settings, attempt: &Attempt) -> Finding {
     wrong(NAME, Grade::Note, what, mend)
 }
 
+/// Whether idle sessions can be frozen; of interest where that is wanted, or could be.
+fn freezer(settings: &Settings, attempt: &Attempt) -> Option<Finding> {
+    const NAME: &str = "freezer";
+    let wanted = settings.sleep == Sleep::Freeze;
+    if settings.isolation != Isolation::Sandbox {
+        return wanted.then(|| {
+            let what = format!("isolation {} freezes no sessions", settings.isolation.name());
+            let mend = "set isolation to `sandbox`, or sleep to `stop`";
+            wrong(NAME, Grade::Fail, what, mend)
+        });
+    }
+    if attempt.freezer {
+        return Some(fine(NAME, "idle sessions can be frozen"));
+    }
+    if attempt.output.is_err() {
+        return Some(fine(NAME, "not known while no command runs"));
+    }
+    let what = "no control group that can be frozen may be made: idle sessions can only be stopped";
+    let mend = "run the daemon in a unit with `Delegate=yes`: systemd-run --user --scope -p \
+                Delegate=yes denizen serve";
+    Some(if wanted {
+        wrong(NAME, Grade::Fail, what, format!("{mend}; or set sleep to `stop`"))
+    } else {
+        wrong(NAME, Grade::Note, what, mend)
+    })
+}
+
 fn seccomp(attempt: &Attempt) -> Option<Finding> {
     attempt.works().then(|| {
         if attempt.prints("seccomp 2") {
@@ -432,10 +462,11 @@ fn place(root: &Path) -> std::io::Result<tempfile::TempDir> {
 
 /// Runs a command the way sessions do, in a pool of its own that is removed again.
 async fn attempt(settings: &Settings) -> Attempt {
-    let mut limited = Vec::new();
+    let (mut limited, mut freezer) = (Vec::new(), false);
     let output = match place(&settings.pool.volume_root) {
         Ok(folder) => {
-            let running = run_command(settings, folder.path().join("pool"), &mut limited);
+            let root = folder.path().join("pool");
+            let running = run_command(settings, root, &mut limited, &mut freezer);
             match tokio::time::timeout(PATIENCE, running).await {
                 Ok(output) => output.map_err(|error| error.to_string()),
                 Err(_) => Err(format!("no end after {} seconds", PATIENCE.as_secs())),
@@ -443,13 +474,14 @@ async fn attempt(settings: &Settings) -> Attempt {
         }
         Err(error) => Err(format!("{}: {error}", settings.pool.volume_root.display())),
     };
-    Attempt { output, limited }
+    Attempt { output, limited, freezer }
 }
 
 async fn run_command(
     settings: &Settings,
     volume_root: PathBuf,
     limited: &mut Vec<&'static str>,
+    freezer: &mut bool,
 ) -> denizen::Result<String> {
     let config = denizen::VmPoolConfig {
         enabled: true,
@@ -464,6 +496,7 @@ async fn run_command(
         .limits(settings.limits.clone())
         .build()?;
     *limited = pool.limited_resources()?;
+    *freezer = pool.can_freeze()?;
     let session = pool.find_or_name(&"doctor".parse()?).await?;
     let guard = pool.acquire(session).await?;
     let output = guard.command(ATTEMPT).output().await;

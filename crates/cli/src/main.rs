@@ -376,6 +376,8 @@ async fn serve(settings: config::Settings, idle_exit: Option<u64>, background: b
         .agent_program(program)
         .cache(settings.cache)
         .isolation(settings.isolation)
+        .sleep(settings.sleep)
+        .background_is_use(settings.background_is_use)
         .limits(settings.limits)
         .acquire_timeout(settings.acquire_timeout)
         .spares(settings.spares)

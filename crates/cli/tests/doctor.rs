@@ -123,4 +123,12 @@ fn no_control_groups_are_granted() {
     let (code, all) = doctor(&user, &["-m"], read_only);
     assert_eq!(code, Some(0), "{all:#}");
     assert_eq!(grade(&all, "limits"), "note", "{all:#}");
+    assert_eq!(grade(&all, "freezer"), "note", "{all:#}");
+    let (code, all) = doctor(&user, &["-m"], &format!("{read_only}; export DENIZEN_SLEEP=freeze"));
+    assert_eq!(code, Some(1), "{all:#}");
+    assert_eq!(grade(&all, "freezer"), "fail", "{all:#}");
+    // What cannot freeze at all.
+    let host = user.run(&["--isolation", "host", "--sleep", "freeze", "--json", "doctor"]);
+    let all: Value = serde_json::from_slice(&host.stdout).unwrap();
+    assert_eq!((host.status.code(), grade(&all, "freezer")), (Some(1), "fail"), "{all:#}");
 }

@@ -479,6 +479,60 @@ fn a_daemon_in_another_group_clears_up_after_the_one_before() {
     fs::remove_dir(&group).unwrap();
 }
 
+/// Kills the daemon while a session is frozen whose command sleeps; the next daemon, which
+/// freezes nothing itself, clears up. The first one is started after `prepare`.
+fn kill_while_frozen(prepare: &str) {
+    let mut soak = Soak::without_sessions(0);
+    let sleep = format!("sleep 61848{}", std::process::id());
+    let client = soak.user.denizen(&["exec", "a", "--", "sh", "-c"]);
+    let line = format!("{prepare} && exec \"$0\" \"$@\"");
+    let mut shell = std::process::Command::new("unshare");
+    shell.args(["--mount", "sh", "-c", &line]).arg(client.get_program()).args(client.get_args());
+    shell.arg(format!("{sleep} > /dev/null 2>&1 &"));
+    for (name, value) in client.get_envs() {
+        match value {
+            Some(value) => shell.env(name, value),
+            None => shell.env_remove(name),
+        };
+    }
+    shell.env("DENIZEN_SLEEP", "freeze").env("DENIZEN_BACKGROUND_IS_USE", "false");
+    shell.env("DENIZEN_IDLE_SHUTDOWN_SECONDS", "1");
+    let output = shell.output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    soak.note_ids();
+    until("it is frozen", || soak.user.json(&["inspect", "a"])["state"] == "frozen");
+    let daemon = soak.user.daemon_pid().unwrap();
+    kill_process(Pid::from_raw(daemon).unwrap(), Signal::KILL).unwrap();
+    until("the daemon has ended", || has_ended(daemon));
+    // Nobody can end it now: it does not see that its owner is gone.
+    assert_eq!(common::running(&sleep).len(), 1);
+    let found = soak.user.json(&["inspect", "a"]);
+    assert_eq!((&found["state"], &found["unsaved"]), (&"stopped".into(), &true.into()));
+    assert!(common::running(&sleep).is_empty());
+    soak.nothing_stays();
+    let log = fs::read_to_string(soak.user.state.path().join("daemon.log")).unwrap();
+    assert!(!log.contains("faster than they can be killed"), "they were killed in vain: {log}");
+}
+
+/// Whether groups can be made below this place.
+fn is_granted(place: &str) -> bool {
+    let folder = Path::new(place).join(format!("denizen-killing-{}", std::process::id()));
+    fs::create_dir(&folder).is_ok_and(|()| fs::remove_dir(&folder).is_ok())
+}
+
+#[test]
+fn what_a_killed_daemon_has_frozen_is_ended() {
+    let unified = "/sys/fs/cgroup/unified";
+    let only = Path::new("/sys/fs/cgroup/cgroup.controllers").exists();
+    let two = is_granted(unified) || (only && is_granted("/sys/fs/cgroup"));
+    if two {
+        kill_while_frozen(":");
+    }
+    if is_granted("/sys/fs/cgroup/freezer") {
+        kill_while_frozen(&format!("{{ umount {unified} || ! test -e {unified}; }}"));
+    }
+}
+
 fn number(variable: &str) -> Option<u64> {
     std::env::var(variable).ok().map(|text| text.parse().unwrap())
 }

@@ -199,6 +199,26 @@ pub enum Error {
         problem: String,
     },
 
+    /// Idle sessions shall be frozen, and cannot be.
+    #[error("sessions of isolation {isolation} cannot be frozen here: {problem}")]
+    NoFreezer {
+        /// The isolation asked for.
+        isolation: &'static str,
+        /// What is missing, and what to do.
+        problem: &'static str,
+    },
+
+    /// The processes of a session could not be frozen or thawed.
+    #[error("cannot {action} session {session}: {source}")]
+    Freezer {
+        /// `freeze` or `thaw`.
+        action: &'static str,
+        /// The session.
+        session: Uuid,
+        /// What the system said.
+        source: io::Error,
+    },
+
     /// An image could not be had or used.
     #[error(transparent)]
     Image(#[from] denizen_image::Error),

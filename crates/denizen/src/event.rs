@@ -38,6 +38,10 @@ pub enum EventKind {
     Started,
     /// Nothing runs in it any more.
     Stopped,
+    /// What runs in it stands still.
+    Frozen,
+    /// What runs in it goes on.
+    Thawed,
     /// It has been idle, but processes run in it, which counts as use.
     StillRunning,
     /// A verified backup was written.
@@ -131,6 +135,8 @@ pub(crate) fn op_name(op: &Op) -> &'static str {
         Op::Create { .. } => "create",
         Op::Start => "start",
         Op::Stop { .. } => "stop",
+        Op::Freeze => "freeze",
+        Op::Thaw => "thaw",
         Op::Backup => "backup",
         Op::Prune => "prune",
         Op::Restore(_) => "restore",

@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::error::{Error, Result};
+use crate::lifecycle::Sleep;
 
 /// How far a session is kept from its host.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -93,10 +94,23 @@ impl Isolation {
     /// Prepares for instances; `own` is the pool's own folder.
     pub(crate) fn driver(self, own: &Path, options: Options) -> Result<Arc<dyn Driver>> {
         Ok(match self {
+            Self::Host if options.sleep == Sleep::Freeze => {
+                return Err(Error::NoFreezer {
+                    isolation: "host",
+                    problem: "its sessions are in no control groups that could be frozen: set \
+                              isolation to `sandbox`, or sleep to `stop`",
+                });
+            }
             Self::Host => Arc::new(host::Host),
             Self::Sandbox => Arc::new(sandbox::Sandbox::new(own, options)?),
         })
     }
+}
+
+/// Has what an earlier process left frozen of a session, under whichever isolation, go on, so
+/// that it can be ended. May block.
+pub(crate) fn let_go(site: &Site) {
+    sandbox::let_go(site);
 }
 
 /// Which networks sessions can reach, where they do not share their host's.
@@ -126,6 +140,7 @@ pub(crate) struct Options {
     /// share it.
     pub(crate) cache: Option<PathBuf>,
     pub(crate) limits: Limits,
+    pub(crate) sleep: Sleep,
     pub(crate) network: Network,
     pub(crate) denials: Option<Denials>,
     pub(crate) agent_program: Option<PathBuf>,
@@ -214,8 +229,18 @@ pub(crate) trait Driver: Send + Sync {
     fn moved(&self, instance: Instance, from: &Site, to: &Site) -> Result<Instance>;
 
     /// Clears away what an instance leaves outside of its session's folder. Nothing runs in it,
-    /// or what does is dying. May block.
+    /// or what does is dying, perhaps frozen. May block.
     fn ended(&self, site: &Site);
+
+    /// Whether instances could be frozen here, whatever the pool's setting.
+    fn can_freeze(&self) -> bool;
+
+    /// Has all processes of an instance stand still. Until it is thawed nothing in it answers.
+    /// After a failure it may be frozen in part. May block.
+    fn freeze(&self, site: &Site) -> Result<()>;
+
+    /// Has them go on; gives whether they stood still. May block.
+    fn thaw(&self, site: &Site) -> Result<bool>;
 
     /// Where commands start, as they see it.
     fn workdir(&self, site: &Site) -> PathBuf;

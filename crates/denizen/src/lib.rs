@@ -58,6 +58,7 @@ pub use denizen_network::{InvalidRule, Rule, Rules};
 pub use error::{Error, RegistryError, Result};
 pub use event::{Event, EventKind, Events};
 pub use isolation::{ImageInfo, Isolation, Limits, Network};
+pub use lifecycle::Sleep;
 pub use manager::{Builder, MicroVmManager, VmExecutionGuard};
 pub use name::SessionName;
 pub use pool::SessionInfo;

@@ -15,11 +15,15 @@
 mod simulation;
 
 use std::collections::{BTreeSet, VecDeque};
+use std::str::FromStr;
 use std::time::Duration;
 
 // Seeded as std's are, and a third of their price on the way of a warm acquire.
 use foldhash::{HashMap, HashMapExt};
+use serde::{Deserialize, Serialize};
 use uuid::Uuid;
+
+use crate::error::Error;
 
 /// First wait after a failed operation; doubled with every further failure.
 const FIRST_RETRY: Duration = Duration::from_secs(10);
@@ -44,13 +48,49 @@ pub type WaiterId = u64;
 /// Names one run of an operation; never used twice by one pool.
 pub type Seq = u64;
 
+/// What becomes of a session that nobody has used for a while.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[non_exhaustive]
+pub enum Sleep {
+    /// Its processes are told to end, then killed; it is started again when it is next wanted.
+    #[default]
+    Stop,
+    /// Its processes stand still where they are, and go on when it is next wanted. They keep
+    /// their memory.
+    Freeze,
+}
+
+impl Sleep {
+    /// The word for it in configuration and output.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Stop => "stop",
+            Self::Freeze => "freeze",
+        }
+    }
+}
+
+impl FromStr for Sleep {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self, Error> {
+        let known = [Self::Stop, Self::Freeze];
+        known.into_iter().find(|sleep| sleep.name() == name).ok_or_else(|| {
+            Error::config("sleep", format!("is {name:?}, which is not stop or freeze"))
+        })
+    }
+}
+
 /// The rules a pool is run by.
 #[derive(Clone, Debug)]
 pub struct Policy {
     /// Most sessions that may have files on local disk at once.
     pub max_vms: usize,
-    /// Unused for this long, an active session is stopped.
+    /// Unused for this long, an active session is put to sleep.
     pub idle_shutdown: Duration,
+    /// How it sleeps.
+    pub sleep: Sleep,
     /// Stopped for this long, a session's local files are deleted.
     pub prune_after: Duration,
     /// Stopped for this long, a session's changes are backed up.
@@ -71,6 +111,8 @@ pub enum Phase {
     Creating,
     /// Local files, and an instance that may be running.
     Active,
+    /// Local files, and an instance whose processes all stand still.
+    Frozen,
     /// Local files, nothing running.
     Stopped,
     /// Local files are about to be replaced from a backup.
@@ -103,10 +145,16 @@ pub enum Op {
     /// Make the session ready to run commands.
     Start,
     /// End the instance. Without `force`, answer [`Outcome::Busy`] if something still runs.
+    /// What is frozen is thawed first.
     Stop {
         /// End background processes too.
         force: bool,
     },
+    /// Have all processes of the instance stand still; [`Outcome::Busy`] as with
+    /// [`Op::Stop`] without force.
+    Freeze,
+    /// Let the processes go on.
+    Thaw,
     /// Write a verified backup of the volume.
     Backup,
     /// Delete the local files.
@@ -122,10 +170,14 @@ pub enum Op {
 pub enum Outcome {
     /// Done.
     Done,
+    /// Done, and nothing had been running in the instance: its files are as they were.
+    Quiet,
     /// Done: the verified backup has this name.
     BackedUp(String),
     /// Not done, and nothing changed.
     Failed,
+    /// Not done, and what state the processes are in is not known: the instance has to go.
+    Broken,
     /// Not done: processes are still running in the session.
     Busy,
     /// Not done: the session's volume is not on disk any more.
@@ -244,6 +296,10 @@ pub enum Change {
     Started,
     /// Instance ended.
     Stopped,
+    /// Its processes stand still.
+    Frozen,
+    /// Its processes go on.
+    Thawed,
     /// Idle by the clock, but processes are running, which counts as use.
     StillRunning,
     /// A verified backup was written.
@@ -280,7 +336,7 @@ pub struct Row {
     pub created_at: PoolTime,
     /// When it was last released.
     pub last_used: PoolTime,
-    /// Since when nothing runs in it.
+    /// Since when nothing runs in it, be it frozen or ended.
     pub stopped_at: PoolTime,
     /// Whether there may be changes that no verified backup holds.
     pub unsaved: bool,
@@ -317,10 +373,13 @@ struct Running {
 }
 
 #[derive(Clone, Debug)]
+#[allow(clippy::struct_excessive_bools, reason = "each holds or not whatever the others do")]
 struct Session {
     row: Row,
     running: Option<Running>,
     held: bool,
+    /// Its instance, frozen or meant to be, has to be ended before anything else.
+    broken: bool,
     /// Chosen to make room for another session.
     evicting: bool,
     /// In [`Lifecycle::slot_line`].
@@ -422,6 +481,18 @@ enum Fault {
     SpareGivenTwice,
     /// Somebody waits for ever for the place of a spare.
     SpareKeepsPlace,
+    /// A frozen session is granted as it is.
+    FrozenGranted,
+    /// Held sessions are frozen.
+    FrozenWhileHeld,
+    /// Frozen sessions are pruned with their processes alive.
+    FrozenPruned,
+    /// What processes do that were thawed to be ended counts as saved.
+    LastWordsCountAsSaved,
+    /// A session that could not be thawed counts as thawed.
+    BrokenGranted,
+    /// A frozen session whose volume has vanished is forgotten with its processes.
+    VanishedLeftFrozen,
 }
 
 impl Lifecycle {
@@ -555,17 +626,19 @@ impl Lifecycle {
             (Phase::Restoring | Phase::Pruning | Phase::Archived, Found::Nothing) => {
                 Phase::Archived
             }
-            (Phase::Active | Phase::Stopped | Phase::Missing, Found::Nothing) => {
-                if row.backup.is_some() && !row.unsaved && was != Phase::Active {
-                    Phase::Archived
-                } else {
-                    Phase::Missing
-                }
+            (Phase::Stopped | Phase::Missing, Found::Nothing)
+                if row.backup.is_some() && !row.unsaved =>
+            {
+                Phase::Archived
+            }
+            (Phase::Active | Phase::Frozen | Phase::Stopped | Phase::Missing, Found::Nothing) => {
+                Phase::Missing
             }
         };
         match was {
-            // Whoever held it may have written until the very end.
-            Phase::Active | Phase::Creating => {
+            // Whoever held it may have written until the very end; and what was frozen is
+            // thawed to be ended.
+            Phase::Active | Phase::Creating | Phase::Frozen => {
                 row.unsaved = !self.has(Fault::CrashCountsAsSaved) || row.backup.is_none();
                 row.stopped_at = self.now;
             }
@@ -724,7 +797,10 @@ impl Lifecycle {
         self.running -= 1;
         self.wished -= usize::from(running.wished_by.is_some());
         match outcome {
-            Outcome::Done | Outcome::BackedUp(_) => self.succeeded(id, &running, outcome, out),
+            Outcome::Done | Outcome::Quiet | Outcome::BackedUp(_) => {
+                self.succeeded(id, &running, outcome, out);
+            }
+            Outcome::Broken => self.broke(id, &running, out),
             Outcome::Busy => self.was_busy(id, &running, out),
             Outcome::Missing => self.went_missing(id, &running, out),
             Outcome::Failed => self.failed(id, &running, out),
@@ -775,6 +851,7 @@ impl Lifecycle {
     fn succeeded(&mut self, id: Uuid, running: &Running, outcome: Outcome, out: &mut Vec<Effect>) {
         let now = self.now;
         let saved_for_ever = self.has(Fault::SavedForEver);
+        let last_words_count = self.has(Fault::LastWordsCountAsSaved);
         let Some(session) = self.sessions.get_mut(&id) else { return };
         session.failures = 0;
         self.failing.remove(&id);
@@ -802,9 +879,27 @@ impl Lifecycle {
                 return;
             }
             Op::Stop { .. } => {
-                row.stopped_at = now;
+                session.broken = false;
+                if running.fallback != Phase::Frozen {
+                    row.stopped_at = now;
+                } else if outcome != Outcome::Quiet && !last_words_count {
+                    // What was told to end may have written once more.
+                    row.unsaved = true;
+                }
                 self.enter(id, Phase::Stopped);
                 Change::Stopped
+            }
+            Op::Freeze => {
+                row.stopped_at = now;
+                self.enter(id, Phase::Frozen);
+                Change::Frozen
+            }
+            Op::Thaw => {
+                // The row that says so is already durable.
+                row.unsaved = !saved_for_ever || row.backup.is_none();
+                row.last_used = now;
+                out.push(Effect::Notify { id, change: Change::Thawed });
+                return;
             }
             Op::Backup => {
                 if let Outcome::BackedUp(name) = outcome {
@@ -867,6 +962,8 @@ impl Lifecycle {
         if let Some(session) = self.sessions.get_mut(&id) {
             // What runs in the background counts as use until now.
             session.row.last_used = now;
+            // It may have been thawed to find that out.
+            session.row.unsaved = true;
             session.retry_at = now.after(FIRST_RETRY);
             if running.wished_by.is_none() {
                 out.push(Effect::Notify { id, change: Change::StillRunning });
@@ -877,7 +974,14 @@ impl Lifecycle {
 
     fn went_missing(&mut self, id: Uuid, running: &Running, out: &mut Vec<Effect>) {
         self.end_eviction(id);
-        let Some(session) = self.sessions.get(&id) else { return };
+        let left_frozen = self.has(Fault::VanishedLeftFrozen);
+        let Some(session) = self.sessions.get_mut(&id) else { return };
+        if session.row.phase == Phase::Frozen && !left_frozen {
+            // Its processes are still there. Once they are not, this is found out again.
+            session.broken = true;
+            self.refuse_wish(id, running, &Refusal::Missing, out);
+            return;
+        }
         if session.row.backup.is_some() && !session.row.unsaved {
             // Nothing is lost: whoever waits gets the backup.
             self.enter(id, Phase::Archived);
@@ -893,6 +997,28 @@ impl Lifecycle {
         }
         out.push(Effect::Notify { id, change: Change::Missing });
         self.refuse_wish(id, running, &Refusal::Missing, out);
+    }
+
+    /// An instance was left in a state that nobody knows: it is ended by force, and whoever
+    /// waits is then served by a new one.
+    fn broke(&mut self, id: Uuid, running: &Running, out: &mut Vec<Effect>) {
+        let now = self.now;
+        if running.op == Op::Thaw && self.has(Fault::BrokenGranted) {
+            return;
+        }
+        let Some(session) = self.sessions.get_mut(&id) else { return };
+        session.broken = true;
+        session.row.unsaved = true;
+        session.row.stopped_at = now;
+        if running.op == (Op::Stop { force: true }) {
+            return self.failed(id, running, out);
+        }
+        self.enter(id, Phase::Frozen);
+        if let Some(session) = self.sessions.get(&id) {
+            out.push(Effect::Save(session.row.clone()));
+        }
+        let change = Change::Failed { op: running.op.clone(), retry_at: None };
+        out.push(Effect::Notify { id, change });
     }
 
     fn failed(&mut self, id: Uuid, running: &Running, out: &mut Vec<Effect>) {
@@ -930,11 +1056,16 @@ impl Lifecycle {
                 },
             });
         }
-        if !matches!(running.op, Op::Stop { .. } | Op::Backup) {
+        let wrote = match running.op {
+            Op::Stop { .. } => running.fallback == Phase::Frozen,
+            Op::Freeze | Op::Backup => false,
+            _ => true,
+        };
+        if wrote {
             // Its row says what was begun.
             out.push(Effect::Save(session.row.clone()));
         }
-        if matches!(running.op, Op::Start | Op::Restore(_)) {
+        if matches!(running.op, Op::Start | Op::Thaw | Op::Restore(_)) {
             self.refuse_guards(id, out);
         }
         self.refuse_wish(id, running, &Refusal::Failed, out);
@@ -982,7 +1113,8 @@ impl Lifecycle {
             return;
         }
         if session.held {
-            if self.has(Fault::PruneWhileHeld) {
+            let freezes = self.policy.sleep == Sleep::Freeze && self.has(Fault::FrozenWhileHeld);
+            if self.has(Fault::PruneWhileHeld) || freezes {
                 self.keep_house(id, out);
             }
             if self.has(Fault::TwoHolders) {
@@ -990,7 +1122,7 @@ impl Lifecycle {
             }
             return;
         }
-        // Left behind by a crash: finish before anybody is served.
+        // Left behind by a crash, or of no use any more: finish before anybody is served.
         match session.row.phase {
             Phase::Removing => {
                 if self.may_retry(id) {
@@ -1001,6 +1133,13 @@ impl Lifecycle {
             Phase::Pruning => {
                 if self.may_retry(id) {
                     self.run(id, Op::Prune, None, out);
+                }
+                return;
+            }
+            _ if session.broken => {
+                let waiter = session.waiters.front().map(|front| front.id);
+                if waiter.is_some() || self.may_retry(id) {
+                    self.run(id, Op::Stop { force: true }, waiter, out);
                 }
                 return;
             }
@@ -1028,13 +1167,17 @@ impl Lifecycle {
 
     /// Serves the front of a session's line until it has to wait for something.
     fn serve_line(&mut self, id: Uuid, out: &mut Vec<Effect>) {
+        let grants_frozen = self.has(Fault::FrozenGranted);
         loop {
             let has_room = self.has_room() || self.spares > 0;
             let Some(session) = self.sessions.get_mut(&id) else { return };
             let Some(front) = session.waiters.front() else { break };
             let (waiter, phase) = (front.id, session.row.phase);
             let answer = match (front.want.clone(), phase) {
-                (Want::Guard { .. }, Phase::Active) => {
+                (Want::Guard { .. }, Phase::Frozen) if !grants_frozen => {
+                    return self.run(id, Op::Thaw, Some(waiter), out);
+                }
+                (Want::Guard { .. }, Phase::Active | Phase::Frozen) => {
                     session.waiters.pop_front();
                     session.held = true;
                     session.row.unsaved = true;
@@ -1057,7 +1200,7 @@ impl Lifecycle {
                 (Want::Removed, Phase::Absent) => Ok(()),
                 (_, Phase::Absent) => Err(Refusal::Unknown),
 
-                (Want::Stopped { force }, Phase::Active) => {
+                (Want::Stopped { force }, Phase::Active | Phase::Frozen) => {
                     return self.run(id, Op::Stop { force }, Some(waiter), out);
                 }
                 (Want::Stopped { .. }, Phase::Missing) => Err(Refusal::Missing),
@@ -1066,11 +1209,16 @@ impl Lifecycle {
                 (Want::BackedUp | Want::Restored(_), _) if !self.policy.has_destination => {
                     Err(Refusal::NoDestination)
                 }
-                (Want::BackedUp | Want::Restored(_), Phase::Active) => {
+                // Standing still is enough for a backup.
+                (Want::BackedUp, Phase::Active) if self.policy.sleep == Sleep::Freeze => {
+                    return self.run(id, Op::Freeze, Some(waiter), out);
+                }
+                (Want::BackedUp | Want::Restored(_), Phase::Active)
+                | (Want::Restored(_), Phase::Frozen) => {
                     return self.run(id, Op::Stop { force: false }, Some(waiter), out);
                 }
                 (Want::BackedUp, Phase::Missing) => Err(Refusal::Missing),
-                (Want::BackedUp, Phase::Stopped) if session.row.unsaved => {
+                (Want::BackedUp, Phase::Stopped | Phase::Frozen) if session.row.unsaved => {
                     return self.run(id, Op::Backup, Some(waiter), out);
                 }
                 (Want::BackedUp, _) => Ok(()),
@@ -1109,7 +1257,23 @@ impl Lifecycle {
         let row = &session.row;
         let pressed = session.evicting;
         let (at, op) = match row.phase {
-            Phase::Active => (row.last_used.after(policy.idle_shutdown), Op::Stop { force: false }),
+            Phase::Active => {
+                // Where room is needed, it will have to stop anyway.
+                let freezes = policy.sleep == Sleep::Freeze && !pressed;
+                let op = if freezes { Op::Freeze } else { Op::Stop { force: false } };
+                (row.last_used.after(policy.idle_shutdown), op)
+            }
+            Phase::Frozen => {
+                let prune = row.stopped_at.after(policy.prune_after);
+                let backup = row.stopped_at.after(policy.backup_after.unwrap_or(Duration::MAX));
+                // Later, it is saved once it has been ended: being told, it may write again.
+                let saved_as_it_is = policy.has_destination && row.unsaved && !pressed;
+                if saved_as_it_is && backup < prune && self.now < prune {
+                    (backup, Op::Backup)
+                } else {
+                    (prune, Op::Stop { force: true })
+                }
+            }
             Phase::Stopped if policy.has_destination && row.unsaved => {
                 let wait = policy.backup_after.unwrap_or(policy.prune_after);
                 (row.stopped_at.after(wait.min(policy.prune_after)), Op::Backup)
@@ -1120,6 +1284,7 @@ impl Lifecycle {
         let op = match op {
             Op::Backup if pressed && self.has(Fault::EvictUnsaved) => Op::Prune,
             Op::Stop { .. } if self.has(Fault::BusyIgnored) => Op::Stop { force: true },
+            Op::Stop { force: true } if self.has(Fault::FrozenPruned) => Op::Prune,
             op => op,
         };
         let at = if pressed { self.now } else { at };
@@ -1152,13 +1317,15 @@ impl Lifecycle {
         let fallback = session.row.phase;
         let next = match &op {
             Op::Create { .. } => Some(Phase::Creating),
-            Op::Start => Some(Phase::Active),
+            // What sleeps may write from then on.
+            Op::Start | Op::Thaw => Some(Phase::Active),
+            Op::Stop { .. } if fallback == Phase::Frozen => Some(Phase::Active),
             Op::Prune => Some(Phase::Pruning),
             Op::Restore(_) => Some(Phase::Restoring),
             // What has no local files takes no place while it is forgotten.
             Op::Remove if !fallback.is_resident() => Some(fallback),
             Op::Remove => Some(Phase::Removing),
-            Op::Stop { .. } | Op::Backup => None,
+            Op::Stop { .. } | Op::Freeze | Op::Backup => None,
         };
         let mut row = None;
         if let Some(phase) = next {
@@ -1166,7 +1333,7 @@ impl Lifecycle {
             let Some(session) = self.sessions.get(&id) else { return };
             let mut durable = session.row.clone();
             match &op {
-                Op::Start => durable.unsaved = true,
+                Op::Start | Op::Thaw | Op::Stop { .. } => durable.unsaved = true,
                 Op::Restore(name) => durable.backup = Some(name.clone()),
                 Op::Remove => durable.phase = Phase::Removing,
                 _ => {}
@@ -1282,6 +1449,11 @@ impl Lifecycle {
             self.slot_line.pop_front();
             let Some(session) = self.sessions.get_mut(&id) else { continue };
             session.wants_slot = false;
+            // Whoever was first in its line has left, and the next one wanted something else
+            // of it: it comes back when that is done.
+            if session.running.is_some() {
+                continue;
+            }
             let Some(front) = session.waiters.front() else { continue };
             let wished_by = Some(front.id);
             if spare && !self.has(Fault::SpareGivenTwice) {
@@ -1326,8 +1498,9 @@ impl Lifecycle {
             .filter_map(|(_, id)| self.sessions.get(id))
             .filter(|session| self.is_evictable(session))
             .min_by_key(|session| match session.row.phase {
-                Phase::Stopped => (false, session.row.stopped_at, session.row.id),
-                _ => (true, session.row.last_used, session.row.id),
+                Phase::Stopped => (0, session.row.stopped_at, session.row.id),
+                Phase::Frozen => (1, session.row.stopped_at, session.row.id),
+                _ => (2, session.row.last_used, session.row.id),
             })
             .map(|session| session.row.id);
         let Some(id) = chosen else { return false };
@@ -1339,10 +1512,10 @@ impl Lifecycle {
         true
     }
 
-    /// Stopped sessions may be evicted; idle ones too where that costs no data.
+    /// Sessions that sleep may be evicted; idle ones too where that costs no data.
     fn is_evictable(&self, session: &Session) -> bool {
         let phase = match session.row.phase {
-            Phase::Stopped => true,
+            Phase::Stopped | Phase::Frozen => true,
             Phase::Active => self.policy.has_destination,
             _ => false,
         };
@@ -1370,6 +1543,7 @@ impl Session {
             row,
             running: None,
             held: false,
+            broken: false,
             evicting: false,
             wants_slot: false,
             waiters: VecDeque::new(),

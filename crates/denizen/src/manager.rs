@@ -17,7 +17,7 @@ use crate::config::VmPoolRuntimeConfig;
 use crate::error::{Error, Result};
 use crate::event::Events;
 use crate::isolation::{ImageInfo, Isolation, Limits, Network, Options, info};
-use crate::lifecycle::Want;
+use crate::lifecycle::{Sleep, Want};
 use crate::name::SessionName;
 use crate::pool::{Hold, Pool, SessionInfo, Settings, Tasks, blocking};
 use crate::time::{Clock, SystemClock};
@@ -110,7 +110,7 @@ impl Builder {
     }
 
     /// Whether processes that a command left running keep their session from being stopped
-    /// when idle. Default: yes.
+    /// or frozen when idle. Default: yes.
     pub fn background_is_use(mut self, counts: bool) -> Self {
         self.settings.background_is_use = counts;
         self
@@ -124,12 +124,20 @@ impl Builder {
         self
     }
 
+    /// What becomes of sessions that are idle. Default: [`Sleep::Stop`]. Freezing needs
+    /// [`Isolation::Sandbox`] and a control group that this process is granted.
+    pub fn sleep(mut self, sleep: Sleep) -> Self {
+        self.settings.instances.sleep = sleep;
+        self
+    }
+
     /// Opens the pool: makes its folders, takes its lock and takes up what an earlier process
     /// left.
     ///
     /// # Errors
     /// [`Error::NoRuntime`] outside of a Tokio runtime; [`Error::Config`], [`Error::Root`],
-    /// [`Error::RootOwner`] and [`Error::Registry`] if the volume root cannot be used.
+    /// [`Error::RootOwner`] and [`Error::Registry`] if the volume root cannot be used;
+    /// [`Error::NoFreezer`] if sessions shall be frozen and cannot be.
     pub fn build(self) -> Result<Arc<MicroVmManager>> {
         let config = Arc::new(self.config);
         if !config.enabled {
@@ -192,6 +200,14 @@ impl MicroVmManager {
         Ok(self.pool()?.driver().limits())
     }
 
+    /// Whether idle sessions could be frozen here ([`Builder::sleep`]), whatever this pool does.
+    ///
+    /// # Errors
+    /// [`Error::Disabled`].
+    pub fn can_freeze(&self) -> Result<bool> {
+        Ok(self.pool()?.driver().can_freeze())
+    }
+
     fn pool(&self) -> Result<&Arc<Pool>> {
         self.pool.as_ref().ok_or(Error::Disabled)
     }
@@ -228,9 +244,9 @@ impl MicroVmManager {
         Ok(VmExecutionGuard { hold })
     }
 
-    /// Does now what is due: stops idle sessions, backs up, prunes, makes spares. What failed before and is
-    /// being waited out is tried again at once. Returns when it is done; a failure shows in
-    /// [`MicroVmManager::inspect`] and in the events, and stops nothing else.
+    /// Does now what is due: stops or freezes idle sessions, backs up, prunes, makes spares. What
+    /// failed before and is being waited out is tried again at once. Returns when it is done; a
+    /// failure shows in [`MicroVmManager::inspect`] and in the events, and stops nothing else.
     ///
     /// Cancel-safe: what has begun goes on.
     ///
@@ -295,7 +311,7 @@ impl MicroVmManager {
         Ok(())
     }
 
-    /// Saves a session now; stops it for that. Nothing to save is fine. Cancel-safe: what has
+    /// Saves a session now; stops it for that, or freezes it where the pool does that. Nothing to save is fine. Cancel-safe: what has
     /// begun goes on.
     ///
     /// # Errors

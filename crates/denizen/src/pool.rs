@@ -30,7 +30,7 @@ use crate::error::{Error, Result};
 use crate::event::{
     Announcer, Event, EventKind, Events, maybe_unix_seconds, op_name, unix_seconds,
 };
-use crate::isolation::{Driver, Instance, Isolation, Options, Site, no_roots};
+use crate::isolation::{self, Driver, Instance, Isolation, Options, Site, no_roots};
 use crate::lifecycle::{
     Change, Effect, Lifecycle, Op, Phase, Policy, PoolTime, Refusal, Seq, View, WaiterId, Want,
 };
@@ -65,6 +65,8 @@ pub(crate) struct Place {
     instance: Mutex<Option<Instance>>,
     /// How often a process of the instance was ended for want of memory, as last seen.
     out_of_memory: AtomicU64,
+    /// Whether nothing ran in the instance when it was last frozen.
+    quiet: AtomicBool,
 }
 
 impl Place {
@@ -180,6 +182,19 @@ pub(crate) struct Pool {
     announcer: Announcer,
 }
 
+impl Drop for Pool {
+    /// Instances end with the pool, which those that stand still could not.
+    fn drop(&mut self) {
+        for place in self.state.get_mut().places.values() {
+            if place.agent().is_some()
+                && let Err(error) = self.driver.thaw(&place.site)
+            {
+                tracing::warn!(session = %place.site.id, %error, "stays frozen");
+            }
+        }
+    }
+}
+
 /// The pool's tasks; they end when this is dropped.
 pub(crate) struct Tasks(#[allow(dead_code)] JoinSet<()>);
 
@@ -195,18 +210,20 @@ impl Pool {
         }
         let volumes = Volumes::open(&config.volume_root)?;
         let (mut registry, remembered) = Registry::open(volumes.root(), volumes.own())?;
-        // Of sessions whose owner and init were both killed, processes may be alive.
-        let mut left_running: Vec<Site> = volumes.spares();
-        left_running.extend(remembered.rows.iter().filter_map(|row| {
-            let may_run = matches!(row.phase, Phase::Active | Phase::Creating);
-            may_run.then(|| volumes.site(row.id))
-        }));
-        let inits = left_running.iter().filter_map(Site::recorded_init);
-        denizen_agent::sweep(&inits.collect::<Vec<_>>());
+        // Of sessions whose owner and init were both killed, processes may be alive; of those
+        // that were frozen, they are. These can see that their owner is gone, or die of being
+        // killed, only when they are thawed.
+        let left = remembered.rows.iter().filter(|row| may_run(row.phase));
+        let left = left.map(|row| volumes.site(row.id)).chain(volumes.spares());
+        let left: Vec<Site> = left.collect();
+        for site in &left {
+            isolation::let_go(site);
+        }
+        denizen_agent::sweep(&left.iter().filter_map(Site::recorded_init).collect::<Vec<_>>());
         let (denials, denied) = mpsc::channel(1024);
         let options = Options { denials: Some(denials), ..settings.instances.clone() };
         let driver = settings.isolation.driver(volumes.own(), options)?;
-        for site in &left_running {
+        for site in &left {
             driver.ended(site);
         }
         let clock = PoolClock::resume(settings.clock.clone(), remembered.time.as_ref());
@@ -231,6 +248,7 @@ impl Pool {
         let policy = Policy {
             max_vms: config.max_vms,
             idle_shutdown: config.idle_shutdown,
+            sleep: settings.instances.sleep,
             prune_after: config.prune_after,
             backup_after: config.backup_after,
             has_destination: backups.is_some(),
@@ -431,7 +449,7 @@ impl Pool {
                 let text = failure.map_or_else(|| "unknown".to_owned(), ToString::to_string);
                 state.failures.insert(id, text);
             }
-            Change::BackedUp(_) | Change::Archived | Change::Stopped => {
+            Change::BackedUp(_) | Change::Archived | Change::Stopped | Change::Frozen => {
                 state.failures.remove(&id);
             }
             _ => {}
@@ -440,6 +458,8 @@ impl Pool {
             Change::Created => EventKind::Created,
             Change::Started => EventKind::Started,
             Change::Stopped => EventKind::Stopped,
+            Change::Frozen => EventKind::Frozen,
+            Change::Thawed => EventKind::Thawed,
             Change::StillRunning => EventKind::StillRunning,
             Change::BackedUp(backup) => EventKind::BackedUp { backup },
             Change::Restored(backup) => EventKind::Restored { backup },
@@ -478,6 +498,7 @@ impl Pool {
                 workdir,
                 instance: Mutex::default(),
                 out_of_memory: AtomicU64::new(0),
+                quiet: AtomicBool::new(false),
             })
         });
         place.clone()
@@ -775,7 +796,7 @@ impl Pool {
             let active: Vec<Uuid> = state
                 .core
                 .views()
-                .filter(|view| view.row.phase == Phase::Active)
+                .filter(|view| matches!(view.row.phase, Phase::Active | Phase::Frozen))
                 .map(|view| view.row.id)
                 .collect();
             for id in active {
@@ -809,17 +830,20 @@ impl Pool {
         self.changed.notify_waiters();
     }
 
-    fn finished(self: &Arc<Self>, id: Uuid, seq: Seq, result: operation::Result) {
-        let (outcome, failure) = match result {
-            Ok(outcome) => (outcome, None),
-            Err(error) => (crate::lifecycle::Outcome::Failed, Some(Arc::new(error))),
-        };
+    fn finished(self: &Arc<Self>, id: Uuid, seq: Seq, ended: operation::Ended) {
+        let operation::Ended { outcome, failure } = ended;
+        let failure = failure.map(Arc::new);
         self.apply_after(failure.as_ref(), |state, now, out| {
             state.interrupts.remove(&seq);
             state.core.finished(now, id, seq, outcome, out);
         });
         self.changed.notify_waiters();
     }
+}
+
+/// Whether something may have been running in a session when the process before this one ended.
+fn may_run(phase: Phase) -> bool {
+    matches!(phase, Phase::Active | Phase::Frozen | Phase::Creating | Phase::Removing)
 }
 
 /// What is known of a session.
@@ -834,8 +858,8 @@ pub struct SessionInfo {
     pub isolation: &'static str,
     /// The image that its root is, if it is one; told of one session only, not in a list.
     pub image: Option<String>,
-    /// `creating`, `active`, `stopped`, `restoring`, `pruning`, `archived`, `missing` or
-    /// `removing`.
+    /// `creating`, `active`, `frozen`, `stopped`, `restoring`, `pruning`, `archived`, `missing`
+    /// or `removing`.
     pub state: &'static str,
     /// What is being done for it right now.
     pub operation: Option<&'static str>,
@@ -933,7 +957,7 @@ async fn drive(pool: Weak<Pool>, mut inbox: mpsc::UnboundedReceiver<Order>) {
         for order in orders {
             match (order, &failure) {
                 (Order::Run { id, seq, row: Some(_), .. }, Some(error)) => {
-                    pool.finished(id, seq, Err(Error::Shared(error.clone())));
+                    pool.finished(id, seq, Err(Error::Shared(error.clone())).into());
                 }
                 (Order::Run { id, seq, op, .. }, _) => {
                     operations.spawn(operation::run(pool.clone(), id, seq, op));

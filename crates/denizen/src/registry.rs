@@ -385,9 +385,10 @@ fn parsed<T>(
     })
 }
 
-const PHASES: [(Phase, &str); 8] = [
+const PHASES: [(Phase, &str); 9] = [
     (Phase::Creating, "creating"),
     (Phase::Active, "active"),
+    (Phase::Frozen, "frozen"),
     (Phase::Stopped, "stopped"),
     (Phase::Restoring, "restoring"),
     (Phase::Pruning, "pruning"),

@@ -28,6 +28,19 @@ impl Driver for Host {
 
     fn ended(&self, _: &Site) {}
 
+    fn can_freeze(&self) -> bool {
+        false
+    }
+
+    fn freeze(&self, site: &Site) -> Result<()> {
+        let source = std::io::ErrorKind::Unsupported.into();
+        Err(Error::Freezer { action: "freeze", session: site.id, source })
+    }
+
+    fn thaw(&self, _: &Site) -> Result<bool> {
+        Ok(false)
+    }
+
     fn workdir(&self, site: &Site) -> PathBuf {
         site.volume.clone()
     }

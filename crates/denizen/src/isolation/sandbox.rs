@@ -10,6 +10,7 @@
 
 mod calls;
 mod carried;
+mod freezer;
 mod group;
 mod host_root;
 mod network;
@@ -36,6 +37,12 @@ use self::root::{Below, Roots};
 use self::users::Users;
 use super::{Driver, Instance, Limits, Options, Site};
 use crate::error::{Error, Result};
+use crate::lifecycle::Sleep;
+
+/// Has what an earlier process left frozen of a session go on, so that it can be ended.
+pub(super) fn let_go(site: &Site) {
+    group::thaw_recorded(&site.home);
+}
 
 /// Where the volume is within, and commands start.
 const WORKDIR: &str = "/volume";
@@ -105,7 +112,15 @@ impl Sandbox {
         });
         let carried = carried.transpose()?;
         let networks = Networks::new(options.network, options.denials);
-        let (groups, limits) = (Groups::find(), options.limits);
+        let (mut groups, limits) = (Groups::find(), options.limits);
+        if options.sleep == Sleep::Freeze && !groups.use_freezer() {
+            return Err(Error::NoFreezer {
+                isolation: "sandbox",
+                problem: "no control group that can be frozen is granted to this process: run it \
+                          in a unit with `Delegate=yes` (systemd-run --user --scope -p \
+                          Delegate=yes denizen serve), or set sleep to `stop`",
+            });
+        }
         let calls = calls::digits(users.is_alone());
         Ok(Self { users, groups, roots, limits, networks, carried, calls })
     }
@@ -300,6 +315,20 @@ impl Driver for Sandbox {
     fn ended(&self, site: &Site) {
         self.networks.close(site.id);
         self.groups.remove(site.id, &site.home);
+    }
+
+    fn can_freeze(&self) -> bool {
+        self.groups.find_freezer().is_some()
+    }
+
+    fn freeze(&self, site: &Site) -> Result<()> {
+        let failed = |source| Error::Freezer { action: "freeze", session: site.id, source };
+        self.groups.freeze(&site.home).map_err(failed)
+    }
+
+    fn thaw(&self, site: &Site) -> Result<bool> {
+        let failed = |source| Error::Freezer { action: "thaw", session: site.id, source };
+        self.groups.thaw(&site.home).map_err(failed)
     }
 
     fn workdir(&self, _: &Site) -> PathBuf {

@@ -62,7 +62,16 @@ struct World {
     rows: BTreeMap<Uuid, Row>,
     disks: BTreeMap<Uuid, Disk>,
     backups: BTreeMap<(Uuid, String), u64>,
+    /// Sessions with processes that were left running, be they frozen.
     busy: BTreeSet<Uuid>,
+    /// Whether these count as use.
+    busy_counts: bool,
+    /// Sessions with an instance that can do something.
+    awake: BTreeSet<Uuid>,
+    /// Sessions with an instance that stands still.
+    frozen: BTreeSet<Uuid>,
+    /// Sessions with an instance of which that is not known.
+    broken: BTreeSet<Uuid>,
     flying: Vec<Flying>,
     holders: BTreeMap<Uuid, WaiterId>,
     lines: BTreeMap<Uuid, Vec<(WaiterId, Want)>>,
@@ -81,6 +90,8 @@ struct World {
     next_backup: u64,
     /// Above this many sessions none may be added: `max_vms`, or what a restart found.
     limit: usize,
+    /// Nothing crashes and few ask, so that sessions are left alone for all that time does.
+    calm: bool,
     trace: Vec<String>,
 }
 
@@ -104,6 +115,7 @@ impl World {
         let policy = Policy {
             max_vms: 1 + usize::try_from(random.below(4)).unwrap_or(0),
             idle_shutdown: Duration::from_secs(60),
+            sleep: if random.chance(50) { Sleep::Freeze } else { Sleep::Stop },
             prune_after: Duration::from_secs(300),
             backup_after: random.chance(70).then(|| Duration::from_secs(100)),
             has_destination: random.chance(75),
@@ -112,6 +124,8 @@ impl World {
         let mut world = Self {
             core: Lifecycle::new(policy.clone()),
             limit: policy.max_vms,
+            busy_counts: random.chance(70),
+            calm: random.chance(30),
             random,
             policy,
             fault,
@@ -120,6 +134,9 @@ impl World {
             disks: BTreeMap::new(),
             backups: BTreeMap::new(),
             busy: BTreeSet::new(),
+            awake: BTreeSet::new(),
+            frozen: BTreeSet::new(),
+            broken: BTreeSet::new(),
             flying: Vec::new(),
             holders: BTreeMap::new(),
             lines: BTreeMap::new(),
@@ -202,9 +219,17 @@ impl World {
         );
         ensure!(!self.holders.contains_key(&id), "{op:?} of {id} while it is held");
         let asked = self.lines.get(&id).is_some_and(|line| !line.is_empty());
-        if !pressed && !asked {
+        let broken = self.broken.contains(&id);
+        let ends_it = op == (Op::Stop { force: true });
+        ensure!(!broken || ends_it, "{op:?} of {id}, whose instance is broken");
+        if !pressed && !asked && !broken {
             let due = match &op {
-                Op::Stop { .. } => {
+                // At any time, if its volume is gone.
+                Op::Stop { .. } if self.frozen.contains(&id) => {
+                    let at = self.disks.get(&id).and_then(|_| self.stopped.get(&id));
+                    at.map(|at| at.after(self.policy.prune_after))
+                }
+                Op::Stop { .. } | Op::Freeze => {
                     self.last_release.get(&id).map(|at| at.after(self.policy.idle_shutdown))
                 }
                 Op::Backup => {
@@ -228,7 +253,7 @@ impl World {
             ensure!(asked || half, "{id} removed though nobody asked");
             self.removals.insert(id);
         }
-        if op == (Op::Stop { force: true }) && self.busy.contains(&id) {
+        if ends_it && self.busy.contains(&id) && self.awake.contains(&id) && !broken {
             let forced = self.lines.get(&id).into_iter().flatten();
             let forced = forced
                 .map(|(_, want)| want)
@@ -251,6 +276,7 @@ impl World {
     fn granted(&mut self, id: Uuid, waiter: WaiterId) -> Check {
         ensure!(!self.holders.contains_key(&id), "two holders of {id}");
         ensure!(!self.flying.iter().any(|flying| flying.id == id), "{id} granted mid-operation");
+        ensure!(self.awake.contains(&id), "{id} granted though nothing can run in it");
         let line = self.lines.get(&id).cloned().unwrap_or_default();
         let first = line.iter().find(|(_, want)| matches!(want, Want::Guard { .. }));
         ensure!(first.map(|(first, _)| *first) == Some(waiter), "{id}: not served in order");
@@ -292,27 +318,85 @@ impl World {
         Ok(())
     }
 
+    /// Processes that were left running write something, if they can.
+    fn write_on(&mut self, id: Uuid) {
+        let version = self.fresh();
+        if self.busy.contains(&id)
+            && self.awake.contains(&id)
+            && let Some(disk) = self.disks.get_mut(&id)
+        {
+            disk.version = version;
+            self.expected.insert(id, Some(version));
+        }
+    }
+
+    fn end_instance(&mut self, id: Uuid) {
+        for all in [&mut self.busy, &mut self.awake, &mut self.frozen, &mut self.broken] {
+            all.remove(&id);
+        }
+    }
+
+    /// What an operation on an instance does if it leaves it in a state nobody knows.
+    fn break_instance(&mut self, id: Uuid) {
+        if self.random.chance(50) && self.frozen.remove(&id) {
+            self.awake.insert(id);
+            self.write_on(id);
+        }
+        self.broken.insert(id);
+        self.stopped.insert(id, self.now);
+    }
+
     /// What an operation does to the world, if it does it.
     fn effect_of(&mut self, id: Uuid, op: &Op) -> Result<Outcome, String> {
+        let still_there = self.awake.contains(&id) || self.frozen.contains(&id);
+        if matches!(op, Op::Create { .. } | Op::Start | Op::Prune | Op::Restore(_)) {
+            ensure!(!still_there, "{op:?} of {id} while it has an instance");
+        }
         match op {
             Op::Create { .. } => {
                 let version = self.fresh();
                 self.disks.insert(id, Disk { half: false, granted: false, version, bootstraps: 1 });
                 self.expected.insert(id, Some(version));
+                self.awake.insert(id);
             }
             Op::Start => {
                 if !self.disks.contains_key(&id) {
                     return Ok(Outcome::Missing);
                 }
+                self.awake.insert(id);
             }
             Op::Stop { force } => {
-                if !force && self.busy.contains(&id) {
+                let was_frozen = self.frozen.remove(&id);
+                let slept = was_frozen || self.broken.contains(&id);
+                self.awake.insert(id);
+                self.write_on(id);
+                let runs = self.busy.contains(&id);
+                if !force && self.busy_counts && runs {
                     return Ok(Outcome::Busy);
                 }
-                self.busy.remove(&id);
+                self.end_instance(id);
+                if !slept {
+                    self.stopped.insert(id, self.now);
+                }
+                if was_frozen && !runs {
+                    return Ok(Outcome::Quiet);
+                }
+            }
+            Op::Freeze => {
+                if self.busy_counts && self.busy.contains(&id) {
+                    return Ok(Outcome::Busy);
+                }
+                ensure!(self.awake.remove(&id), "{id} frozen though nothing runs in it");
+                self.frozen.insert(id);
                 self.stopped.insert(id, self.now);
             }
+            Op::Thaw => {
+                ensure!(self.frozen.remove(&id), "{id} thawed though it is not frozen");
+                self.awake.insert(id);
+                self.write_on(id);
+            }
             Op::Backup => {
+                ensure!(!self.awake.contains(&id), "{id} backed up while it runs");
                 let Some(disk) = self.disks.get(&id) else { return Ok(Outcome::Missing) };
                 let name = format!("backup-{}", self.next_backup);
                 self.next_backup += 1;
@@ -336,7 +420,7 @@ impl World {
             }
             Op::Remove => {
                 self.disks.remove(&id);
-                self.busy.remove(&id);
+                self.end_instance(id);
                 self.expected.remove(&id);
                 self.removals.remove(&id);
             }
@@ -363,6 +447,7 @@ impl World {
     fn step(&mut self) -> Check {
         let id = session(self.random.below(SESSIONS));
         match self.random.below(100) {
+            5..=24 | 97.. if self.calm => self.finish(false),
             0..=24 => {
                 let patient = self.random.chance(60);
                 self.ask(id, Want::Guard { patient })
@@ -451,7 +536,19 @@ impl World {
         let at = usize::try_from(self.random.below(ready.len() as u64)).unwrap_or(0);
         let Flying { id, seq, op, refused, interrupted, .. } = self.flying.remove(ready[at]);
         let fails = refused || (!well && self.random.chance(if interrupted { 60 } else { 12 }));
-        let outcome = if fails { Outcome::Failed } else { self.effect_of(id, &op)? };
+        let breaks = match op {
+            Op::Freeze | Op::Thaw => true,
+            Op::Stop { .. } => self.frozen.contains(&id) || self.broken.contains(&id),
+            _ => false,
+        };
+        let outcome = match fails {
+            true if breaks && !refused && self.random.chance(70) => {
+                self.break_instance(id);
+                Outcome::Broken
+            }
+            true => Outcome::Failed,
+            false => self.effect_of(id, &op)?,
+        };
         if outcome == Outcome::Busy {
             // What runs counts as use until now.
             self.last_release.insert(id, self.now);
@@ -479,7 +576,9 @@ impl World {
     fn pass_time(&mut self) -> Check {
         let wait = match self.random.below(10) {
             0..=2 => self.random.below(1000),
-            3..=7 => self.random.below(120_000),
+            3..=5 => self.random.below(120_000),
+            // So that what sleeps is often left alone for long enough to be saved.
+            6..=7 => 60_000 + self.random.below(120_000),
             8 => self.random.below(3_600_000),
             _ => 365 * 24 * 3_600_000,
         };
@@ -530,7 +629,14 @@ impl World {
                 self.expected.insert(id, Some(version));
             }
         }
+        // What was frozen is thawed before it is ended.
+        for id in std::mem::take(&mut self.frozen) {
+            self.awake.insert(id);
+            self.write_on(id);
+        }
         self.busy.clear();
+        self.awake.clear();
+        self.broken.clear();
         self.lines.clear();
         (self.spares, self.preparing) = (0, 0);
         if self.random.chance(20) {
@@ -610,6 +716,8 @@ impl World {
             self.note("400 s pass".to_owned());
             self.call(super::Lifecycle::tick)?;
         }
+        let all = [&self.awake, &self.frozen, &self.broken];
+        ensure!(all.iter().all(|all| all.is_empty()), "instances are left: {all:?}");
         let waiting: Vec<_> = self.lines.iter().filter(|(_, line)| !line.is_empty()).collect();
         ensure!(waiting.is_empty(), "nobody answers {waiting:?}");
         for (id, disk) in &self.disks {
@@ -657,7 +765,19 @@ impl World {
             core.running,
             self.flying.len()
         );
+        for id in self.awake.iter().chain(&self.frozen) {
+            let session = core.sessions.get(id);
+            let known = session.is_some_and(|session| {
+                session.running.is_some()
+                    || matches!(session.row.phase, Phase::Active | Phase::Frozen)
+            });
+            ensure!(known, "the instance of {id} is forgotten");
+        }
         for (id, session) in &core.sessions {
+            if session.running.is_none() && session.row.phase == Phase::Frozen {
+                let frozen = self.frozen.contains(id) || self.broken.contains(id);
+                ensure!(frozen, "{id} counts as frozen, and is not");
+            }
             ensure!(session.held == self.holders.contains_key(id), "{id}: who holds it?");
             if let Some(due) = session.due {
                 ensure!(core.due.contains(&(due, *id)), "{id} not in the queue");
@@ -729,7 +849,7 @@ fn a_seed_is_a_history() {
 
 #[test]
 fn every_planted_fault_is_caught() {
-    const ALL: [Fault; 19] = [
+    const ALL: [Fault; 25] = [
         Fault::CapacityOffByOne,
         Fault::SavedForEver,
         Fault::PruneWhileHeld,
@@ -749,6 +869,12 @@ fn every_planted_fault_is_caught() {
         Fault::SparesNotCounted,
         Fault::SpareGivenTwice,
         Fault::SpareKeepsPlace,
+        Fault::FrozenGranted,
+        Fault::FrozenWhileHeld,
+        Fault::FrozenPruned,
+        Fault::LastWordsCountAsSaved,
+        Fault::BrokenGranted,
+        Fault::VanishedLeftFrozen,
     ];
     for fault in ALL {
         let caught = (0..3000).find_map(|seed| {

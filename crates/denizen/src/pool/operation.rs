@@ -4,10 +4,10 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use denizen_agent::{Spec, Stdio};
+use denizen_agent::{Agent, Spec, Stdio};
 use uuid::Uuid;
 
 use super::{Origin, Place, Pool, Spare, blocking};
@@ -20,31 +20,66 @@ use crate::{backup, bootstrap};
 /// How long processes have between being asked to end and being ended.
 const GRACE: Duration = Duration::from_secs(5);
 
+/// How long an instance that could not be thawed has to be gone once it is killed.
+const STUCK: Duration = Duration::from_secs(10);
+
 pub(super) type Result = Fallible<Outcome>;
+
+/// How an operation ended, and why not well.
+pub(super) struct Ended {
+    pub(super) outcome: Outcome,
+    pub(super) failure: Option<Error>,
+}
+
+impl From<Result> for Ended {
+    fn from(result: Result) -> Self {
+        match result {
+            Ok(outcome) => Self { outcome, failure: None },
+            Err(error) => Self { outcome: Outcome::Failed, failure: Some(error) },
+        }
+    }
+}
+
+impl Ended {
+    /// What was to be done to an instance has failed half-way.
+    fn broken(error: Error) -> Self {
+        Self { outcome: Outcome::Broken, failure: Some(error) }
+    }
+}
 
 /// Runs an operation and reports how it ended, whatever happens to this task.
 pub(super) async fn run(pool: Arc<Pool>, id: Uuid, seq: Seq, op: Op) {
-    struct Report(Arc<Pool>, Uuid, Seq, Option<Result>);
+    struct Report(Arc<Pool>, Uuid, Seq, Op, Option<Ended>);
     impl Drop for Report {
         fn drop(&mut self) {
-            let lost = || Err(Error::Task("it was cut off".to_owned()));
-            let Self(pool, id, seq, result) = self;
-            pool.finished(*id, *seq, result.take().unwrap_or_else(lost));
+            let Self(pool, id, seq, op, ended) = self;
+            let lost = || {
+                let error = Error::Task("it was cut off".to_owned());
+                match op {
+                    Op::Freeze | Op::Thaw => Ended::broken(error),
+                    _ => Err(error).into(),
+                }
+            };
+            pool.finished(*id, *seq, ended.take().unwrap_or_else(lost));
         }
     }
-    let mut report = Report(pool.clone(), id, seq, None);
+    let mut report = Report(pool.clone(), id, seq, op.clone(), None);
     let place = pool.place(&mut pool.state.lock(), id);
     if matches!(op, Op::Create { .. } | Op::Restore(_)) {
         // The place may be one that a spare had.
         pool.until(|state| state.discarding == 0).await;
     }
-    report.3 = Some(match op {
-        Op::Create { .. } => create(&pool, &place).await,
-        Op::Start => start(&pool, &place).await,
+    report.4 = Some(match op {
+        Op::Create { .. } => create(&pool, &place).await.into(),
+        Op::Start => start(&pool, &place).await.into(),
         Op::Stop { force } => stop(&pool, &place, force).await,
-        Op::Backup => save(&pool, id, seq).await,
-        Op::Restore(name) => restore(&pool, &place, name).await,
-        Op::Prune | Op::Remove => delete(&pool, &place).await,
+        Op::Freeze => freeze(&pool, &place).await,
+        Op::Thaw => {
+            thaw(&pool, &place).await.map_or_else(Ended::broken, |_| Ok(Outcome::Done).into())
+        }
+        Op::Backup => save(&pool, id, seq).await.into(),
+        Op::Restore(name) => restore(&pool, &place, name).await.into(),
+        Op::Prune | Op::Remove => delete(&pool, &place).await.into(),
     });
 }
 
@@ -62,15 +97,19 @@ async fn create(pool: &Arc<Pool>, place: &Arc<Place>) -> Result {
         create_with(pool, place, spare, origin).await
     };
     if made.is_err() {
-        let end = async {
-            stop(pool, place, true).await?;
+        let discarded = async {
+            if let Some(error) = stop(pool, place, true).await.failure {
+                return Err(error);
+            }
+            // Also where it had an instance that was not the session's yet.
+            ended(pool, place).await?;
             let (volumes, home) = (pool.volumes.clone(), pool.volumes.home(id));
             blocking(move || {
                 volumes.discard(id).map_err(|source| Error::volume("clear", &home, source))
             })
             .await
         };
-        if let Err(error) = end.await {
+        if let Err(error) = discarded.await {
             // The mark in it says that it is half-made: the next start clears it.
             tracing::warn!(session = %id, %error, "cannot clear a half-made session");
         }
@@ -246,15 +285,90 @@ async fn start(pool: &Arc<Pool>, place: &Arc<Place>) -> Result {
     .await
 }
 
-async fn stop(pool: &Pool, place: &Place, force: bool) -> Result {
-    let Some(agent) = place.agent() else { return Ok(Outcome::Done) };
+async fn stop(pool: &Pool, place: &Place, force: bool) -> Ended {
+    let Some(agent) = place.agent() else { return Ok(Outcome::Done).into() };
+    // Whoever stands still hears nothing, neither a question nor that it shall end.
+    match thaw(pool, place).await {
+        Ok(false) => end(pool, place, &agent, force).await.into(),
+        Ok(true) => match end(pool, place, &agent, force).await {
+            Ok(Outcome::Done) if place.quiet.load(Ordering::Relaxed) => Ok(Outcome::Quiet).into(),
+            Err(error) => Ended::broken(error),
+            ended => ended.into(),
+        },
+        Err(error) if force => {
+            let gone = tokio::time::timeout(STUCK, agent.shutdown(Duration::ZERO)).await;
+            match gone.map_err(|_| error).and_then(|gone| Ok(gone?)) {
+                Ok(()) => clear_up(pool, place).await.map(|()| Outcome::Done).into(),
+                Err(error) => Ended::broken(error),
+            }
+        }
+        Err(error) => Ended::broken(error),
+    }
+}
+
+/// Ends an instance that can hear of it.
+async fn end(pool: &Pool, place: &Place, agent: &Agent, force: bool) -> Result {
     if !force && pool.settings.background_is_use && !agent.busy().await?.is_empty() {
         return Ok(Outcome::Busy);
     }
     agent.shutdown(GRACE).await?;
-    *place.instance.lock() = None;
-    ended(pool, place).await?;
+    clear_up(pool, place).await?;
     Ok(Outcome::Done)
+}
+
+async fn clear_up(pool: &Pool, place: &Place) -> Fallible<()> {
+    *place.instance.lock() = None;
+    ended(pool, place).await
+}
+
+async fn freeze(pool: &Pool, place: &Place) -> Ended {
+    let Some(agent) = place.agent() else {
+        return Ended::broken(Error::Task("an active session has no instance".to_owned()));
+    };
+    let quiet = match agent.busy().await {
+        Ok(running) => running.is_empty(),
+        Err(error) => return Err(error.into()).into(),
+    };
+    if !quiet && pool.settings.background_is_use {
+        return Ok(Outcome::Busy).into();
+    }
+    // Asked before it is frozen: what is thawed later may run, write and be gone before it
+    // could be seen.
+    place.quiet.store(quiet, Ordering::Relaxed);
+    let (driver, site) = (pool.driver.clone(), place.site.clone());
+    let given_up = GivenUp::default();
+    let flag = given_up.0.clone();
+    let frozen = blocking(move || {
+        let frozen = driver.freeze(&site);
+        if flag.load(Ordering::SeqCst) {
+            // The pool has been dropped, and may have thawed it before.
+            driver.thaw(&site)?;
+        }
+        frozen
+    });
+    match frozen.await {
+        Ok(()) => Ok(Outcome::Done).into(),
+        Err(error) => match thaw(pool, place).await {
+            Ok(_) => Err(error).into(),
+            Err(_) => Ended::broken(error),
+        },
+    }
+}
+
+/// Tells work that goes on by itself that nobody waits for it any more, once it is dropped.
+#[derive(Default)]
+struct GivenUp(Arc<AtomicBool>);
+
+impl Drop for GivenUp {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+}
+
+/// Has an instance go on; gives whether it stood still.
+async fn thaw(pool: &Pool, place: &Place) -> Fallible<bool> {
+    let (driver, site) = (pool.driver.clone(), place.site.clone());
+    blocking(move || driver.thaw(&site)).await
 }
 
 /// Has the isolation clear up after an instance.
@@ -299,7 +413,9 @@ async fn restore(pool: &Arc<Pool>, place: &Arc<Place>, name: String) -> Result {
 }
 
 async fn delete(pool: &Arc<Pool>, place: &Arc<Place>) -> Result {
-    stop(pool, place, true).await?;
+    if let Some(error) = stop(pool, place, true).await.failure {
+        return Err(error);
+    }
     let (pool, id) = (pool.clone(), place.site.id);
     blocking(move || {
         let home = pool.volumes.home(id);

@@ -13,7 +13,7 @@ use rustix::fs::Access;
 use rustix::io::Errno;
 use uuid::Uuid;
 
-use super::Limits;
+use super::{Limits, freezer};
 
 /// The file in a session's folder that says where its groups are.
 const RECORD: &str = "groups";
@@ -27,6 +27,8 @@ const CONTROLLERS: [&str; 3] = ["memory", "pids", "cpu"];
 pub(super) struct Groups {
     /// Each controller with the folder that the sessions' folders go into.
     places: Vec<Place>,
+    /// The folder for groups that can be frozen, if they shall be; perhaps one of the above.
+    freezer: Option<PathBuf>,
 }
 
 #[derive(Clone, Debug)]
@@ -72,7 +74,35 @@ impl Groups {
                 places.push(Place { controllers, folder, unified });
             }
         }
-        Self { places }
+        Self { places, freezer: None }
+    }
+
+    /// The folder for groups that can be frozen, if any is granted.
+    pub(super) fn find_freezer(&self) -> Option<PathBuf> {
+        let unified = self.places.iter().filter(|place| place.unified);
+        freezer::find(unified.map(|place| &place.folder))
+    }
+
+    /// Makes groups that can be frozen from now on; false if that is not granted.
+    pub(super) fn use_freezer(&mut self) -> bool {
+        self.freezer = self.find_freezer();
+        self.freezer.is_some()
+    }
+
+    /// Has all of a session stand still.
+    pub(super) fn freeze(&self, home: &Path) -> io::Result<()> {
+        let group = self.freezer_of(home).ok_or(io::ErrorKind::Unsupported)?;
+        freezer::freeze(&group)
+    }
+
+    /// Has all of a session go on; gives whether it stood still.
+    pub(super) fn thaw(&self, home: &Path) -> io::Result<bool> {
+        self.freezer_of(home).map_or(Ok(false), |group| freezer::thaw(&group))
+    }
+
+    fn freezer_of(&self, home: &Path) -> Option<PathBuf> {
+        let freezer = self.freezer.as_deref()?;
+        recorded(home).find(|group| group.parent() == Some(freezer))
     }
 
     /// The controllers that hold.
@@ -99,42 +129,52 @@ impl Groups {
                 }
             }
         }
+        if let Some(freezer) = self.own_freezer() {
+            let folder = freezer.join(id.to_string());
+            match fs::create_dir(&folder) {
+                // What could not be removed must not stop what comes now.
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                    freezer::thaw(&folder)?;
+                }
+                made => made?,
+            }
+        }
         Ok(self.joined(home))
     }
 
     /// What a plan names the groups of a session by that has some.
     pub(super) fn joined(&self, home: &Path) -> Vec<PathBuf> {
-        let recorded = Self::recorded(home).into_iter();
-        let named = recorded.filter_map(|group| {
-            let place = self.places.iter().find(|place| group.parent() == Some(&place.folder))?;
-            Some(if place.unified { group } else { group.join("tasks") })
+        let places = self.places.iter().map(|place| &place.folder).chain(self.own_freezer());
+        let places: Vec<_> = places.collect();
+        let ours = |group: &PathBuf| places.iter().any(|place| group.parent() == Some(place));
+        let named = recorded(home).filter(ours).map(|group| {
+            // Only version 1 has this.
+            let tasks = group.join("tasks");
+            if tasks.exists() { tasks } else { group }
         });
         named.collect()
     }
 
     fn folders(&self, id: Uuid) -> impl Iterator<Item = PathBuf> {
-        self.places.iter().map(move |place| place.folder.join(id.to_string()))
+        let freezer = self.own_freezer().into_iter();
+        let all = self.places.iter().map(|place| &place.folder).chain(freezer);
+        all.map(move |folder| folder.join(id.to_string()))
     }
 
-    /// The groups that a session's record names: of its own name, or of the one that its
-    /// instance had when it was made.
-    fn recorded(home: &Path) -> Vec<PathBuf> {
-        let recorded = fs::read_to_string(home.join(RECORD)).unwrap_or_default();
-        // Only what could be ours: a group has no files that could be deleted by mistake.
-        let ours = |path: &PathBuf| {
-            let name = path.file_name().and_then(|name| name.to_str());
-            let of_ours = path.parent().is_some_and(|folder| folder.ends_with("denizen"));
-            of_ours && name.is_some_and(|name| Uuid::try_parse(name).is_ok())
-        };
-        recorded.lines().map(PathBuf::from).filter(ours).collect()
+    /// The freezer's folder, where it is none of the others.
+    fn own_freezer(&self) -> Option<&PathBuf> {
+        let freezer = self.freezer.as_ref()?;
+        self.places.iter().all(|place| place.folder != *freezer).then_some(freezer)
     }
 
     /// Removes a session's groups, in which nothing may run any more. Blocks for as long as
     /// dying takes.
     pub(super) fn remove(&self, id: Uuid, home: &Path) {
-        let recorded = Self::recorded(home).into_iter();
-        let folders: BTreeSet<PathBuf> = recorded.chain(self.folders(id)).collect();
+        let folders: BTreeSet<PathBuf> = recorded(home).chain(self.folders(id)).collect();
         for folder in folders {
+            // Frozen, a killed process may stay (version 1), and so would one that only has to
+            // see that its owner is gone.
+            let _ = freezer::thaw(&folder);
             let begin = Instant::now();
             loop {
                 match rustix::fs::rmdir(&folder) {
@@ -158,8 +198,7 @@ impl Groups {
         let memory = self.places.iter().find(|place| place.controllers.contains(&"memory"));
         let Some(place) = memory else { return 0 };
         let file = if place.unified { "memory.events" } else { "memory.oom_control" };
-        let mut groups = Self::recorded(home).into_iter();
-        let group = groups.find(|group| group.parent() == Some(&place.folder));
+        let group = recorded(home).find(|group| group.parent() == Some(&place.folder));
         let text = group.and_then(|group| fs::read_to_string(group.join(file)).ok());
         let text = text.unwrap_or_default();
         let count = text.lines().find_map(|line| line.strip_prefix("oom_kill "));
@@ -167,8 +206,30 @@ impl Groups {
     }
 }
 
+/// The groups that a session's record names: of its own name, or of the one that its instance
+/// had when it was made. Only what could be ours: a group has no files that could be deleted by
+/// mistake.
+fn recorded(home: &Path) -> impl Iterator<Item = PathBuf> {
+    let record = fs::read_to_string(home.join(RECORD)).unwrap_or_default();
+    let all: Vec<_> = record.lines().map(PathBuf::from).collect();
+    all.into_iter().filter(|path| {
+        let name = path.file_name().and_then(|name| name.to_str());
+        let of_ours = path.parent().is_some_and(|folder| folder.ends_with("denizen"));
+        of_ours && name.is_some_and(|name| Uuid::try_parse(name).is_ok())
+    })
+}
+
+/// Has all that an earlier process has frozen of a session go on, so that it can be ended.
+pub(super) fn thaw_recorded(home: &Path) {
+    for folder in recorded(home) {
+        if let Err(error) = freezer::thaw(&folder) {
+            tracing::warn!(path = %folder.display(), %error, "control group stays frozen");
+        }
+    }
+}
+
 /// Mount point, type and options of a line of `proc_pid_mountinfo(5)`.
-fn mount(line: &str) -> Option<(PathBuf, &str, &str)> {
+pub(super) fn mount(line: &str) -> Option<(PathBuf, &str, &str)> {
     let (head, tail) = line.split_once(" - ")?;
     let mut tail = tail.split(' ');
     let (kind, options) = (tail.next()?, tail.nth(1)?);
@@ -176,7 +237,7 @@ fn mount(line: &str) -> Option<(PathBuf, &str, &str)> {
 }
 
 /// The path of this process's own group in a hierarchy, by `proc_pid_cgroup(5)`.
-fn own_group<'t>(text: &'t str, controller: &str) -> Option<&'t str> {
+pub(super) fn own_group<'t>(text: &'t str, controller: &str) -> Option<&'t str> {
     text.lines().find_map(|line| {
         let mut parts = line.splitn(3, ':').skip(1);
         let (names, path) = (parts.next()?, parts.next()?);
@@ -185,7 +246,7 @@ fn own_group<'t>(text: &'t str, controller: &str) -> Option<&'t str> {
 }
 
 /// Makes denizen's folder below a group, if that is allowed.
-fn claim(above: &Path) -> Option<PathBuf> {
+pub(super) fn claim(above: &Path) -> Option<PathBuf> {
     let folder = above.join("denizen");
     if fs::create_dir(&folder).is_err() {
         // Perhaps another user's denizen has made it.
