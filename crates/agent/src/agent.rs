@@ -106,6 +106,18 @@ impl Agent {
         remote.list().await
     }
 
+    /// Kills everything that runs, without asking it to end, and waits until it is gone;
+    /// commands can be started at any time. Does nothing if nothing was started.
+    ///
+    /// Cancel-safe: the killing goes on.
+    pub async fn clear(&self) -> Result<()> {
+        let remote = match &*self.inner.init.lock().await {
+            Some(init) if init.is_alive() => init.remote(),
+            _ => return Ok(()),
+        };
+        remote.clear().await
+    }
+
     /// Ends everything: SIGTERM to all processes, up to `grace` for them to leave, then
     /// SIGKILL; returns when the last one and the init itself are gone. The agent can be
     /// used again afterwards. Does nothing if nothing was started.

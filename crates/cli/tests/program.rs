@@ -34,6 +34,32 @@ fn exit_codes_are_the_commands_or_those_of_env() {
 }
 
 #[test]
+fn a_command_that_fills_the_disk_is_told_why_it_ended() {
+    let user = User::new();
+    let line = "i=0; while :; do head -c 1000000 /dev/zero > $i; i=$((i+1)); done";
+    let limits = ["--limits", "{ disk_bytes = 33554432 }"];
+    let output = user.run(&[&limits[..], &["exec", "a", "--", "sh", "-c", line]].concat());
+    assert_eq!(output.status.code(), Some(137), "{output:?}");
+    let why = text(&output.stderr);
+    assert!(why.contains("over its disk limit of 32.0 MiB"), "{why}");
+    let session = user.json(&["inspect", "a"]);
+    assert_eq!(session["disk_limit"], 33_554_432);
+    // What is sent there counts as well, and what serves it is held to the same.
+    user.exec("a", "rm *");
+    let large = user.state.path().join("large");
+    std::fs::File::create(&large).unwrap().set_len(64 << 20).unwrap();
+    let large = large.to_str().unwrap();
+    let output = user.run(&["cp", large, "a:large"]);
+    assert_eq!(output.status.code(), Some(125), "{output:?}");
+    let why = text(&output.stderr);
+    assert!(why.contains("too large") || why.contains("over its disk limit"), "{why}");
+    user.exec("a", "rm -f *");
+    std::fs::File::options().write(true).open(large).unwrap().set_len(1 << 20).unwrap();
+    let output = user.run(&["cp", large, "a:small"]);
+    assert!(output.status.success(), "{output:?}");
+}
+
+#[test]
 fn streams_are_bytes_and_stay_apart() {
     let user = User::new();
     let output = user.exec("a", r"printf 'out\377\000'; printf 'err\376' >&2");

@@ -46,9 +46,13 @@ impl World {
     }
 
     fn open(&self) -> Arc<MicroVmManager> {
+        self.try_open().unwrap()
+    }
+
+    fn try_open(&self) -> denizen::Result<Arc<MicroVmManager>> {
         let builder = MicroVmManager::builder(self.config.clone()).isolation(self.isolation);
         let builder = builder.network(self.network.clone());
-        builder.cache(cache()).limits(self.limits.clone()).build().unwrap()
+        builder.cache(cache()).limits(self.limits.clone()).build()
     }
 }
 
@@ -359,6 +363,7 @@ async fn a_session_that_runs_wild_leaves_the_others_alone() {
         processes: Some(64),
         cpu_percent: Some(50),
         open_files: Some(128),
+        disk_bytes: None,
     };
     let pool = world.open();
     let (wild, calm) = (Uuid::new_v4(), Uuid::new_v4());
@@ -396,6 +401,112 @@ async fn a_session_that_runs_wild_leaves_the_others_alone() {
     let stopped = tokio::time::timeout(Duration::from_secs(30), pool.stop(wild, true)).await;
     stopped.unwrap().unwrap();
     answers().await;
+}
+
+/// Waits for the next event that a session was over its disk limit; gives what it uses.
+async fn over(events: &mut denizen::Events, session: Uuid) -> u64 {
+    loop {
+        let event = events.next().await.unwrap();
+        if let EventKind::LimitReached { resource, used, .. } = event.kind {
+            assert_eq!((resource, event.session), ("disk", session));
+            return used;
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_session_that_fills_the_disk_is_ended_and_can_delete() {
+    const MIB: u64 = 1 << 20;
+    let mut world = World::new(Isolation::Sandbox);
+    world.limits.disk_bytes = Some(64 * MIB);
+    let pool = world.open();
+    let mut events = pool.events().unwrap();
+    let (filler, calm) = (Uuid::new_v4(), Uuid::new_v4());
+    let guard = pool.acquire(filler).await.unwrap();
+    let calm = pool.acquire(calm).await.unwrap();
+    // Below its limit, it is not touched whatever the other does.
+    let line = "head -c 40000000 /dev/zero > file; echo there; exec cat";
+    let mut below = calm.command(line).piped_stdin().spawn().await.unwrap();
+    below.next().await.unwrap();
+    let mark = mark(56);
+    let fill = |folder: &str| {
+        format!(
+            "sleep {mark} & cd {folder} && i=0; \
+             while :; do head -c 1000000 /dev/zero > fill$i; i=$((i+1)); done"
+        )
+    };
+    // All of it where there is time: the whole suite is run twice.
+    let all = [".", "/tmp", "/opt"];
+    let folders = if rustix::process::geteuid().is_root() { &all[..] } else { &all[2..] };
+    for folder in folders {
+        let mut slowest = Duration::ZERO;
+        let answers = async {
+            loop {
+                let begin = std::time::Instant::now();
+                assert_eq!(text(&calm, "echo here").await, "here\n");
+                slowest = slowest.max(begin.elapsed());
+            }
+        };
+        let line = fill(folder);
+        let filled = tokio::select! {
+            output = sh(&guard, &line) => output,
+            () = answers => unreachable!(),
+        };
+        assert_eq!(filled.exit, Exit::OutOfDisk, "{folder}: {filled:?}");
+        assert!(slowest < Duration::from_secs(5), "{folder}: {slowest:?}");
+        let used = over(&mut events, filler).await;
+        println!("{folder}: {} MiB used, the other's slowest answer {slowest:?}", used / MIB);
+        assert!(used > 64 * MIB, "{used}");
+        assert_eq!(running(&format!("sleep {mark}")), 0, "{folder}: it was all ended");
+        let info = pool.inspect(filler).unwrap();
+        assert_eq!((info.disk_used, info.disk_limit), (Some(used), Some(64 * MIB)));
+        // It goes on, but can only get smaller.
+        assert_eq!(text(&guard, "echo still > here; cat here").await, "still\n");
+        assert_eq!(sh(&guard, &fill(folder)).await.exit, Exit::OutOfDisk, "{folder}: again");
+        over(&mut events, filler).await;
+        text(&guard, &format!("cd {folder} && rm fill*")).await;
+        text(&guard, "head -c 20000000 /dev/zero > fits; rm fits").await;
+    }
+    // The kernel stops one file by itself, before anybody looks.
+    let big = sh(&guard, "exec head -c 500000000 /dev/zero > big").await;
+    assert_eq!(big.exit, Exit::OutOfDisk, "{big:?}");
+    assert_eq!(text(&guard, "stat -c %s big; rm big").await, format!("{}\n", 64 * MIB));
+    // Files without content take what others need, too.
+    let empty = "mkdir many && cd many && seq 1 1000000 | xargs -n 1000 touch; sleep 1000";
+    let empty = sh(&guard, empty).await;
+    assert_eq!(empty.exit, Exit::OutOfDisk, "{empty:?}");
+    text(&guard, "rm -r many").await;
+    drop(below.stdin());
+    assert_eq!(below.wait().await.unwrap(), Exit::Code(0), "it was never touched");
+}
+
+#[tokio::test]
+async fn what_came_with_more_than_its_limit_stays() {
+    let mut world = World::new(Isolation::Sandbox);
+    let id = Uuid::new_v4();
+    {
+        let pool = world.open();
+        let guard = pool.acquire(id).await.unwrap();
+        text(&guard, "for i in 1 2 3 4 5; do head -c 10000000 /dev/zero > file$i; done").await;
+        drop(guard);
+        pool.shutdown().await.unwrap();
+    }
+    world.limits.disk_bytes = Some(20 << 20);
+    let pool = loop {
+        // The lock goes with the last of the pool before.
+        match world.try_open() {
+            Ok(pool) => break pool,
+            Err(error) if error.to_string().contains("another") => tokio::task::yield_now().await,
+            Err(error) => panic!("{error}"),
+        }
+    };
+    let guard = pool.acquire(id).await.unwrap();
+    until("it is measured", || pool.inspect(id).unwrap().disk_used.is_some()).await;
+    let used = pool.inspect(id).unwrap().disk_used.unwrap();
+    assert!(used > 50_000_000, "{used}");
+    assert_eq!(text(&guard, "ls | wc -l; sleep 0.7; echo small > new").await, "5\n");
+    let more = "i=0; while :; do head -c 1000000 /dev/zero > more$i; i=$((i+1)); done";
+    assert_eq!(sh(&guard, more).await.exit, Exit::OutOfDisk);
 }
 
 /// A server that answers every request with one line.
@@ -555,5 +666,5 @@ fn all_of_it_again_as_an_ordinary_user() {
         .unwrap();
     let said = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success(), "{said}\n{}", String::from_utf8_lossy(&output.stderr));
-    assert!(said.contains("test result: ok. 14 passed"), "{said}");
+    assert!(said.contains("test result: ok. 16 passed"), "{said}");
 }

@@ -147,6 +147,7 @@ pub(crate) async fn forward(State(resolver): State<Arc<Resolver>>, request: Requ
             let status = match error.code {
                 connectrpc::ErrorCode::InvalidArgument => StatusCode::BAD_REQUEST,
                 connectrpc::ErrorCode::DeadlineExceeded => StatusCode::GATEWAY_TIMEOUT,
+                connectrpc::ErrorCode::ResourceExhausted => StatusCode::INSUFFICIENT_STORAGE,
                 connectrpc::ErrorCode::FailedPrecondition => StatusCode::CONFLICT,
                 connectrpc::ErrorCode::Aborted | connectrpc::ErrorCode::Unavailable => {
                     StatusCode::SERVICE_UNAVAILABLE
@@ -166,6 +167,7 @@ pub(crate) async fn forward(State(resolver): State<Arc<Resolver>>, request: Requ
 /// Finds the session's agent and passes the request to it, and its answer back.
 async fn hand_over(resolver: &Resolver, request: Request) -> Result<Response, ConnectError> {
     let lease = resolver.lease(request.headers()).await?;
+    let limits = lease.guard.limit_watch();
     let mut requests = lease.within.requests(&lease).await?;
     let (mut parts, body) = request.into_parts();
     let uri = format!("http://within{}", parts.uri.path_and_query().map_or("/", |it| it.as_str()));
@@ -182,6 +184,12 @@ async fn hand_over(resolver: &Resolver, request: Request) -> Result<Response, Co
         Err(error) if error.code == connectrpc::ErrorCode::DeadlineExceeded => {
             lease.within.give_up().await;
             return Err(error);
+        }
+        Err(error) if error.code == connectrpc::ErrorCode::Unavailable => {
+            // Perhaps it was ended with all else that ran there.
+            let limit = limits.reached(denizen_agent::Exit::Signal(9));
+            let refused = limit.map(|limit| ConnectError::resource_exhausted(limit.to_string()));
+            return Err(refused.unwrap_or(error));
         }
         answer => answer?,
     };

@@ -233,12 +233,18 @@ impl Sandbox {
 
     /// Limits of each process: of what control groups do not count, or are not there for.
     fn resource_limits(&self, plan: &mut Plan) {
+        const FILE_SIZE: u32 = 1;
         const CORE: u32 = 4;
         const DATA: u32 = 2;
         const PROCESSES: u32 = 6;
         const OPEN_FILES: u32 = 7;
         // A core would go to a program of the host.
         plan.limit(CORE, 0);
+        if let Some(most) = self.limits.disk() {
+            // One file that is too large is stopped as it is written; see `crate::disk` for
+            // the rest.
+            plan.limit(FILE_SIZE, most);
+        }
         let open_files = rustix::process::getrlimit(Resource::Nofile).maximum;
         if let Some(most) = self.limits.open_files {
             plan.limit(OPEN_FILES, most.min(open_files.unwrap_or(u64::MAX)));
@@ -290,6 +296,10 @@ impl Driver for Sandbox {
 
     fn limits(&self) -> Vec<&'static str> {
         self.groups.controllers()
+    }
+
+    fn disk_limit(&self) -> Option<u64> {
+        self.limits.disk()
     }
 
     fn out_of_memory(&self, site: &Site) -> u64 {

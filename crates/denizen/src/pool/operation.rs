@@ -9,6 +9,7 @@ use std::time::Duration;
 use uuid::Uuid;
 
 use super::{Place, Pool, blocking};
+use crate::disk::Known;
 use crate::error::{Error, Result as Fallible};
 use crate::isolation::Site;
 use crate::lifecycle::{Found, Op, Outcome, Seq};
@@ -57,6 +58,7 @@ async fn create(pool: &Arc<Pool>, place: &Place) -> Result {
     };
     let made = async {
         let copied = make.await?;
+        *place.watched.known.lock() = if copied { Known::default() } else { Known::empty() };
         if !copied && bootstrap::is_wanted(&pool.config) {
             let (driver, site) = (pool.driver.clone(), place.site.clone());
             let instance = blocking(move || driver.start(&site)).await?;
@@ -151,6 +153,7 @@ async fn restore(pool: &Arc<Pool>, place: &Arc<Place>, name: String) -> Result {
         if restored.is_err() {
             Volumes::unstage(&staging);
         }
+        *place.watched.known.lock() = Known::default();
         restored.map(|()| Outcome::Done)
     })
     .await
@@ -158,10 +161,11 @@ async fn restore(pool: &Arc<Pool>, place: &Arc<Place>, name: String) -> Result {
 
 async fn delete(pool: &Arc<Pool>, place: &Arc<Place>) -> Result {
     stop(pool, place, true).await?;
-    let (pool, id) = (pool.clone(), place.site.id);
+    let (pool, place, id) = (pool.clone(), place.clone(), place.site.id);
     blocking(move || {
         let home = pool.volumes.home(id);
         pool.volumes.discard(id).map_err(|source| Error::volume("delete", &home, source))?;
+        *place.watched.known.lock() = Known::default();
         Ok(Outcome::Done)
     })
     .await
