@@ -40,7 +40,8 @@ pub enum Isolation {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Limits {
-    /// Bytes of memory of all its processes. Default: half of the machine's.
+    /// Bytes of memory of all its processes, and of what it has in `/dev/shm`, which holds half
+    /// of that (64 MiB at least). Default: half of the machine's.
     pub memory_bytes: Option<u64>,
     /// Processes and threads. Default: 4096.
     pub processes: Option<u64>,

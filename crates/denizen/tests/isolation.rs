@@ -337,10 +337,27 @@ async fn a_package_is_installed_and_stays() {
 async fn a_sandbox_has_its_own_of_everything() {
     let world = World::new(Isolation::Sandbox);
     let pool = world.open();
-    let guard = pool.acquire(Uuid::new_v4()).await.unwrap();
+    let id = Uuid::new_v4();
+    let guard = pool.acquire(id).await.unwrap();
     assert_eq!(text(&guard, "id -u; id -g").await, "0\n0\n");
     assert!(text(&guard, "hostname").await.starts_with("denizen-"));
     assert_eq!(text(&guard, "cat /proc/1/comm").await, "denizen-init\n");
+    // Half of the memory, as the kernel's own default is half of the machine's.
+    let memory = Limits::default().memory_bytes.unwrap();
+    let shared = text(&guard, "stat -f -c '%b %S' /dev/shm").await;
+    let shared: Vec<u64> = shared.split_whitespace().map(|it| it.parse().unwrap()).collect();
+    assert_eq!(shared[0] * shared[1], (memory / 2).next_multiple_of(4096));
+    // Nor more by way of swap, where the kernel counts that.
+    let groups = pool.session_folder(id).unwrap().join("groups");
+    let groups = std::fs::read_to_string(groups).unwrap();
+    for group in groups.lines().map(Path::new) {
+        let both = std::fs::read_to_string(group.join("memory.memsw.limit_in_bytes"));
+        if let Ok(both) = both {
+            assert_eq!(both.trim(), (memory / 4096 * 4096).to_string());
+        }
+        let swap = std::fs::read_to_string(group.join("memory.swap.max"));
+        assert!(swap.is_err() || swap.unwrap().trim() == "0");
+    }
     assert_eq!(text(&guard, "ls /sys/class/net").await, "lo\n");
     assert_eq!(text(&guard, "ls -A /tmp /home /root /run /srv").await.lines().count(), 9);
     assert_eq!(text(&guard, "grep NoNewPrivs /proc/self/status").await, "NoNewPrivs:\t1\n");

@@ -219,7 +219,10 @@ impl Sandbox {
         }
         plan.fs("devpts", "/dev/pts", Attributes::DEVICE, &settings);
         plan.dir("/dev/shm", 0o1777);
-        plan.fs("tmpfs", "/dev/shm", Attributes::DATA, &["mode=1777"]);
+        // Of memory, as the kernel's default is; never less than programs find elsewhere.
+        let size = self.limits.memory_bytes.map(|bytes| format!("size={}", shared_memory(bytes)));
+        let settings: Vec<&str> = ["mode=1777"].into_iter().chain(size.as_deref()).collect();
+        plan.fs("tmpfs", "/dev/shm", Attributes::DATA, &settings);
         for (content, path) in [
             ("pts/ptmx", "/dev/ptmx"),
             ("/proc/self/fd", "/dev/fd"),
@@ -313,6 +316,12 @@ impl Driver for Sandbox {
     fn layers(&self, site: &Site) -> Vec<PathBuf> {
         self.roots.layers_of(site)
     }
+}
+
+/// How large `/dev/shm` is where a session may have so much memory: half of it, but not less
+/// than 64 MiB.
+fn shared_memory(memory: u64) -> u64 {
+    (memory / 2).max(64 << 20)
 }
 
 /// The two folders of an overlay on the host.
