@@ -526,6 +526,29 @@ async fn what_came_with_more_than_its_limit_stays() {
     assert_eq!(sh(&guard, more).await.exit, Exit::OutOfDisk);
 }
 
+/// A command that forgets its mark and becomes a daemon would outlive its own timeout.
+#[tokio::test]
+async fn a_command_in_a_sandbox_keeps_its_mark() {
+    let world = World::new(Isolation::Sandbox);
+    let pool = world.open();
+    let guard = pool.acquire(Uuid::new_v4()).await.unwrap();
+    // Another one, so that it cannot only be that one's.
+    let _other = guard.command("sleep 1000").spawn().await.unwrap();
+    let mark = mark(57);
+    let line = format!(
+        "ulimit -x 1; prlimit --locks=2:2; (setsid env -i setsid sleep {mark} &); sleep 1000"
+    );
+    let running = || running(&format!("sleep {mark}"));
+    let command = guard.program("bash").args(["-c", &line]).spawn().await.unwrap();
+    until("it runs", || running() == 1).await;
+    command.kill().await.unwrap();
+    assert_eq!(running(), 0, "it has got away");
+    // Other limits can be lowered, as everywhere.
+    let lowered = "ulimit -n 50 && ulimit -n && prlimit --nofile=40:40 && prlimit -n -o SOFT";
+    let lowered = guard.program("bash").args(["-c", lowered]).output().await.unwrap();
+    assert!(String::from_utf8_lossy(&lowered.stdout).starts_with("50\n"), "{lowered:?}");
+}
+
 /// A server that answers every request with one line.
 fn server(address: &str) -> u16 {
     use std::io::{Read, Write};
@@ -683,5 +706,5 @@ fn all_of_it_again_as_an_ordinary_user() {
         .unwrap();
     let said = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success(), "{said}\n{}", String::from_utf8_lossy(&output.stderr));
-    assert!(said.contains("test result: ok. 16 passed"), "{said}");
+    assert!(said.contains("test result: ok. 17 passed"), "{said}");
 }

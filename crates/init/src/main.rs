@@ -252,7 +252,8 @@ impl Init {
         let plan = descriptors.first().ok_or(sys::EMFILE).and_then(contents);
         let entered = plan.map_err(|error| ("plan".to_owned(), error));
         match entered.and_then(|plan| enter::enter(&plan)) {
-            Ok(enter::Entered::Inside(door)) => {
+            Ok(enter::Entered::Inside(door, key)) => {
+                self.spawner.use_key(key);
                 self.outbox.push_back((header(7, 0, 0), door));
                 self.flush();
             }

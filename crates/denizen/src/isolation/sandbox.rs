@@ -26,6 +26,7 @@ use std::sync::Arc;
 use denizen_agent::{Agent, Enter, Launch};
 use denizen_image::Store;
 use rustix::process::Resource;
+use uuid::Uuid;
 
 use self::carried::Carried;
 use self::group::Groups;
@@ -79,8 +80,9 @@ pub(super) struct Sandbox {
     limits: Limits,
     networks: Networks,
     carried: Option<Carried>,
-    /// The filter of calls, the same for all.
+    /// The filter of calls, the same for all, and the key that is for their first processes.
     calls: String,
+    key: [u64; 2],
 }
 
 impl Sandbox {
@@ -103,8 +105,9 @@ impl Sandbox {
         let carried = carried.transpose()?;
         let networks = Networks::new(options.network, options.denials);
         let (groups, limits) = (Groups::find(), options.limits);
-        let calls = calls::digits(users.is_alone());
-        Ok(Self { users, groups, roots, limits, networks, carried, calls })
+        let key = [Uuid::new_v4(), Uuid::new_v4()].map(|random| random.as_u64_pair().1);
+        let calls = calls::digits(users.is_alone(), key);
+        Ok(Self { users, groups, roots, limits, networks, carried, calls, key })
     }
 
     /// Makes the folders that a sandbox writes to, in the order of what is below them.
@@ -200,6 +203,7 @@ impl Sandbox {
         self.resource_limits(&mut plan);
         plan.step(["root-only"]);
         plan.step(["capabilities", &format!("{CAPABILITIES:x}")]);
+        plan.step(["key", &format!("{:x}", self.key[0]), &format!("{:x}", self.key[1])]);
         plan.step(["calls", &self.calls]);
         plan
     }
