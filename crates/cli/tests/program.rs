@@ -36,7 +36,7 @@ fn exit_codes_are_the_commands_or_those_of_env() {
 #[test]
 fn a_command_that_fills_the_disk_is_told_why_it_ended() {
     let user = User::new();
-    let line = "i=0; while :; do head -c 1000000 /dev/zero > $i; i=$((i+1)); done";
+    let line = "i=0; while [ $i -lt 3000 ]; do head -c 1000000 /dev/zero > $i; i=$((i+1)); done";
     let limits = ["--limits", "{ disk_bytes = 33554432 }"];
     let output = user.run(&[&limits[..], &["exec", "a", "--", "sh", "-c", line]].concat());
     assert_eq!(output.status.code(), Some(137), "{output:?}");
@@ -249,6 +249,26 @@ fn folders_are_copied_whole() {
     assert_eq!(look(&back), before);
     let named = "cd named && find . -mindepth 1 -printf '%P %y %m %l %s\\n' | sort";
     assert_eq!(text(&user.exec("a", named).stdout), before);
+}
+
+#[test]
+fn no_copy_runs_as_somebody_else() {
+    use std::os::unix::fs::PermissionsExt;
+    let user = User::new();
+    let made = user.exec("a", "mkdir tree; echo > tree/run; chmod 6755 tree/run; chmod 3777 tree");
+    assert!(made.status.success(), "{made:?}");
+    assert_eq!(text(&user.exec("a", "stat -c %a tree/run").stdout), "6755\n");
+    let [one, all] = ["one", "all"].map(|name| user.state.path().join(name));
+    assert!(user.run(&["cp", "a:tree/run", one.to_str().unwrap()]).status.success());
+    assert!(user.run(&["cp", "a:tree", all.to_str().unwrap()]).status.success());
+    let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o7777;
+    assert_eq!(mode(&one), 0o755);
+    assert_eq!(mode(&all.join("run")), 0o755);
+    assert_eq!(mode(&all) & 0o7000, 0);
+    // Nor the other way.
+    std::fs::set_permissions(all.join("run"), PermissionsExt::from_mode(0o6755)).unwrap();
+    assert!(user.run(&["cp", all.to_str().unwrap(), "a:back"]).status.success());
+    assert_eq!(text(&user.exec("a", "stat -c %a back/run").stdout), "755\n");
 }
 
 #[test]
