@@ -6,6 +6,7 @@
 //! must never cost more than a twentieth of a processor.
 
 pub(crate) mod measure;
+pub(crate) mod nameless;
 
 use std::time::Duration;
 

@@ -55,7 +55,7 @@ pub struct Limits {
     /// The kernel holds single files to it; the whole is watched by measuring, and can be
     /// overshot by what is written in a good quarter of a second. What runs then is ended
     /// ([`Exit::OutOfDisk`](crate::Exit)), and again whenever more is written; deleting is
-    /// always possible. What is deleted but still open does not count.
+    /// always possible.
     pub disk_bytes: Option<u64>,
 }
 

@@ -484,6 +484,16 @@ async fn a_session_that_fills_the_disk_is_ended_and_can_delete() {
         text(&guard, &format!("cd {folder} && rm fill*")).await;
         text(&guard, "head -c 20000000 /dev/zero > fits; rm fits").await;
     }
+    // Nor does it help that a file has no name any more.
+    let nameless = "import os\nheld = []\n\
+                    for number in range(3000):\n \
+                    held.append(open('it', 'wb'))\n os.unlink('it')\n \
+                    held[-1].write(bytes(1000000))\n held[-1].flush()";
+    for folder in [".", "/opt"] {
+        let python = guard.program("python3").args(["-c", nameless]).current_dir(folder);
+        assert_eq!(python.output().await.unwrap().exit, Exit::OutOfDisk, "{folder}");
+        over(&mut events, filler).await;
+    }
     // The kernel stops one file by itself, before anybody looks.
     let big = sh(&guard, "exec head -c 500000000 /dev/zero > big").await;
     assert_eq!(big.exit, Exit::OutOfDisk, "{big:?}");

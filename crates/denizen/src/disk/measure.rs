@@ -30,6 +30,12 @@ pub(crate) fn used<'p>(trees: impl IntoIterator<Item = &'p Path>, enough: u64) -
     sum
 }
 
+/// Which file system a folder is on.
+pub(crate) fn device(folder: &Path) -> Option<(u32, u32)> {
+    let found = rustix::fs::statx(CWD, folder, AtFlags::empty(), StatxFlags::BASIC_STATS).ok()?;
+    Some((found.stx_dev_major, found.stx_dev_minor))
+}
+
 /// A folder on the way down.
 struct Folder {
     which: Identity,

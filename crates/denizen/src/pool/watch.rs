@@ -15,8 +15,8 @@ use tokio::task::JoinSet;
 use uuid::Uuid;
 
 use super::{Place, Pool, blocking};
-use crate::disk::measure::used;
-use crate::disk::{Budget, Due, Known, LOOK, SAVINGS, Walk, room};
+use crate::disk::measure::{device, used};
+use crate::disk::{Budget, Due, Known, LOOK, SAVINGS, Walk, nameless, room};
 use crate::event::{Event, EventKind};
 
 /// How often a session that nobody holds is asked whether anything still runs in it.
@@ -44,7 +44,8 @@ impl Watched {
     }
 
     pub(crate) fn ended_since(&self, Mark(then): Mark) -> bool {
-        then % 2 == 1 || self.endings.load(Ordering::Acquire) != then
+        // What is begun while all else is being ended waits until that is done.
+        self.endings.load(Ordering::Acquire) > then + then % 2
     }
 }
 
@@ -207,10 +208,18 @@ async fn room_of(pool: &Arc<Pool>) -> u64 {
 
 async fn walk(place: &Arc<Place>, began: Duration, room: u64, enough: u64) -> Walk {
     let trees = place.site.trees();
+    let first = match place.agent() {
+        Some(agent) => agent.first_process().await,
+        None => None,
+    };
     let measured = blocking(move || {
         let begin = Instant::now();
-        let used = used(trees.iter().map(AsRef::as_ref), enough);
-        Ok((used, begin.elapsed()))
+        let mut sum = used(trees.iter().map(AsRef::as_ref), enough);
+        if let (Some(first), Some(device)) = (first, device(&trees[0])) {
+            let processes = denizen_agent::descendants(first);
+            sum += nameless::used(&processes, device, enough.saturating_sub(sum));
+        }
+        Ok((sum, begin.elapsed()))
     });
     // The walk itself cannot fail; a runtime that ends can.
     let (used, took) = measured.await.unwrap_or_default();
@@ -231,10 +240,10 @@ async fn end(pool: &Arc<Pool>, watch: &Watch, place: &Arc<Place>, clock: Clock) 
             }
         }
     }
+    endings.fetch_add(1, Ordering::AcqRel);
     let room = room_of(pool).await;
     let walk = walk(place, clock.now(), room, u64::MAX).await;
     place.watched.known.lock().ended(walk);
-    endings.fetch_add(1, Ordering::AcqRel);
     let (used, limit) = (walk.used, watch.limit);
     tracing::warn!(session = %id, used, limit, "over its disk limit: ended what ran in it");
     let name = pool.state.lock().names.get(&id).map(ToString::to_string);
