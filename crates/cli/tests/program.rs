@@ -19,6 +19,21 @@ fn the_first_command_and_the_second() {
 }
 
 #[test]
+fn a_first_start_that_takes_a_while_says_so_on_a_terminal() {
+    let user = User::new();
+    // Where nothing is prepared yet.
+    let cache = user.state.path().join("cache");
+    let line = "exec \"$DENIZEN\" exec a -- echo done";
+    let mut script = Command::new("script");
+    script.args(["-qec", line, "/dev/null"]).env("DENIZEN", env!("CARGO_BIN_EXE_denizen"));
+    script.env("DENIZEN_STATE", user.state.path()).env("DENIZEN_CACHE", &cache);
+    let output = script.stdin(Stdio::null()).output().unwrap();
+    let said = text(&output.stdout);
+    assert!(said.contains("denizen: preparing"), "{said:?}");
+    assert!(said.ends_with("\r\u{1b}[Kdone\r\n"), "{said:?}");
+}
+
+#[test]
 fn exit_codes_are_the_commands_or_those_of_env() {
     let user = User::new();
     let code = |args: &[&str]| user.run(args).status.code();
