@@ -250,3 +250,24 @@ async fn end(pool: &Arc<Pool>, watch: &Watch, place: &Arc<Place>, clock: Clock) 
     let kind = EventKind::LimitReached { resource: "disk", used, limit };
     pool.announcer.announce(Event { at: pool.clock.wall(), session: id, name, kind });
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mark_tells_what_ended_after_it_and_not_before() {
+        let watched = Watched::default();
+        let early = watched.mark();
+        assert!(!watched.ended_since(early));
+        watched.endings.fetch_add(1, Ordering::AcqRel);
+        let meanwhile = watched.mark();
+        assert!(watched.ended_since(early) && !watched.ended_since(meanwhile));
+        watched.endings.fetch_add(1, Ordering::AcqRel);
+        let late = watched.mark();
+        assert!(watched.ended_since(early), "also when it is over");
+        assert!(!watched.ended_since(meanwhile), "it waited for the end of that");
+        watched.endings.fetch_add(1, Ordering::AcqRel);
+        assert!(watched.ended_since(meanwhile) && watched.ended_since(late));
+    }
+}
