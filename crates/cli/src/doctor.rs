@@ -383,7 +383,7 @@ fn disk_limit(settings: &Settings) -> Finding {
             format!(
                 "{} for each session: of a single file by the kernel, of the whole by measuring \
                  four times a second, so that it can be overshot by what is written in that \
-                 time and in a walk through the session's files (a second for a million)",
+                 time and in a walk through the session's files (seconds for a million)",
                 crate::show::bytes(most)
             ),
         ),
