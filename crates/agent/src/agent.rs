@@ -84,6 +84,13 @@ impl Agent {
         Ok(self.init().await?.connect(port).await?.into())
     }
 
+    /// The process id, here, of the process that all of the session's descend from, if it is
+    /// alive. Cancel-safe.
+    pub async fn first_process(&self) -> Option<u32> {
+        let slot = self.inner.init.lock().await;
+        slot.as_ref().filter(|init| init.is_alive()).map(Init::pid)
+    }
+
     /// Launches the session's init if there is none alive, which otherwise the first command
     /// does. Cancel-safe.
     pub async fn launch(&self) -> Result<()> {
@@ -115,6 +122,18 @@ impl Agent {
             }
         };
         remote.list().await
+    }
+
+    /// Kills everything that runs, without asking it to end, and waits until it is gone.
+    /// Commands that are started meanwhile begin after that. Does nothing if nothing was started.
+    ///
+    /// Cancel-safe: the killing goes on.
+    pub async fn clear(&self) -> Result<()> {
+        let slot = self.inner.init.lock().await;
+        match &*slot {
+            Some(init) if init.is_alive() => init.remote().clear().await,
+            _ => Ok(()),
+        }
     }
 
     /// Ends everything: SIGTERM to all processes, up to `grace` for them to leave, then

@@ -25,10 +25,13 @@ use tokio::net::UnixStream;
 pub use filesystem::{FilesystemService, Watchers};
 pub use process::{Jobs, ProcessService};
 
-use crate::Agent;
+use crate::{Agent, Exit};
 
 /// Silence after which a stream says that it is still there, unless the client asks otherwise.
 const KEEPALIVE: Duration = Duration::from_secs(90);
+
+/// Why a command ended, beyond its status, if there is more to say. Asked once.
+pub type Explain = Arc<dyn Fn(Exit) -> Option<String> + Send + Sync>;
 
 /// An instance as a request sees it.
 #[derive(Clone)]
@@ -43,6 +46,8 @@ pub struct Instance {
     pub jobs: Arc<Jobs>,
     /// Who waits for changes of its files.
     pub watchers: Arc<Watchers>,
+    /// Says more of how a command ended that is started now, where its status is not all.
+    pub explain: Explain,
     /// Kept as long as the request, its response or a command in the foreground lasts.
     pub lease: Arc<dyn Any + Send + Sync>,
 }
@@ -110,6 +115,7 @@ pub async fn serve_files(socket: UnixStream, workdir: PathBuf) -> std::io::Resul
         env: std::env::vars().collect(),
         jobs: Arc::new(Jobs::new(workdir.join("."))),
         watchers: Arc::default(),
+        explain: Arc::new(|_| None),
         lease: Arc::new(()),
         workdir,
     };

@@ -336,6 +336,23 @@ impl Remote {
         Ok(all)
     }
 
+    /// Kills all that runs under this init, which goes on, and waits until it is gone.
+    /// Cancel-safe: the killing goes on.
+    pub(crate) async fn clear(&self) -> Result<()> {
+        let (sender, gone) = oneshot::channel();
+        {
+            let mut state = self.shared.state.lock();
+            state.last_id = state.last_id.wrapping_add(1).max(1);
+            let id = state.last_id;
+            self.shared.send(&mut state, message::clear(id), Vec::new())?;
+            state.trees.insert(id, vec![sender]);
+        }
+        match self.shared.answer(gone).await? {
+            0 => Ok(()),
+            count => Err(Error::Survivors { count }),
+        }
+    }
+
     /// A terminal's master end, made where init is, so that its name means something to what
     /// runs there. Cancel-safe.
     pub(crate) async fn terminal(&self) -> Result<OwnedFd> {

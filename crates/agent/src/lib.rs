@@ -36,6 +36,7 @@ mod message;
 pub mod output;
 mod program;
 mod sweep;
+mod tree;
 
 pub use agent::Agent;
 pub use child::{Child, Exit, Scope, Spec, Stdin, Stdio};
@@ -43,6 +44,7 @@ pub use error::Error;
 pub use init::{Door, Enter, Launch, Process};
 pub use output::{Chunk, Output, Reader, Stream};
 pub use sweep::{recorded, sweep};
+pub use tree::descendants;
 
 /// The result of everything in this crate that can fail.
 pub type Result<T, E = Error> = std::result::Result<T, E>;

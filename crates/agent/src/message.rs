@@ -88,6 +88,11 @@ pub(crate) fn kill(id: u32, announce: bool) -> Vec<u8> {
     header(KILL, u8::from(announce), id)
 }
 
+/// Kill everything and go on serving; the answer is as for a tree of this id.
+pub(crate) fn clear(id: u32) -> Vec<u8> {
+    header(KILL, 1 | 2, id)
+}
+
 pub(crate) fn list(id: u32) -> Vec<u8> {
     header(LIST, 0, id)
 }

@@ -41,6 +41,7 @@ impl Place {
             env: BTreeMap::from([("PATH".to_owned(), "/usr/bin:/bin".to_owned())]),
             jobs: Arc::new(Jobs::new(folder.path().join("logs"))),
             watchers: Arc::default(),
+            explain: Arc::new(|_| None),
             lease: Arc::new(()),
         };
         Self { router: router(Arc::new(One(instance))), folder }

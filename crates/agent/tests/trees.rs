@@ -52,6 +52,27 @@ async fn until_asleep(agent: &Agent, count: usize) -> Vec<u32> {
 }
 
 #[tokio::test]
+async fn a_clearing_ends_everything_and_init_goes_on() {
+    let agent = Agent::new();
+    agent.clear().await.unwrap();
+    let (one, _one) = start(&agent, &format!("{} exec sleep 1000", daemon(true))).await;
+    let (two, _two) = start(&agent, "trap '' TERM; sleep 1000; sleep 1000").await;
+    let pids = until_asleep(&agent, 3).await;
+    // One that is asked for meanwhile begins afterwards.
+    let (cleared, third) = tokio::join!(biased; agent.clear(), agent.spawn(sh("exec sleep 1000")));
+    cleared.unwrap();
+    let third = third.unwrap();
+    for pid in pids {
+        assert!(!is_alive(pid), "{pid} lives");
+    }
+    for child in [&one, &two] {
+        assert_eq!(child.wait().await.unwrap(), Exit::Signal(9));
+    }
+    assert_eq!(until_asleep(&agent, 1).await, [third.pid()]);
+    assert_eq!(run(&agent, "echo goes on").await, "goes on");
+}
+
+#[tokio::test]
 async fn daemons_die_with_kill_tree() {
     for bare in [false, true] {
         let agent = Agent::new();

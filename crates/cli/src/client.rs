@@ -1,11 +1,12 @@
 //! The way to the daemon: finds it, starts it if need be, asks it.
 
 use std::fs::{File, OpenOptions};
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, IsTerminal, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
+use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -24,6 +25,8 @@ use tokio::net::{TcpStream, UnixStream};
 use crate::config::Settings;
 use crate::{Failure, Result};
 
+/// How long the daemon may take to start without a word of it.
+const PATIENCE: Duration = Duration::from_millis(500);
 /// Seconds after which a daemon that was started in the background leaves, if nothing runs.
 const IDLE_EXIT: &str = "600";
 
@@ -265,6 +268,42 @@ fn config_file(content: &[u8]) -> std::io::Result<File> {
     Ok(file)
 }
 
+/// Says on a terminal what takes so long, if it does; gone when dropped.
+struct Notice(Option<(mpsc::Sender<()>, std::thread::JoinHandle<()>)>);
+
+impl Notice {
+    fn begin() -> Self {
+        if !std::io::stderr().is_terminal() {
+            return Self(None);
+        }
+        let (done, waiting) = mpsc::channel();
+        let notice = std::thread::spawn(move || {
+            if waiting.recv_timeout(PATIENCE) != Err(mpsc::RecvTimeoutError::Timeout) {
+                return;
+            }
+            // Nothing can be done if the terminal is gone.
+            let mut stderr = std::io::stderr();
+            let _ = write!(stderr, "denizen: preparing; the first start takes a while …");
+            let _ = stderr.flush();
+            let _ = waiting.recv();
+            // To the start of the line, and nothing in it.
+            let _ = write!(stderr, "\r\x1b[K");
+            let _ = stderr.flush();
+        });
+        Self(Some((done, notice)))
+    }
+}
+
+impl Drop for Notice {
+    fn drop(&mut self) {
+        if let Some((done, notice)) = self.0.take() {
+            drop(done);
+            // It has nothing to fail at.
+            let _ = notice.join();
+        }
+    }
+}
+
 enum Started {
     Ready,
     /// The volume root belongs to another daemon.
@@ -298,10 +337,12 @@ fn try_daemon(settings: &Settings) -> Result<Started> {
     daemon.stdin(stdin).stdout(Stdio::piped()).stderr(log);
     let mut child = daemon.spawn().map_err(|error| failed("this program", &error))?;
     let mut answer = String::new();
+    let notice = Notice::begin();
     if let Some(stdout) = child.stdout.take() {
         // Ends with the daemon, if it cannot start.
         let _ = BufReader::new(stdout).read_line(&mut answer);
     }
+    drop(notice);
     if answer.trim() == READY {
         return Ok(Started::Ready);
     }

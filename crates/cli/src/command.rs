@@ -185,7 +185,15 @@ async fn attach(
                                 return Ok(128 + 13);
                             }
                         }
-                        Some(oneof::process_event::Event::End(end)) => return Ok(end.exit_code),
+                        Some(oneof::process_event::Event::End(end)) => {
+                            if let Some(why) = end.error {
+                                // A terminal is raw here: the line begins where it left off.
+                                let start = if tty { "\r\n" } else { "" };
+                                let end = if tty { "\r\n" } else { "\n" };
+                                eprint!("{start}denizen: {why}{end}");
+                            }
+                            return Ok(end.exit_code);
+                        }
                         Some(oneof::process_event::Event::Keepalive(_)) | None => {}
                     }
                     continue;

@@ -11,6 +11,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::{Failure, Result};
 
+/// What sessions may have of the disk unless something else is set: more than most work needs,
+/// and little enough that one of them does not take it all.
+const DISK: u64 = 20 << 30;
+
 /// Settings that can be given on the command line or in the environment.
 #[derive(Args, Clone, Debug, Default)]
 #[command(next_help_heading = "Settings")]
@@ -71,7 +75,8 @@ pub struct Options {
         hide_short_help = true
     )]
     background_is_use: Option<bool>,
-    /// What each session may use, as a TOML inline table
+    /// What each session may use, as a TOML inline table: memory_bytes, processes, cpu_percent,
+    /// open_files, disk_bytes [default of the last: 20 GiB; 0 is no limit]
     #[arg(
         long,
         global = true,
@@ -308,6 +313,9 @@ pub fn load(options: &Options) -> Result<Settings> {
     // The daemon stands elsewhere.
     pool.volume_root = absolute(&pool.volume_root)?;
     pool.backup_destination = pool.backup_destination.as_deref().map(absolute).transpose()?;
+    let mut limits: Limits =
+        options.limits.clone().map(|Toml(it)| it).or(given.limits).unwrap_or_default();
+    limits.disk_bytes.get_or_insert(DISK);
     let socket = options.socket.clone().or(given.socket);
     let wait = options.acquire_timeout_seconds.or(given.acquire_timeout_seconds).unwrap_or(30);
     Ok(Settings {
@@ -320,7 +328,7 @@ pub fn load(options: &Options) -> Result<Settings> {
         allow: options.allow.clone().or(given.allow).unwrap_or_default(),
         sleep: options.sleep.or(given.sleep).unwrap_or_default(),
         background_is_use: options.background_is_use.or(given.background_is_use).unwrap_or(true),
-        limits: options.limits.clone().map(|Toml(it)| it).or(given.limits).unwrap_or_default(),
+        limits,
         state,
         cache: absolute(&cache)?,
         pool,

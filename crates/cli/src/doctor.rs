@@ -85,6 +85,7 @@ pub async fn run(settings: &Settings, as_json: bool) -> Result<i32> {
             attributes(settings, works),
             landlock(),
             limits(settings, &attempt),
+            disk_limit(settings),
         ]);
         findings.extend(seccomp(&attempt));
     }
@@ -395,6 +396,28 @@ fn freezer(settings: &Settings, attempt: &Attempt) -> Option<Finding> {
     } else {
         wrong(NAME, Grade::Note, what, mend)
     })
+}
+
+/// What holds sessions to it: no unprivileged user can set quotas.
+fn disk_limit(settings: &Settings) -> Finding {
+    const NAME: &str = "disk limit";
+    match settings.limits.disk_bytes.filter(|bytes| *bytes > 0) {
+        None => wrong(
+            NAME,
+            Grade::Note,
+            "none: one session can fill the disk of all",
+            "set `limits.disk_bytes`",
+        ),
+        Some(most) => fine(
+            NAME,
+            format!(
+                "{} for each session: of a single file by the kernel, of the whole by measuring \
+                 four times a second, so that it can be overshot by what is written in that \
+                 time and in a walk through the session's files (seconds for a million)",
+                crate::show::bytes(most)
+            ),
+        ),
+    }
 }
 
 fn seccomp(attempt: &Attempt) -> Option<Finding> {

@@ -343,6 +343,9 @@ fn agent() -> Result<()> {
     let workdir = std::env::current_dir().map_err(failed)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     runtime.map_err(failed)?.block_on(async {
+        // A file that is too large for the session is an error of its request, not our end.
+        let too_large = tokio::signal::unix::SignalKind::from_raw(25);
+        let _too_large = tokio::signal::unix::signal(too_large).map_err(failed)?;
         let socket = tokio::net::UnixStream::from_std(socket).map_err(failed)?;
         denizen_agent::envd::serve_files(socket, workdir).await.map_err(failed)
     })

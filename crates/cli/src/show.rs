@@ -67,8 +67,12 @@ pub fn session(value: &Value, as_json: bool) -> Result<()> {
         if value.is_null() {
             continue;
         }
-        let shown =
-            if name.ends_with("_at") || name == "last_used" { time(value) } else { text(value) };
+        let shown = match name.as_str() {
+            "last_used" => time(value),
+            name if name.ends_with("_at") => time(value),
+            name if name.starts_with("disk_") => size(value),
+            _ => text(value),
+        };
         lines.push_str(&format!("{:<14}{shown}\n", name.replace('_', " ")));
     }
     print(&lines)
@@ -110,11 +114,14 @@ pub fn event(line: &str, session: Option<&str>, as_json: bool) -> Result<()> {
     }
     let who = value["name"].as_str().or(value["session"].as_str()).unwrap_or_default();
     let what = text(&value["event"]).replace('_', " ");
-    let more = ["operation", "backup", "error", "missed"]
+    let mut more = ["operation", "backup", "error", "missed", "resource"]
         .iter()
         .filter(|field| !value[**field].is_null())
         .map(|field| format!(" {}", text(&value[*field])))
         .collect::<String>();
+    if value["limit"].is_u64() {
+        more.push_str(&format!(" {} of {}", size(&value["used"]), size(&value["limit"])));
+    }
     print(&format!("{}  {who}  {what}{more}\n", time(&value["at"])))
 }
 
@@ -136,6 +143,23 @@ fn table<const N: usize>(heads: [&str; N], rows: impl Iterator<Item = [String; N
         lines.push('\n');
     }
     print(&lines)
+}
+
+/// Bytes, as people read them.
+#[allow(clippy::cast_precision_loss)] // One digit is shown.
+pub fn bytes(bytes: u64) -> String {
+    let units = ["KiB", "MiB", "GiB", "TiB"];
+    let mut amount = bytes as f64 / 1024.0;
+    let mut unit = 0;
+    while amount >= 1024.0 && unit + 1 < units.len() {
+        amount /= 1024.0;
+        unit += 1;
+    }
+    format!("{amount:.1} {}", units[unit])
+}
+
+fn size(value: &Value) -> String {
+    value.as_u64().map_or_else(|| text(value), bytes)
 }
 
 fn text(value: &Value) -> String {

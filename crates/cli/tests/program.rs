@@ -19,6 +19,21 @@ fn the_first_command_and_the_second() {
 }
 
 #[test]
+fn a_first_start_that_takes_a_while_says_so_on_a_terminal() {
+    let user = User::new();
+    // Where nothing is prepared yet.
+    let cache = user.state.path().join("cache");
+    let line = "exec \"$DENIZEN\" exec a -- echo done";
+    let mut script = Command::new("script");
+    script.args(["-qec", line, "/dev/null"]).env("DENIZEN", env!("CARGO_BIN_EXE_denizen"));
+    script.env("DENIZEN_STATE", user.state.path()).env("DENIZEN_CACHE", &cache);
+    let output = script.stdin(Stdio::null()).output().unwrap();
+    let said = text(&output.stdout);
+    assert!(said.contains("denizen: preparing"), "{said:?}");
+    assert!(said.ends_with("\r\u{1b}[Kdone\r\n"), "{said:?}");
+}
+
+#[test]
 fn exit_codes_are_the_commands_or_those_of_env() {
     let user = User::new();
     let code = |args: &[&str]| user.run(args).status.code();
@@ -31,6 +46,32 @@ fn exit_codes_are_the_commands_or_those_of_env() {
     assert_eq!(code(&["inspect", "nobody"]), Some(125));
     assert_eq!(code(&["no-such-verb"]), Some(125));
     assert_eq!(code(&["exec", "--timeout", "1", "a", "--", "sleep", "1000"]), Some(124));
+}
+
+#[test]
+fn a_command_that_fills_the_disk_is_told_why_it_ended() {
+    let user = User::new();
+    let line = "i=0; while [ $i -lt 3000 ]; do head -c 1000000 /dev/zero > $i; i=$((i+1)); done";
+    let limits = ["--limits", "{ disk_bytes = 33554432 }"];
+    let output = user.run(&[&limits[..], &["exec", "a", "--", "sh", "-c", line]].concat());
+    assert_eq!(output.status.code(), Some(137), "{output:?}");
+    let why = text(&output.stderr);
+    assert!(why.contains("over its disk limit of 32.0 MiB"), "{why}");
+    let session = user.json(&["inspect", "a"]);
+    assert_eq!(session["disk_limit"], 33_554_432);
+    // What is sent there counts as well, and what serves it is held to the same.
+    user.exec("a", "rm *");
+    let large = user.state.path().join("large");
+    std::fs::File::create(&large).unwrap().set_len(64 << 20).unwrap();
+    let large = large.to_str().unwrap();
+    let output = user.run(&["cp", large, "a:large"]);
+    assert_eq!(output.status.code(), Some(125), "{output:?}");
+    let why = text(&output.stderr);
+    assert!(why.contains("too large") || why.contains("over its disk limit"), "{why}");
+    user.exec("a", "rm -f *");
+    std::fs::File::options().write(true).open(large).unwrap().set_len(1 << 20).unwrap();
+    let output = user.run(&["cp", large, "a:small"]);
+    assert!(output.status.success(), "{output:?}");
 }
 
 #[test]
@@ -223,6 +264,26 @@ fn folders_are_copied_whole() {
     assert_eq!(look(&back), before);
     let named = "cd named && find . -mindepth 1 -printf '%P %y %m %l %s\\n' | sort";
     assert_eq!(text(&user.exec("a", named).stdout), before);
+}
+
+#[test]
+fn no_copy_runs_as_somebody_else() {
+    use std::os::unix::fs::PermissionsExt;
+    let user = User::new();
+    let made = user.exec("a", "mkdir tree; echo > tree/run; chmod 6755 tree/run; chmod 3777 tree");
+    assert!(made.status.success(), "{made:?}");
+    assert_eq!(text(&user.exec("a", "stat -c %a tree/run").stdout), "6755\n");
+    let [one, all] = ["one", "all"].map(|name| user.state.path().join(name));
+    assert!(user.run(&["cp", "a:tree/run", one.to_str().unwrap()]).status.success());
+    assert!(user.run(&["cp", "a:tree", all.to_str().unwrap()]).status.success());
+    let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o7777;
+    assert_eq!(mode(&one), 0o755);
+    assert_eq!(mode(&all.join("run")), 0o755);
+    assert_eq!(mode(&all) & 0o7000, 0);
+    // Nor the other way.
+    std::fs::set_permissions(all.join("run"), PermissionsExt::from_mode(0o6755)).unwrap();
+    assert!(user.run(&["cp", all.to_str().unwrap(), "a:back"]).status.success());
+    assert_eq!(text(&user.exec("a", "stat -c %a back/run").stdout), "755\n");
 }
 
 #[test]

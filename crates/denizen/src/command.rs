@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::path::PathBuf;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use denizen_agent::{Chunk, Spec, Stdio, Stream};
@@ -14,6 +15,7 @@ use tokio::io::AsyncWriteExt;
 
 use crate::error::{Error, Result};
 use crate::manager::VmExecutionGuard;
+use crate::pool::{Mark, Place, Pool};
 
 /// Most bytes of each stream that [`Command::output`] keeps unless told otherwise.
 const OUTPUT_LIMIT: usize = 16 * 1024 * 1024;
@@ -40,6 +42,9 @@ pub enum Exit {
     TimedOut,
     /// It was killed because the session's memory had run out.
     OutOfMemory,
+    /// It was killed because the session was over its disk limit, or wrote a file larger than
+    /// that.
+    OutOfDisk,
 }
 
 impl Exit {
@@ -178,7 +183,7 @@ impl<'g> Command<'g> {
             Some(limit) => tokio::time::timeout(limit, collect).await.ok().transpose()?,
         };
         match ended {
-            Some(exit) => output.exit = ended_by(exit, execution.guard),
+            Some(exit) => output.exit = execution.limits.explain(exit),
             None => execution.child.kill_tree().await?,
         }
         Ok(output)
@@ -197,6 +202,7 @@ impl<'g> Command<'g> {
             path: guard.volume().to_owned(),
             backup: None,
         };
+        let limits = guard.limit_watch();
         let mut child = match guard.agent()?.spawn(self.spec).await {
             Ok(child) => child,
             // Whatever it was that failed without them.
@@ -205,7 +211,7 @@ impl<'g> Command<'g> {
         };
         let output = child.take_output();
         let output = output.ok_or_else(|| Error::Task("a new command has no output".to_owned()))?;
-        Ok(Execution { child, output, guard })
+        Ok(Execution { child, output, limits, _guard: guard })
     }
 
     /// Gives it a pipe as standard input, to be written to through [`Execution::stdin`].
@@ -233,13 +239,76 @@ impl Output {
     }
 }
 
-/// How a command ended, where the kernel may have ended it for want of memory.
-fn ended_by(exit: denizen_agent::Exit, guard: &VmExecutionGuard) -> Exit {
-    const SIGKILL: i32 = 9;
-    match exit {
-        denizen_agent::Exit::Code(code) => Exit::Code(code),
-        denizen_agent::Exit::Signal(SIGKILL) if guard.ran_out_of_memory() => Exit::OutOfMemory,
-        denizen_agent::Exit::Signal(signal) => Exit::Signal(signal),
+/// Tells of what began when this was made whether a limit of its session has ended it.
+#[derive(Clone, Debug)]
+pub struct LimitWatch {
+    pool: Weak<Pool>,
+    place: Arc<Place>,
+    disk: Mark,
+}
+
+/// A limit of a session that has ended a command.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Limit {
+    /// Of memory.
+    Memory,
+    /// Of the disk.
+    Disk {
+        /// Bytes that the session may have.
+        bytes: u64,
+    },
+}
+
+impl std::fmt::Display for Limit {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Memory => f.write_str(
+                "the session's memory ran out: let it do less at a time, or raise \
+                 `limits.memory_bytes`",
+            ),
+            #[allow(clippy::cast_precision_loss)] // One digit is shown.
+            Self::Disk { bytes } => write!(
+                f,
+                "the session is over its disk limit of {:.1} MiB: delete files in it, or raise \
+                 `limits.disk_bytes`",
+                *bytes as f64 / f64::from(1 << 20),
+            ),
+        }
+    }
+}
+
+impl LimitWatch {
+    pub(crate) fn new(pool: &Arc<Pool>, place: &Arc<Place>) -> Self {
+        Self { pool: Arc::downgrade(pool), place: place.clone(), disk: place.disk_mark() }
+    }
+
+    /// The limit that has ended a command that ended like this, if it was one. To be asked once
+    /// for each command.
+    pub fn reached(&self, exit: denizen_agent::Exit) -> Option<Limit> {
+        const SIGKILL: i32 = 9;
+        const SIGXFSZ: i32 = 25;
+        let pool = self.pool.upgrade()?;
+        let disk = || Some(Limit::Disk { bytes: pool.disk_limit()? });
+        match exit {
+            denizen_agent::Exit::Signal(SIGKILL) if self.place.disk_ended_since(self.disk) => {
+                disk()
+            }
+            denizen_agent::Exit::Signal(SIGKILL) => {
+                pool.ran_out_of_memory(&self.place).then_some(Limit::Memory)
+            }
+            denizen_agent::Exit::Signal(SIGXFSZ) => disk(),
+            _ => None,
+        }
+    }
+
+    fn explain(&self, exit: denizen_agent::Exit) -> Exit {
+        match (self.reached(exit), exit) {
+            (Some(Limit::Memory), _) => Exit::OutOfMemory,
+            (Some(Limit::Disk { .. }), _) => Exit::OutOfDisk,
+            (None, denizen_agent::Exit::Code(code)) => Exit::Code(code),
+            (None, denizen_agent::Exit::Signal(signal)) => Exit::Signal(signal),
+        }
     }
 }
 
@@ -248,8 +317,9 @@ fn ended_by(exit: denizen_agent::Exit, guard: &VmExecutionGuard) -> Exit {
 pub struct Execution<'g> {
     child: denizen_agent::Child,
     output: denizen_agent::Output,
+    limits: LimitWatch,
     /// The session stays ours for as long as this lives.
-    guard: &'g VmExecutionGuard,
+    _guard: &'g VmExecutionGuard,
 }
 
 impl Execution<'_> {
@@ -277,7 +347,7 @@ impl Execution<'_> {
     /// # Errors
     /// [`Error::Agent`] if the session's init has died.
     pub async fn wait(&self) -> Result<Exit> {
-        Ok(ended_by(self.child.wait().await?, self.guard))
+        Ok(self.limits.explain(self.child.wait().await?))
     }
 
     /// Sends a signal to its process group.

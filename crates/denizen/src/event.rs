@@ -83,6 +83,15 @@ pub enum EventKind {
         /// What refused it.
         rule: String,
     },
+    /// It was over a limit as a whole, and what ran in it was ended; it can go on, below.
+    LimitReached {
+        /// Of what: `disk`.
+        resource: &'static str,
+        /// Bytes that it uses now.
+        used: u64,
+        /// Bytes that it may use.
+        limit: u64,
+    },
     /// The listener was too slow: this many events before this one are lost to it.
     Lagged {
         /// How many.

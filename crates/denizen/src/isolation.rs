@@ -41,7 +41,8 @@ pub enum Isolation {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Limits {
-    /// Bytes of memory of all its processes. Default: half of the machine's.
+    /// Bytes of memory of all its processes, and of what it has in `/dev/shm`, which holds half
+    /// of that (64 MiB at least). Default: half of the machine's.
     pub memory_bytes: Option<u64>,
     /// Processes and threads. Default: 4096.
     pub processes: Option<u64>,
@@ -49,6 +50,14 @@ pub struct Limits {
     pub cpu_percent: Option<u32>,
     /// Open files of each process. Default: 65536, or what this process may have.
     pub open_files: Option<u64>,
+    /// Bytes on the disk: of its volume, of what it has changed in its root, and of its `/tmp`,
+    /// each file counted with at least 4 KiB. 0 is no limit. Default: no limit.
+    ///
+    /// The kernel holds single files to it; the whole is watched by measuring, and can be
+    /// overshot by what is written in a good quarter of a second. What runs then is ended
+    /// ([`Exit::OutOfDisk`](crate::Exit)), and again whenever more is written; deleting is
+    /// always possible.
+    pub disk_bytes: Option<u64>,
 }
 
 impl Default for Limits {
@@ -60,6 +69,7 @@ impl Default for Limits {
             processes: Some(4096),
             cpu_percent: None,
             open_files: Some(65536),
+            disk_bytes: None,
         }
     }
 }
@@ -67,7 +77,18 @@ impl Default for Limits {
 impl Limits {
     /// No limits at all.
     pub fn none() -> Self {
-        Self { memory_bytes: None, processes: None, cpu_percent: None, open_files: None }
+        Self {
+            memory_bytes: None,
+            processes: None,
+            cpu_percent: None,
+            open_files: None,
+            disk_bytes: None,
+        }
+    }
+
+    /// The limit of the disk, if there is one.
+    pub(crate) fn disk(&self) -> Option<u64> {
+        self.disk_bytes.filter(|bytes| *bytes > 0)
     }
 }
 
@@ -204,6 +225,11 @@ impl Site {
         self.home.join("root")
     }
 
+    /// The trees that count as the session's use of the disk.
+    pub(crate) fn trees(&self) -> [PathBuf; 3] {
+        [self.volume.clone(), self.root_changes(), self.home.join("tmp")]
+    }
+
     /// How its init is launched: leaving a number to end it by, should all else die.
     pub(crate) fn launch(&self) -> Launch {
         Launch { record: Some(self.record()), ..Launch::default() }
@@ -251,6 +277,9 @@ pub(crate) trait Driver: Send + Sync {
 
     /// Which resources of a whole session are limited.
     fn limits(&self) -> Vec<&'static str>;
+
+    /// How many bytes of the disk a session may have, where that is limited.
+    fn disk_limit(&self) -> Option<u64>;
 
     /// How often so far a process of the instance was ended for want of memory.
     fn out_of_memory(&self, site: &Site) -> u64;

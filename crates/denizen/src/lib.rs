@@ -38,6 +38,7 @@ mod backup;
 mod bootstrap;
 mod command;
 mod config;
+mod disk;
 mod error;
 mod event;
 mod isolation;
@@ -50,7 +51,7 @@ mod time;
 mod volume;
 
 pub use backup::Backup;
-pub use command::{Command, Execution, Exit, Output};
+pub use command::{Command, Execution, Exit, Limit, LimitWatch, Output};
 pub use config::{VmPoolConfig, VmPoolRuntimeConfig};
 pub use denizen_agent::{Agent, Chunk, Stream};
 pub use denizen_image::{Credentials, ImportOptions, Progress, PullOptions, Stage, Transport};

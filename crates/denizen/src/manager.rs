@@ -12,7 +12,7 @@ use denizen_image::{ImportOptions, Progress, PullOptions, Store};
 use uuid::Uuid;
 
 use crate::backup::Backup;
-use crate::command::Command;
+use crate::command::{Command, LimitWatch};
 use crate::config::VmPoolRuntimeConfig;
 use crate::error::{Error, Result};
 use crate::event::Events;
@@ -505,9 +505,10 @@ impl VmExecutionGuard {
         &self.hold.place.workdir
     }
 
-    /// Whether memory has run out in the session since this was last asked.
-    pub(crate) fn ran_out_of_memory(&self) -> bool {
-        self.hold.pool.ran_out_of_memory(&self.hold.place)
+    /// Tells afterwards whether a limit of the session has ended what is started now, for
+    /// whoever starts it by [`VmExecutionGuard::agent`].
+    pub fn limit_watch(&self) -> LimitWatch {
+        LimitWatch::new(&self.hold.pool, &self.hold.place)
     }
 
     /// How the program that was given as [`Builder::agent_program`] is run in the session; none

@@ -7,6 +7,7 @@
 //! decide anything about a session: if it seems to have to, the lifecycle lacks a rule.
 
 mod operation;
+mod watch;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::{Path, PathBuf};
@@ -39,6 +40,9 @@ use crate::registry::{Registry, Write, phase_name};
 use crate::time::{Clock, PoolClock};
 use crate::volume::Volumes;
 
+pub(crate) use watch::Mark;
+use watch::{Watch, Watched};
+
 /// Longest sleep of the timer. Only bounds the harm of a clock that stands still.
 const LONGEST_SLEEP: Duration = Duration::from_secs(60);
 /// How long rows that could not be written wait for the next try.
@@ -67,9 +71,20 @@ pub(crate) struct Place {
     out_of_memory: AtomicU64,
     /// Whether nothing ran in the instance when it was last frozen.
     quiet: AtomicBool,
+    /// What is known of its use of the disk, where that is limited.
+    watched: Watched,
 }
 
 impl Place {
+    /// Tells afterwards whether what begins now was ended because of the disk.
+    pub(crate) fn disk_mark(&self) -> Mark {
+        self.watched.mark()
+    }
+
+    pub(crate) fn disk_ended_since(&self, mark: Mark) -> bool {
+        self.watched.ended_since(mark)
+    }
+
     pub(crate) fn agent(&self) -> Option<Agent> {
         self.instance.lock().as_ref().map(|instance| instance.agent.clone())
     }
@@ -113,6 +128,15 @@ enum Origin {
 pub(crate) struct Hold {
     pub(crate) pool: Arc<Pool>,
     pub(crate) place: Arc<Place>,
+}
+
+impl Hold {
+    fn new(pool: &Arc<Pool>, place: Arc<Place>) -> Self {
+        if let Some(watch) = &pool.watch {
+            watch.in_use(&place);
+        }
+        Self { pool: pool.clone(), place }
+    }
 }
 
 impl Drop for Hold {
@@ -180,6 +204,8 @@ pub(crate) struct Pool {
     /// An operation has ended or a guard was given back.
     changed: Notify,
     announcer: Announcer,
+    /// Where sessions' use of the disk is limited.
+    watch: Option<Watch>,
 }
 
 impl Drop for Pool {
@@ -277,6 +303,7 @@ impl Pool {
             watching: 0,
         };
         let pool = Arc::new(Self {
+            watch: driver.disk_limit().map(Watch::new),
             driver,
             config,
             settings,
@@ -295,6 +322,9 @@ impl Pool {
         let mut tasks = JoinSet::new();
         tasks.spawn(drive(Arc::downgrade(&pool), inbox));
         tasks.spawn(keep_time(Arc::downgrade(&pool)));
+        if pool.watch.is_some() {
+            tasks.spawn(watch::run(Arc::downgrade(&pool)));
+        }
         tasks.spawn(tell_denials(Arc::downgrade(&pool), denied));
         Ok((pool, Tasks(tasks)))
     }
@@ -396,7 +426,7 @@ impl Pool {
             }
             Effect::Grant { id, waiter } => {
                 // Even if nobody waits any more: dropping the hold gives it back.
-                let hold = Hold { pool: self.clone(), place: self.place(state, id) };
+                let hold = Hold::new(self, self.place(state, id));
                 let sender = state.waiters.remove(&waiter).unwrap_or_else(|| oneshot::channel().0);
                 answers.push((sender, Ok(Some(hold))));
             }
@@ -499,6 +529,7 @@ impl Pool {
                 instance: Mutex::default(),
                 out_of_memory: AtomicU64::new(0),
                 quiet: AtomicBool::new(false),
+                watched: Watched::default(),
             })
         });
         place.clone()
@@ -514,7 +545,7 @@ impl Pool {
             if !state.closing && state.core.acquire_warm(id) {
                 let place = self.place(&mut state, id);
                 drop(state);
-                return Ok(Hold { pool: self.clone(), place });
+                return Ok(Hold::new(self, place));
             }
         }
         let timeout = self.settings.acquire_timeout;
@@ -682,6 +713,8 @@ impl Pool {
             failures: view.failures,
             last_failure: state.failures.get(&row.id).cloned(),
             retry_at: view.retry_at.map(wall),
+            disk_used: state.places.get(&row.id).and_then(|it| it.watched.known.lock().used()),
+            disk_limit: self.disk_limit(),
             volume: row.phase.is_resident().then(|| self.volumes.home(row.id).join("volume")),
         }
     }
@@ -717,6 +750,11 @@ impl Pool {
         let sessions = sessions.into_iter().map(|id| self.volumes.site(id));
         let mut sessions = sessions.chain(self.volumes.spares());
         sessions.any(|site| self.driver.layers(&site).iter().any(|needed| needed == layer))
+    }
+
+    /// How many bytes of the disk a session may have, where that is limited.
+    pub(crate) fn disk_limit(&self) -> Option<u64> {
+        self.watch.as_ref().map(Watch::limit)
     }
 
     /// Whether memory has run out in a session since this was last asked.
@@ -885,6 +923,11 @@ pub struct SessionInfo {
     /// When it is tried again.
     #[serde(serialize_with = "maybe_unix_seconds")]
     pub retry_at: Option<SystemTime>,
+    /// Bytes of the disk that it used when this was last measured, which is done where it is
+    /// limited.
+    pub disk_used: Option<u64>,
+    /// Bytes of the disk that it may use.
+    pub disk_limit: Option<u64>,
     /// Its files, while they are on local disk.
     pub volume: Option<PathBuf>,
 }

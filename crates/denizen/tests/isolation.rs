@@ -46,9 +46,13 @@ impl World {
     }
 
     fn open(&self) -> Arc<MicroVmManager> {
+        self.try_open().unwrap()
+    }
+
+    fn try_open(&self) -> denizen::Result<Arc<MicroVmManager>> {
         let builder = MicroVmManager::builder(self.config.clone()).isolation(self.isolation);
         let builder = builder.network(self.network.clone());
-        builder.cache(cache()).limits(self.limits.clone()).build().unwrap()
+        builder.cache(cache()).limits(self.limits.clone()).build()
     }
 }
 
@@ -333,10 +337,27 @@ async fn a_package_is_installed_and_stays() {
 async fn a_sandbox_has_its_own_of_everything() {
     let world = World::new(Isolation::Sandbox);
     let pool = world.open();
-    let guard = pool.acquire(Uuid::new_v4()).await.unwrap();
+    let id = Uuid::new_v4();
+    let guard = pool.acquire(id).await.unwrap();
     assert_eq!(text(&guard, "id -u; id -g").await, "0\n0\n");
     assert!(text(&guard, "hostname").await == "denizen\n");
     assert_eq!(text(&guard, "cat /proc/1/comm").await, "denizen-init\n");
+    // Half of the memory, as the kernel's own default is half of the machine's.
+    let memory = Limits::default().memory_bytes.unwrap();
+    let shared = text(&guard, "stat -f -c '%b %S' /dev/shm").await;
+    let shared: Vec<u64> = shared.split_whitespace().map(|it| it.parse().unwrap()).collect();
+    assert_eq!(shared[0] * shared[1], (memory / 2).next_multiple_of(4096));
+    // Nor more by way of swap, where the kernel counts that.
+    let groups = pool.session_folder(id).unwrap().join("groups");
+    let groups = std::fs::read_to_string(groups).unwrap();
+    for group in groups.lines().map(Path::new) {
+        let both = std::fs::read_to_string(group.join("memory.memsw.limit_in_bytes"));
+        if let Ok(both) = both {
+            assert_eq!(both.trim(), (memory / 4096 * 4096).to_string());
+        }
+        let swap = std::fs::read_to_string(group.join("memory.swap.max"));
+        assert!(swap.is_err() || swap.unwrap().trim() == "0");
+    }
     assert_eq!(text(&guard, "ls /sys/class/net").await, "lo\n");
     assert_eq!(text(&guard, "ls -A /tmp /home /root /run /srv").await.lines().count(), 9);
     assert_eq!(text(&guard, "grep NoNewPrivs /proc/self/status").await, "NoNewPrivs:\t1\n");
@@ -359,6 +380,7 @@ async fn a_session_that_runs_wild_leaves_the_others_alone() {
         processes: Some(64),
         cpu_percent: Some(50),
         open_files: Some(128),
+        disk_bytes: None,
     };
     let pool = world.open();
     let (wild, calm) = (Uuid::new_v4(), Uuid::new_v4());
@@ -396,6 +418,146 @@ async fn a_session_that_runs_wild_leaves_the_others_alone() {
     let stopped = tokio::time::timeout(Duration::from_secs(30), pool.stop(wild, true)).await;
     stopped.unwrap().unwrap();
     answers().await;
+}
+
+/// Waits for the next event that a session was over its disk limit; gives what it uses.
+async fn over(events: &mut denizen::Events, session: Uuid) -> u64 {
+    loop {
+        let event = events.next().await.unwrap();
+        if let EventKind::LimitReached { resource, used, .. } = event.kind {
+            assert_eq!((resource, event.session), ("disk", session));
+            return used;
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_session_that_fills_the_disk_is_ended_and_can_delete() {
+    const MIB: u64 = 1 << 20;
+    let mut world = World::new(Isolation::Sandbox);
+    world.limits.disk_bytes = Some(64 * MIB);
+    let pool = world.open();
+    let mut events = pool.events().unwrap();
+    let (filler, calm) = (Uuid::new_v4(), Uuid::new_v4());
+    let guard = pool.acquire(filler).await.unwrap();
+    let calm = pool.acquire(calm).await.unwrap();
+    // Below its limit, it is not touched whatever the other does.
+    let line = "head -c 40000000 /dev/zero > file; echo there; exec cat";
+    let mut below = calm.command(line).piped_stdin().spawn().await.unwrap();
+    below.next().await.unwrap();
+    let mark = mark(56);
+    let fill = |folder: &str| {
+        format!(
+            "sleep {mark} & cd {folder} && i=0; while [ $i -lt 3000 ]; \
+             do head -c 1000000 /dev/zero > fill$i; i=$((i+1)); done"
+        )
+    };
+    // All of it where there is time: the whole suite is run twice.
+    let all = [".", "/tmp", "/opt"];
+    let folders = if rustix::process::geteuid().is_root() { &all[..] } else { &all[2..] };
+    for folder in folders {
+        let mut slowest = Duration::ZERO;
+        let answers = async {
+            loop {
+                let begin = std::time::Instant::now();
+                assert_eq!(text(&calm, "echo here").await, "here\n");
+                slowest = slowest.max(begin.elapsed());
+            }
+        };
+        let line = fill(folder);
+        let filled = tokio::select! {
+            output = sh(&guard, &line) => output,
+            () = answers => unreachable!(),
+        };
+        assert_eq!(filled.exit, Exit::OutOfDisk, "{folder}: {filled:?}");
+        assert!(slowest < Duration::from_secs(5), "{folder}: {slowest:?}");
+        let used = over(&mut events, filler).await;
+        println!("{folder}: {} MiB used, the other's slowest answer {slowest:?}", used / MIB);
+        assert!(used > 64 * MIB, "{used}");
+        assert_eq!(running(&format!("sleep {mark}")), 0, "{folder}: it was all ended");
+        let info = pool.inspect(filler).unwrap();
+        assert_eq!((info.disk_used, info.disk_limit), (Some(used), Some(64 * MIB)));
+        // It goes on, but can only get smaller.
+        assert_eq!(text(&guard, "echo still > here; cat here").await, "still\n");
+        assert_eq!(sh(&guard, &fill(folder)).await.exit, Exit::OutOfDisk, "{folder}: again");
+        over(&mut events, filler).await;
+        text(&guard, &format!("cd {folder} && rm fill*")).await;
+        text(&guard, "head -c 20000000 /dev/zero > fits; rm fits").await;
+    }
+    // Nor does it help that a file has no name any more.
+    let nameless = "import os\nheld = []\n\
+                    for number in range(3000):\n \
+                    held.append(open('it', 'wb'))\n os.unlink('it')\n \
+                    held[-1].write(bytes(1000000))\n held[-1].flush()";
+    for folder in [".", "/opt"] {
+        let python = guard.program("python3").args(["-c", nameless]).current_dir(folder);
+        assert_eq!(python.output().await.unwrap().exit, Exit::OutOfDisk, "{folder}");
+        over(&mut events, filler).await;
+    }
+    // The kernel stops one file by itself, before anybody looks.
+    let big = sh(&guard, "exec head -c 500000000 /dev/zero > big").await;
+    assert_eq!(big.exit, Exit::OutOfDisk, "{big:?}");
+    assert_eq!(text(&guard, "stat -c %s big; rm big").await, format!("{}\n", 64 * MIB));
+    // Files without content take what others need, too.
+    let empty = "mkdir many && cd many && seq 1 1000000 | xargs -n 1000 touch";
+    let empty = sh(&guard, empty).await;
+    assert_eq!(empty.exit, Exit::OutOfDisk, "{empty:?}");
+    text(&guard, "rm -r many").await;
+    drop(below.stdin());
+    assert_eq!(below.wait().await.unwrap(), Exit::Code(0), "it was never touched");
+}
+
+#[tokio::test]
+async fn what_came_with_more_than_its_limit_stays() {
+    let mut world = World::new(Isolation::Sandbox);
+    let id = Uuid::new_v4();
+    {
+        let pool = world.open();
+        let guard = pool.acquire(id).await.unwrap();
+        text(&guard, "for i in 1 2 3 4 5; do head -c 10000000 /dev/zero > file$i; done").await;
+        drop(guard);
+        pool.shutdown().await.unwrap();
+    }
+    world.limits.disk_bytes = Some(20 << 20);
+    let pool = loop {
+        // The lock goes with the last of the pool before.
+        match world.try_open() {
+            Ok(pool) => break pool,
+            Err(error) if error.to_string().contains("another") => tokio::task::yield_now().await,
+            Err(error) => panic!("{error}"),
+        }
+    };
+    let guard = pool.acquire(id).await.unwrap();
+    until("it is measured", || pool.inspect(id).unwrap().disk_used.is_some()).await;
+    let used = pool.inspect(id).unwrap().disk_used.unwrap();
+    assert!(used > 50_000_000, "{used}");
+    assert_eq!(text(&guard, "ls | wc -l; sleep 0.7; echo small > new").await, "5\n");
+    let more = "i=0; while [ $i -lt 3000 ]; \
+                do head -c 1000000 /dev/zero > more$i; i=$((i+1)); done";
+    assert_eq!(sh(&guard, more).await.exit, Exit::OutOfDisk);
+}
+
+/// A command that forgets its mark and becomes a daemon would outlive its own timeout.
+#[tokio::test]
+async fn a_command_in_a_sandbox_keeps_its_mark() {
+    let world = World::new(Isolation::Sandbox);
+    let pool = world.open();
+    let guard = pool.acquire(Uuid::new_v4()).await.unwrap();
+    // Another one, so that it cannot only be that one's.
+    let _other = guard.command("sleep 1000").spawn().await.unwrap();
+    let mark = mark(57);
+    let line = format!(
+        "ulimit -x 1; prlimit --locks=2:2; (setsid env -i setsid sleep {mark} &); sleep 1000"
+    );
+    let running = || running(&format!("sleep {mark}"));
+    let command = guard.program("bash").args(["-c", &line]).spawn().await.unwrap();
+    until("it runs", || running() == 1).await;
+    command.kill().await.unwrap();
+    assert_eq!(running(), 0, "it has got away");
+    // Other limits can be lowered, as everywhere.
+    let lowered = "ulimit -n 50 && ulimit -n && prlimit --nofile=40:40 && prlimit -n -o SOFT";
+    let lowered = guard.program("bash").args(["-c", lowered]).output().await.unwrap();
+    assert!(String::from_utf8_lossy(&lowered.stdout).starts_with("50\n"), "{lowered:?}");
 }
 
 /// A server that answers every request with one line.
@@ -555,5 +717,5 @@ fn all_of_it_again_as_an_ordinary_user() {
         .unwrap();
     let said = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success(), "{said}\n{}", String::from_utf8_lossy(&output.stderr));
-    assert!(said.contains("test result: ok. 14 passed"), "{said}");
+    assert!(said.contains("test result: ok. 17 passed"), "{said}");
 }

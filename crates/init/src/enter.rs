@@ -29,6 +29,7 @@
 //! | `limit` | number (getrlimit(2)), value |
 //! | `root-only` | – ; Landlock: nothing outside of the root |
 //! | `capabilities` | mask (hexadecimal) of those that commands may have |
+//! | `key` | two numbers (hexadecimal): what a call to set `RLIMIT_LOCKS` has to carry to pass the filter |
 //! | `calls` | seccomp filter: 16 hexadecimal digits for each instruction |
 //!
 //! Attributes are `MOUNT_ATTR_…` in decimal (mount_setattr(2)). Sources are opened and mounts
@@ -57,8 +58,9 @@ type Result<T> = std::result::Result<T, Refusal>;
 
 /// What has become of this process.
 pub enum Entered {
-    /// It is the first process of the sandbox, with what the owner is to get.
-    Inside(Option<OwnedFd>),
+    /// It is the first process of the sandbox, with what the owner is to get, and the key to
+    /// set marks with.
+    Inside(Option<OwnedFd>, [u64; 2]),
     /// It has stayed outside, the sandbox has ended, with this status.
     Ended(i32),
 }
@@ -109,7 +111,12 @@ pub fn enter(plan: &[u8]) -> Result<Entered> {
             if wait.read_exact(&mut [0]).is_err() {
                 std::process::exit(1);
             }
-            inside(&steps, shifted).map(Entered::Inside)
+            let key = steps.iter().find_map(|step| match step {
+                Step::Key { key } => Some(*key),
+                _ => None,
+            });
+            let key = key.unwrap_or_default();
+            inside(&steps, shifted).map(|door| Entered::Inside(door, key))
         }
     }
 }
@@ -160,6 +167,7 @@ enum Step<'p> {
     Limit { what: i32, value: u64 },
     RootOnly,
     Capabilities { keep: u64 },
+    Key { key: [u64; 2] },
     Calls { filter: Vec<u64> },
 }
 
@@ -232,6 +240,10 @@ fn parse(plan: &[u8]) -> Result<Vec<Step<'_>>> {
             }
             b"root-only" => Step::RootOnly,
             b"capabilities" => Step::Capabilities { keep: number(next()?, 16).ok_or_else(bad)? },
+            b"key" => {
+                let mut half = || number(next()?, 16).ok_or_else(bad);
+                Step::Key { key: [half()?, half()?] }
+            }
             b"calls" => {
                 let digits = next()?.to_bytes().chunks(16);
                 let filter = digits.map(|word| {
@@ -400,7 +412,8 @@ fn follow(step: &Step<'_>) -> std::result::Result<(), i32> {
         | Step::Shift { .. }
         | Step::Mount { .. }
         | Step::Listen { .. }
-        | Step::Tun { .. } => Ok(()),
+        | Step::Tun { .. }
+        | Step::Key { .. } => Ok(()),
         Step::Give { path, content } => {
             let path = path_of(path);
             if fs::symlink_metadata(path).is_ok() || !path.parent().is_some_and(Path::is_dir) {
@@ -480,6 +493,7 @@ fn describe(step: &Step<'_>) -> String {
         Step::Limit { .. } => ("limit", None),
         Step::RootOnly => ("landlock", None),
         Step::Capabilities { .. } => ("capabilities", None),
+        Step::Key { .. } => ("key", None),
         Step::Calls { .. } => ("seccomp", None),
     };
     match what {

@@ -14,7 +14,7 @@
 //! |---|---|---|
 //! | 1 | spawn | argc u32, envc u32, the strings, each ended by a zero byte: cwd, argv, env; descriptors: stdin, stdout, stderr. Flag 1: stdin becomes the controlling terminal. Flag 2: the strings are in a fourth descriptor, a file |
 //! | 2 | signal | number u32; flags is the scope: 0 leader, 1 its group, 2 its tree |
-//! | 3 | kill | – ; the tree of `id`, or with id 0 everything. Flag 1: say when it is gone |
+//! | 3 | kill | – ; the tree of `id`, or with id 0 everything. Flag 1: say when it is gone. Flag 2: everything, and go on serving; `id` is only for the answer |
 //! | 4 | list | – |
 //! | 5 | end | – ; SIGTERM to everything, no more spawns, say when all is gone |
 //! | 6 | drain | one descriptor, to be read to its end and thrown away |
@@ -89,9 +89,10 @@ struct Command {
     since: u64,
 }
 
-/// A tree (or with id 0 everything) that is being killed.
+/// A tree (or everything) that is being killed.
 struct Kill {
     id: u32,
+    everything: bool,
     announce: bool,
     /// What already got its signal, by pid and start time.
     hit: BTreeSet<(i32, u64)>,
@@ -190,7 +191,7 @@ impl Init {
             Err(sys::EINTR | sys::EAGAIN) => {}
             _ => {
                 self.owner_gone = true;
-                self.begin_kill(0, false);
+                self.begin_kill(0, false, false);
             }
         }
     }
@@ -210,7 +211,7 @@ impl Init {
                 let signal = number(packet, 8).and_then(|n| i32::try_from(n).ok()).unwrap_or(0);
                 self.signal(id, signal, flags);
             }
-            3 => self.begin_kill(id, flags & 1 != 0),
+            3 => self.begin_kill(id, flags & 1 != 0, flags & 2 != 0),
             4 => self.list(id),
             5 => {
                 self.phase = Phase::Ending;
@@ -251,7 +252,8 @@ impl Init {
         let plan = descriptors.first().ok_or(sys::EMFILE).and_then(contents);
         let entered = plan.map_err(|error| ("plan".to_owned(), error));
         match entered.and_then(|plan| enter::enter(&plan)) {
-            Ok(enter::Entered::Inside(door)) => {
+            Ok(enter::Entered::Inside(door, key)) => {
+                self.spawner.use_key(key);
                 self.outbox.push_back((header(7, 0, 0), door));
                 self.flush();
             }
@@ -425,13 +427,14 @@ impl Init {
         }
     }
 
-    fn begin_kill(&mut self, id: u32, announce: bool) {
+    fn begin_kill(&mut self, id: u32, announce: bool, everything: bool) {
         if id == 0 {
             self.phase = Phase::Ending;
             self.awaited |= announce;
         }
         self.kills.push(Kill {
             id,
+            everything: everything || id == 0,
             announce,
             hit: BTreeSet::new(),
             refused: BTreeSet::new(),
@@ -476,7 +479,7 @@ impl Init {
 
     /// Whether the tree is gone.
     fn kill_rounds(&mut self, kill: &mut Kill) -> bool {
-        if kill.id == 0 && sys::own_number() == 1 {
+        if kill.everything && sys::own_number() == 1 {
             self.signal_all(sys::SIGKILL);
             self.reap();
             kill.pause = 1;
@@ -488,7 +491,7 @@ impl Init {
             // Killed while the scan goes on: the sooner, the fewer children there are.
             self.scan(|process| {
                 let key = (process.pid, process.started);
-                let wanted = kill.id == 0 || process.command == kill.id;
+                let wanted = kill.everything || process.command == kill.id;
                 if !wanted || kill.refused.contains(&key) {
                     return;
                 }

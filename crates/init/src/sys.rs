@@ -49,6 +49,7 @@ const CLOCK_BOOTTIME: c_int = 7;
 const SYS_PIDFD_SEND_SIGNAL: c_long = 424;
 const SYS_PIDFD_OPEN: c_long = 434;
 const SYS_CLOSE_RANGE: c_long = 436;
+const SYS_PRLIMIT64: c_long = if cfg!(target_arch = "aarch64") { 261 } else { 302 };
 /// SETSIGDEF, SETSIGMASK, SETSID.
 const SPAWN_FLAGS: c_short = 0x04 | 0x08 | 0x80;
 
@@ -397,6 +398,8 @@ pub struct Spawner {
     actions: Option<Actions>,
     /// The hard limit that a mark has to fit under.
     hard: u64,
+    /// What the call that sets a mark carries where all others may not set that limit.
+    key: [u64; 2],
 }
 
 /// The steps that `posix_spawn(3)` takes in the new process.
@@ -421,7 +424,12 @@ impl Spawner {
             posix_spawnattr_setsigmask(&raw mut attributes, &raw const none);
             prlimit(0, RLIMIT_LOCKS, std::ptr::null(), &raw mut limit);
         }
-        Self { attributes, actions: None, hard: limit.hard }
+        Self { attributes, actions: None, hard: limit.hard, key: [0; 2] }
+    }
+
+    /// Marks are set with this key from here on: the sandbox's filter of calls knows it.
+    pub fn use_key(&mut self, key: [u64; 2]) {
+        self.key = key;
     }
 
     /// Starts a program with a soft `RLIMIT_LOCKS` of `mark`; gives its number, or the
@@ -450,8 +458,12 @@ impl Spawner {
         // SAFETY: every pointer is to a value or C string of this function, its caller or
         // `self` that outlives the calls; both pointer lists end with a null.
         let error = unsafe {
-            // Best effort: a hard limit that is too low leaves the other marks.
-            prlimit(0, RLIMIT_LOCKS, &raw const limit, null_mut());
+            // Best effort: a hard limit that is too low leaves the other marks. The kernel
+            // does not look at what follows its four arguments; the filter of calls does.
+            let [one, two] = self.key;
+            let (own, what) = (0 as c_long, c_long::from(RLIMIT_LOCKS));
+            let nothing = null_mut::<RLimit>();
+            syscall(SYS_PRLIMIT64, own, what, &raw const limit, nothing, one, two);
             posix_spawn(
                 &raw mut pid,
                 program.as_ptr(),

@@ -147,6 +147,7 @@ pub(crate) async fn forward(State(resolver): State<Arc<Resolver>>, request: Requ
             let status = match error.code {
                 connectrpc::ErrorCode::InvalidArgument => StatusCode::BAD_REQUEST,
                 connectrpc::ErrorCode::DeadlineExceeded => StatusCode::GATEWAY_TIMEOUT,
+                connectrpc::ErrorCode::ResourceExhausted => StatusCode::INSUFFICIENT_STORAGE,
                 connectrpc::ErrorCode::FailedPrecondition => StatusCode::CONFLICT,
                 connectrpc::ErrorCode::Aborted | connectrpc::ErrorCode::Unavailable => {
                     StatusCode::SERVICE_UNAVAILABLE
@@ -166,22 +167,18 @@ pub(crate) async fn forward(State(resolver): State<Arc<Resolver>>, request: Requ
 /// Finds the session's agent and passes the request to it, and its answer back.
 async fn hand_over(resolver: &Resolver, request: Request) -> Result<Response, ConnectError> {
     let lease = resolver.lease(request.headers()).await?;
+    let limits = lease.guard.limit_watch();
     let mut requests = lease.within.requests(&lease).await?;
-    let (mut parts, body) = request.into_parts();
-    let uri = format!("http://within{}", parts.uri.path_and_query().map_or("/", |it| it.as_str()));
-    parts.uri = uri.parse().map_err(|error: axum::http::uri::InvalidUri| {
-        ConnectError::invalid_argument(error.to_string())
-    })?;
-    parts.version = axum::http::Version::HTTP_2;
-    drop_hop_by_hop(&mut parts.headers);
-    // What lets a client in here is nothing for what runs within.
-    for name in ["authorization", "cookie", "proxy-authorization", "x-api-key", "x-access-token"] {
-        parts.headers.remove(name);
-    }
-    let response = match ask(&mut requests, Request::from_parts(parts, body), PATIENCE).await {
+    let response = match ask(&mut requests, for_the_agent(request)?, PATIENCE).await {
         Err(error) if error.code == connectrpc::ErrorCode::DeadlineExceeded => {
             lease.within.give_up().await;
             return Err(error);
+        }
+        Err(error) if error.code == connectrpc::ErrorCode::Unavailable => {
+            // Perhaps it was ended with all else that ran there.
+            let limit = limits.reached(denizen_agent::Exit::Signal(9));
+            let refused = limit.map(|limit| ConnectError::resource_exhausted(limit.to_string()));
+            return Err(refused.unwrap_or(error));
         }
         answer => answer?,
     };
@@ -194,6 +191,22 @@ async fn hand_over(resolver: &Resolver, request: Request) -> Result<Response, Co
         piece
     });
     Ok(Response::from_parts(parts, Body::from_stream(body)))
+}
+
+/// A request as the agent within gets it.
+fn for_the_agent(request: Request) -> Result<Request, ConnectError> {
+    let (mut parts, body) = request.into_parts();
+    let uri = format!("http://within{}", parts.uri.path_and_query().map_or("/", |it| it.as_str()));
+    parts.uri = uri.parse().map_err(|error: axum::http::uri::InvalidUri| {
+        ConnectError::invalid_argument(error.to_string())
+    })?;
+    parts.version = axum::http::Version::HTTP_2;
+    drop_hop_by_hop(&mut parts.headers);
+    // What lets a client in here is nothing for what runs within.
+    for name in ["authorization", "cookie", "proxy-authorization", "x-api-key", "x-access-token"] {
+        parts.headers.remove(name);
+    }
+    Ok(Request::from_parts(parts, body))
 }
 
 /// What is about one connection only (RFC 9110, 7.6.1), and has no place in HTTP/2.

@@ -157,7 +157,9 @@ impl Resolver {
 impl Instances for Resolver {
     async fn instance(&self, headers: &HeaderMap) -> Result<Instance, ConnectError> {
         let lease = self.lease(headers).await?;
+        let limits = lease.guard.limit_watch();
         Ok(Instance {
+            explain: Arc::new(move |exit| Some(limits.reached(exit)?.to_string())),
             agent: lease.guard.agent().map_err(|error| refused(&error))?,
             workdir: lease.guard.workdir().to_owned(),
             env: lease.guard.base_environment(),

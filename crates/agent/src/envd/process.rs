@@ -20,7 +20,7 @@ use parking_lot::Mutex;
 use tokio::io::AsyncWriteExt;
 use tokio::sync::mpsc;
 
-use super::{Instance, Instances, keepalive};
+use super::{Explain, Instance, Instances, keepalive};
 use crate::{Child, Chunk, Error, Exit, Scope, Spec, Stdin, Stdio};
 
 /// Chunks (of at most 64 KiB) that wait for a slow reader.
@@ -48,7 +48,8 @@ struct Job {
 #[derive(Clone, Debug)]
 enum Event {
     Data(Chunk),
-    End(Exit),
+    /// How it ended, and why if there is more to say.
+    End(Exit, Option<String>),
     Lost(String),
 }
 
@@ -184,7 +185,8 @@ async fn start(
     // Only a command in the foreground keeps the session in use by itself; what goes on in
     // the background counts as processes left running.
     let lease = (mode == Mode::Foreground).then(|| instance.lease.clone());
-    tokio::spawn(pump(instance.jobs.clone(), job.clone(), output, log, lease));
+    let explain = instance.explain.clone();
+    tokio::spawn(pump(instance.jobs.clone(), job.clone(), output, log, lease, explain));
     Ok((job, receiver))
 }
 
@@ -201,6 +203,7 @@ async fn pump(
     mut output: crate::Output,
     mut log: Option<Log>,
     lease: Option<Arc<dyn Any + Send + Sync>>,
+    explain: Explain,
 ) {
     let end = loop {
         match output.next().await {
@@ -214,15 +217,16 @@ async fn pump(
                 tell(&job, &Event::Data(chunk)).await;
             }
             Ok(None) => match job.child.wait().await {
-                Ok(exit) => break Event::End(exit),
+                Ok(exit) => break Event::End(exit, explain(exit)),
                 Err(error) => break Event::Lost(error.to_string()),
             },
             Err(error) => break Event::Lost(error.to_string()),
         }
     };
-    if let (Some(file), Event::End(exit)) = (&mut log, &end) {
+    if let (Some(file), Event::End(exit, why)) = (&mut log, &end) {
+        let why = why.as_ref().map(|why| format!("; {why}")).unwrap_or_default();
         // The log is whole without this line.
-        let _ = file.write(format!("[denizen: {}]\n", status(*exit)).as_bytes());
+        let _ = file.write(format!("[denizen: {}{why}]\n", status(*exit)).as_bytes());
     }
     jobs.running.lock().remove(&job.child.pid());
     drop(lease);
@@ -352,13 +356,14 @@ impl Follow {
         };
         match next {
             Some(Event::Data(chunk)) => Some(Ok(data(&chunk))),
-            Some(Event::End(exit)) => {
+            Some(Event::End(exit, error)) => {
                 self.ended = true;
                 self.kill.0 = None;
                 let end = wire::process_event::EndEvent {
                     exit_code: exit.code(),
                     exited: matches!(exit, Exit::Code(_)),
                     status: status(exit),
+                    error,
                     ..Default::default()
                 };
                 Some(Ok(event(end)))

@@ -53,6 +53,10 @@ impl Driver for Host {
         Vec::new()
     }
 
+    fn disk_limit(&self) -> Option<u64> {
+        None
+    }
+
     fn out_of_memory(&self, _: &Site) -> u64 {
         0
     }

@@ -27,6 +27,7 @@ use std::sync::Arc;
 use denizen_agent::{Agent, Enter, Launch};
 use denizen_image::Store;
 use rustix::process::Resource;
+use uuid::Uuid;
 
 use self::carried::Carried;
 use self::group::Groups;
@@ -89,8 +90,9 @@ pub(super) struct Sandbox {
     limits: Limits,
     networks: Networks,
     carried: Option<Carried>,
-    /// The filter of calls, the same for all.
+    /// The filter of calls, the same for all, and the key that is for their first processes.
     calls: String,
+    key: [u64; 2],
 }
 
 impl Sandbox {
@@ -121,8 +123,9 @@ impl Sandbox {
                           Delegate=yes denizen serve), or set sleep to `stop`",
             });
         }
-        let calls = calls::digits(users.is_alone());
-        Ok(Self { users, groups, roots, limits, networks, carried, calls })
+        let key = [Uuid::new_v4(), Uuid::new_v4()].map(|random| random.as_u64_pair().1);
+        let calls = calls::digits(users.is_alone(), key);
+        Ok(Self { users, groups, roots, limits, networks, carried, calls, key })
     }
 
     /// Makes the folders that a sandbox writes to, in the order of what is below them.
@@ -232,6 +235,7 @@ impl Sandbox {
         self.resource_limits(&mut plan);
         plan.step(["root-only"]);
         plan.step(["capabilities", &format!("{CAPABILITIES:x}")]);
+        plan.step(["key", &format!("{:x}", self.key[0]), &format!("{:x}", self.key[1])]);
         plan.step(["calls", &self.calls]);
         plan
     }
@@ -251,7 +255,10 @@ impl Sandbox {
         }
         plan.fs("devpts", "/dev/pts", Attributes::DEVICE, &settings);
         plan.dir("/dev/shm", 0o1777);
-        plan.fs("tmpfs", "/dev/shm", Attributes::DATA, &["mode=1777"]);
+        // Of memory, as the kernel's default is; never less than programs find elsewhere.
+        let size = self.limits.memory_bytes.map(|bytes| format!("size={}", shared_memory(bytes)));
+        let settings: Vec<&str> = ["mode=1777"].into_iter().chain(size.as_deref()).collect();
+        plan.fs("tmpfs", "/dev/shm", Attributes::DATA, &settings);
         for (content, path) in [
             ("pts/ptmx", "/dev/ptmx"),
             ("/proc/self/fd", "/dev/fd"),
@@ -265,12 +272,18 @@ impl Sandbox {
 
     /// Limits of each process: of what control groups do not count, or are not there for.
     fn resource_limits(&self, plan: &mut Plan) {
+        const FILE_SIZE: u32 = 1;
         const CORE: u32 = 4;
         const DATA: u32 = 2;
         const PROCESSES: u32 = 6;
         const OPEN_FILES: u32 = 7;
         // A core would go to a program of the host.
         plan.limit(CORE, 0);
+        if let Some(most) = self.limits.disk() {
+            // One file that is too large is stopped as it is written; see `crate::disk` for
+            // the rest.
+            plan.limit(FILE_SIZE, most);
+        }
         let open_files = rustix::process::getrlimit(Resource::Nofile).maximum;
         if let Some(most) = self.limits.open_files {
             plan.limit(OPEN_FILES, most.min(open_files.unwrap_or(u64::MAX)));
@@ -343,6 +356,10 @@ impl Driver for Sandbox {
         self.groups.controllers()
     }
 
+    fn disk_limit(&self) -> Option<u64> {
+        self.limits.disk()
+    }
+
     fn out_of_memory(&self, site: &Site) -> u64 {
         self.groups.out_of_memory(&site.home)
     }
@@ -366,6 +383,12 @@ impl Driver for Sandbox {
 
 fn overlays(site: &Site, below: &[Below]) -> Vec<Folders> {
     below.iter().map(|below| Folders::new(site, &below.target)).collect()
+}
+
+/// How large `/dev/shm` is where a session may have so much memory: half of it, but not less
+/// than 64 MiB.
+fn shared_memory(memory: u64) -> u64 {
+    (memory / 2).max(64 << 20)
 }
 
 /// The two folders of an overlay on the host.

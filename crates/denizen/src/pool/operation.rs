@@ -11,6 +11,7 @@ use denizen_agent::{Agent, Spec, Stdio};
 use uuid::Uuid;
 
 use super::{Origin, Place, Pool, Spare, blocking};
+use crate::disk::Known;
 use crate::error::{Error, Result as Fallible};
 use crate::isolation::Site;
 use crate::lifecycle::{Found, Op, Outcome, Seq};
@@ -91,6 +92,7 @@ async fn create(pool: &Arc<Pool>, place: &Arc<Place>) -> Result {
     };
     // What a copy was bootstrapped with is copied.
     let is_copy = matches!(origin, Some(Origin::Session(_)));
+    *place.watched.known.lock() = if is_copy { Known::default() } else { Known::empty() };
     let made = if !is_copy && bootstrap::is_wanted(&pool.config) {
         create_in_place(pool, place, origin).await
     } else {
@@ -407,6 +409,7 @@ async fn restore(pool: &Arc<Pool>, place: &Arc<Place>, name: String) -> Result {
         if restored.is_err() {
             Volumes::unstage(&staging);
         }
+        *place.watched.known.lock() = Known::default();
         restored.map(|()| Outcome::Done)
     })
     .await
@@ -416,10 +419,11 @@ async fn delete(pool: &Arc<Pool>, place: &Arc<Place>) -> Result {
     if let Some(error) = stop(pool, place, true).await.failure {
         return Err(error);
     }
-    let (pool, id) = (pool.clone(), place.site.id);
+    let (pool, place, id) = (pool.clone(), place.clone(), place.site.id);
     blocking(move || {
         let home = pool.volumes.home(id);
         pool.volumes.discard(id).map_err(|source| Error::volume("delete", &home, source))?;
+        *place.watched.known.lock() = Known::default();
         Ok(Outcome::Done)
     })
     .await

@@ -162,6 +162,38 @@ async fn headers_have_an_end() {
     assert!(refused.is_err());
 }
 
+#[tokio::test]
+async fn what_lets_a_client_in_does_not_reach_the_agent() {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let (told, mut heard) = tokio::sync::mpsc::unbounded_channel();
+    let service = hyper::service::service_fn(move |request: hyper::Request<Incoming>| {
+        told.send((request.uri().clone(), request.headers().clone())).unwrap();
+        async { Ok::<_, std::convert::Infallible>(Response::new(Body::empty())) }
+    });
+    let server = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
+    tokio::spawn(server.serve_connection(TokioIo::new(theirs), service));
+    let mut requests = speak_to(ours).await.unwrap();
+    let request = Request::get("/files?path=a")
+        .header("authorization", "Bearer secret")
+        .header("Cookie", "a=secret")
+        .header("proxy-authorization", "secret")
+        .header("X-API-Key", "secret")
+        .header("x-access-token", "secret")
+        .header("connection", "keep-alive")
+        .header("range", "bytes=1-2")
+        .body(Body::empty())
+        .unwrap();
+    let request = for_the_agent(request).unwrap();
+    ask(&mut requests, request, Duration::from_secs(20)).await.unwrap();
+    let (uri, headers) = heard.recv().await.unwrap();
+    assert_eq!(uri.path_and_query().unwrap(), "/files?path=a");
+    assert_eq!(headers.get("range").unwrap(), "bytes=1-2");
+    let secret: Vec<_> =
+        headers.iter().filter(|(_, value)| value.as_bytes().ends_with(b"secret")).collect();
+    assert!(secret.is_empty(), "{secret:?}");
+    assert!(!headers.contains_key("connection"));
+}
+
 /// Pages that this process has in memory (`proc_pid_statm(5)`).
 fn pages() -> u64 {
     let text = std::fs::read_to_string("/proc/self/statm").unwrap();

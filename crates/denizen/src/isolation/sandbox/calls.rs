@@ -127,6 +127,10 @@ const PRETENDED: &[i64] = &[
     libc::SYS_lchown,
 ];
 
+/// The limit that a process's command is known by (`crates/init/src/main.rs`). It has meant
+/// nothing to Linux since 2.4.25, so that setting it succeeds without being done: a process that
+/// could would have its command forgotten, and outlive it.
+const RLIMIT_LOCKS: u32 = 10;
 /// `CLONE_NEW…`: all kinds of namespaces.
 const CLONE_NEW: u32 = 0x7e02_0000;
 /// Types of sockets: local, IPv4, IPv6.
@@ -145,6 +149,8 @@ const ARCHITECTURE: u32 = 0xc000_00b7;
 const X32: u32 = 0x4000_0000;
 
 const ALLOW: u32 = libc::SECCOMP_RET_ALLOW;
+/// Not done, and told as if it were.
+const PRETEND: u32 = libc::SECCOMP_RET_ERRNO;
 
 fn refuse(errno: Errno) -> u32 {
     libc::SECCOMP_RET_ERRNO | errno.raw_os_error().unsigned_abs()
@@ -166,7 +172,7 @@ impl Filter {
         self.add(BPF_LD | BPF_W | BPF_ABS, offset, 0, 0);
     }
 
-    /// Loads the low half of an argument; all that is looked at here is 32 bits wide.
+    /// Loads the low half of an argument; most that is looked at here is 32 bits wide.
     fn load_argument(&mut self, index: u32) {
         self.load(16 + 8 * index);
     }
@@ -195,8 +201,10 @@ fn number(call: i64) -> u32 {
     u32::try_from(call).unwrap_or(u32::MAX)
 }
 
-/// The filter; with one user only, as [`PRETENDED`] says.
-fn filter(alone: bool) -> Vec<libc::sock_filter> {
+/// The filter; with one user only, as [`PRETENDED`] says. Whoever has the key may set
+/// [`RLIMIT_LOCKS`]: the first process, which nobody within can look into (the kernel shows a
+/// filter to nobody there either).
+fn filter(alone: bool, key: [u64; 2]) -> Vec<libc::sock_filter> {
     let mut filter = Filter::default();
     filter.load(4);
     filter.add(BPF_JMP | BPF_JEQ | BPF_K, ARCHITECTURE, 1, 0);
@@ -213,7 +221,7 @@ fn filter(alone: bool) -> Vec<libc::sock_filter> {
     }
     if alone {
         for call in PRETENDED {
-            filter.answer_if(number(*call), libc::SECCOMP_RET_ERRNO);
+            filter.answer_if(number(*call), PRETEND);
         }
     }
     filter.for_call(libc::SYS_clone, |part| {
@@ -253,45 +261,69 @@ fn filter(alone: bool) -> Vec<libc::sock_filter> {
         }
         part.answer(refuse(Errno::PERM));
     });
-    // Another process's limits may be asked for (init does), not set: the first process's are
-    // all of the sandbox's.
-    filter.for_call(libc::SYS_prlimit64, |part| {
+    filter.for_call(libc::SYS_setrlimit, |part| {
         part.load_argument(0);
-        part.answer_if(0, ALLOW);
+        part.answer_if(RLIMIT_LOCKS, PRETEND);
+        part.answer(ALLOW);
+    });
+    filter.for_call(libc::SYS_prlimit64, |part| {
+        // No new limit: it only asks.
         part.load_argument(2);
-        part.add(BPF_JMP | BPF_JEQ | BPF_K, 0, 1, 0);
-        part.answer(refuse(Errno::PERM));
+        part.add(BPF_JMP | BPF_JEQ | BPF_K, 0, 0, 3);
         part.load(16 + 8 * 2 + 4);
         part.answer_if(0, ALLOW);
+        // Another process's limits may be asked for (init does), not set: the first process's
+        // are all of the sandbox's.
+        part.load_argument(0);
+        part.add(BPF_JMP | BPF_JEQ | BPF_K, 0, 1, 0);
         part.answer(refuse(Errno::PERM));
+        part.load_argument(1);
+        part.add(BPF_JMP | BPF_JEQ | BPF_K, RLIMIT_LOCKS, 1, 0);
+        part.answer(ALLOW);
+        // Two arguments more than the call has.
+        for (index, half) in (4..).zip(key) {
+            for (offset, word) in [(0, half & u64::from(u32::MAX)), (4, half >> 32)] {
+                part.load(16 + 8 * index + offset);
+                let word = u32::try_from(word).unwrap_or_default();
+                part.add(BPF_JMP | BPF_JEQ | BPF_K, word, 1, 0);
+                part.answer(PRETEND);
+            }
+        }
+        part.answer(ALLOW);
     });
     filter.answer(ALLOW);
     filter.0
 }
 
 /// The filter as a plan has it: 16 hexadecimal digits for each instruction.
-pub(super) fn digits(alone: bool) -> String {
+pub(super) fn digits(alone: bool, key: [u64; 2]) -> String {
     let word = |filter: &libc::sock_filter| {
         u64::from(filter.code)
             | u64::from(filter.jt) << 16
             | u64::from(filter.jf) << 24
             | u64::from(filter.k) << 32
     };
-    filter(alone).iter().map(|instruction| format!("{:016x}", word(instruction))).collect()
+    filter(alone, key).iter().map(|instruction| format!("{:016x}", word(instruction))).collect()
 }
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
+
     use super::*;
 
+    const KEY: [u64; 2] = [0x1234_5678_9abc_def0, 0xfeed_0000_0000_0001];
+
     /// What a kernel would answer: this filter's few instructions, run.
-    fn answer(filter: &[libc::sock_filter], architecture: u32, call: u32, args: &[u32]) -> u32 {
+    fn answer(filter: &[libc::sock_filter], architecture: u32, call: u32, args: &[u64]) -> u32 {
         let data = |offset: u32| match offset {
             0 => call,
             4 => architecture,
-            // High halves.
-            offset if offset % 8 == 4 => 0,
-            offset => args.get((offset as usize - 16) / 8).copied().unwrap_or(0),
+            offset => {
+                let argument = args.get((offset as usize - 16) / 8).copied().unwrap_or(0);
+                let half = if offset % 8 == 4 { argument >> 32 } else { argument & 0xffff_ffff };
+                u32::try_from(half).unwrap()
+            }
         };
         let (mut at, mut loaded) = (0, 0);
         loop {
@@ -314,7 +346,7 @@ mod tests {
 
     #[test]
     fn every_entry_is_refused_and_nothing_else_is() {
-        let filter = filter(false);
+        let filter = filter(false, KEY);
         let denied: Vec<u32> =
             DENIED.iter().flat_map(|(_, _, calls)| *calls).map(|call| number(*call)).collect();
         for call in 0..600 {
@@ -327,7 +359,7 @@ mod tests {
 
     #[test]
     fn other_architectures_have_no_calls() {
-        let filter = filter(false);
+        let filter = filter(false, KEY);
         let nosys = refuse(Errno::NOSYS);
         assert_eq!(answer(&filter, 0x4000_0003, number(libc::SYS_getpid), &[]), nosys);
         assert_eq!(answer(&filter, ARCHITECTURE, X32 | number(libc::SYS_getpid), &[]), nosys);
@@ -335,8 +367,8 @@ mod tests {
 
     #[test]
     fn arguments_decide_where_they_must() {
-        let filter = filter(false);
-        let ask = |call: i64, args: &[u32]| answer(&filter, ARCHITECTURE, number(call), args);
+        let filter = filter(false, KEY);
+        let ask = |call: i64, args: &[u64]| answer(&filter, ARCHITECTURE, number(call), args);
         assert_eq!(ask(libc::SYS_clone, &[0x11]), ALLOW);
         // A thread, as libraries make it.
         assert_eq!(ask(libc::SYS_clone, &[0x3d_0f00]), ALLOW);
@@ -356,14 +388,36 @@ mod tests {
         assert_eq!(ask(libc::SYS_prlimit64, &[0, 7, 0x1000]), ALLOW);
         assert_eq!(ask(libc::SYS_prlimit64, &[1, 7, 0]), ALLOW);
         assert_eq!(ask(libc::SYS_prlimit64, &[1, 7, 0x1000]), refuse(Errno::PERM));
+        assert_eq!(ask(libc::SYS_prlimit64, &[1, 7, 1 << 40]), refuse(Errno::PERM));
+        assert_eq!(ask(libc::SYS_setrlimit, &[7, 0x1000]), ALLOW);
         assert_eq!(ask(libc::SYS_personality, &[0x40_0000]), refuse(Errno::PERM));
+    }
+
+    #[test]
+    fn only_the_key_sets_the_mark_of_a_command() {
+        let filter = filter(false, KEY);
+        let ask = |call: i64, args: &[u64]| answer(&filter, ARCHITECTURE, number(call), args);
+        let [one, two] = KEY;
+        let locks = u64::from(RLIMIT_LOCKS);
+        assert_eq!(ask(libc::SYS_setrlimit, &[locks, 0x1000]), PRETEND);
+        assert_eq!(ask(libc::SYS_prlimit64, &[0, locks, 0, 0x1000]), ALLOW, "asking");
+        let set = |key: [u64; 2]| ask(libc::SYS_prlimit64, &[0, locks, 0x1000, 0, key[0], key[1]]);
+        assert_eq!(set(KEY), ALLOW);
+        for bit in 0..64 {
+            assert_eq!(set([one ^ 1 << bit, two]), PRETEND);
+            assert_eq!(set([one, two ^ 1 << bit]), PRETEND);
+        }
+        assert_eq!(set([0, 0]), PRETEND);
+        // Of another process, not with the key either.
+        let other = ask(libc::SYS_prlimit64, &[1, locks, 0x1000, 0, one, two]);
+        assert_eq!(other, refuse(Errno::PERM));
     }
 
     #[test]
     fn one_user_alone_becomes_everybody() {
         for call in PRETENDED {
-            let told = |alone| answer(&filter(alone), ARCHITECTURE, number(*call), &[]);
-            assert_eq!((told(true), told(false)), (libc::SECCOMP_RET_ERRNO, ALLOW));
+            let told = |alone| answer(&filter(alone, KEY), ARCHITECTURE, number(*call), &[]);
+            assert_eq!((told(true), told(false)), (PRETEND, ALLOW));
         }
     }
 }

@@ -125,7 +125,7 @@ impl Groups {
             }
             for controller in &place.controllers {
                 for (file, value) in settings(controller, place.unified, limits) {
-                    fs::write(folder.join(file), value)?;
+                    set(&folder.join(file), &value)?;
                 }
             }
         }
@@ -295,7 +295,19 @@ fn claim_and_enable(above: &Path, controllers: &[&str]) -> Option<PathBuf> {
     claim(above).filter(|folder| enable(folder))
 }
 
-/// What is written where: `cgroup-v1/*.rst` and `cgroup-v2.rst` of the kernel.
+/// Writes a setting. Those of swap are not there where the kernel does not count it.
+fn set(file: &Path, value: &str) -> io::Result<()> {
+    let is_swap = file.file_name().is_some_and(|name| SWAP.iter().any(|swap| name == *swap));
+    if is_swap && !file.exists() {
+        return Ok(());
+    }
+    fs::write(file, value)
+}
+
+/// Files that limit swap, too.
+const SWAP: [&str; 2] = ["memory.memsw.limit_in_bytes", "memory.swap.max"];
+
+/// What is written where, in order: `cgroup-v1/*.rst` and `cgroup-v2.rst` of the kernel.
 fn settings(controller: &str, unified: bool, limits: &Limits) -> Vec<(&'static str, String)> {
     const PERIOD: u64 = 100_000;
     let memory = limits.memory_bytes.map(|bytes| bytes.to_string());
@@ -305,9 +317,18 @@ fn settings(controller: &str, unified: bool, limits: &Limits) -> Vec<(&'static s
             .into_iter()
             .flat_map(|bytes| [("memory.max", bytes), ("memory.swap.max", "0".to_owned())])
             .collect(),
-        ("memory", false) => {
-            memory.into_iter().map(|bytes| ("memory.limit_in_bytes", bytes)).collect()
-        }
+        // The second counts memory and swap together, and must never be the smaller one: a
+        // group that was left behind may have less.
+        ("memory", false) => memory
+            .into_iter()
+            .flat_map(|bytes| {
+                [
+                    ("memory.memsw.limit_in_bytes", "-1".to_owned()),
+                    ("memory.limit_in_bytes", bytes.clone()),
+                    ("memory.memsw.limit_in_bytes", bytes),
+                ]
+            })
+            .collect(),
         ("pids", _) => {
             limits.processes.into_iter().map(|most| ("pids.max", most.to_string())).collect()
         }
@@ -351,6 +372,10 @@ mod tests {
         assert_eq!(settings("cpu", false, &limits), [("cpu.cfs_quota_us", "150000".to_owned())]);
         assert_eq!(settings("pids", true, &limits), settings("pids", false, &limits));
         assert_eq!(settings("memory", true, &limits)[0], ("memory.max", "1048576".to_owned()));
+        let old = settings("memory", false, &limits);
+        let old: Vec<_> = old.iter().map(|(file, value)| (*file, value.as_str())).collect();
+        let both = "memory.memsw.limit_in_bytes";
+        assert_eq!(old, [(both, "-1"), ("memory.limit_in_bytes", "1048576"), (both, "1048576")]);
         assert!(settings("memory", false, &Limits::none()).is_empty());
     }
 }

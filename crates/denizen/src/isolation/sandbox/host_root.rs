@@ -17,7 +17,7 @@
 //! Nothing here shows what is not everybody's: a file or folder that others may not read is
 //! left out, whoever runs this.
 
-use std::fs::{self, DirBuilder, File, Metadata};
+use std::fs::{self, DirBuilder, File, FileType, Metadata};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
@@ -222,13 +222,15 @@ fn make(root: &Path, users: Users, merged: &[&str]) -> io::Result<()> {
             }
             Ok(meta) if merged.contains(&name) => {
                 copier.folder(name, mode_of(&meta), (meta.uid(), meta.gid()))?;
-                copier.tree(&source, Path::new(name), &|copier, from, to, meta| {
+                // Most of what is there is files that stay where they are: not even looked at.
+                let wanted = |to: &Path, kind: FileType| {
+                    kind.is_dir() || LINKED.iter().any(|it| to.parent() == Some(Path::new(it)))
+                };
+                copier.tree(&source, Path::new(name), &wanted, &|copier, from, to, meta| {
                     if meta.is_dir() {
                         copier.merged(to, meta)
-                    } else if LINKED.iter().any(|path| to.parent() == Some(Path::new(path))) {
-                        copier.whole(from, to, meta)
                     } else {
-                        Ok(false)
+                        copier.whole(from, to, meta)
                     }
                 })?;
             }
@@ -242,10 +244,8 @@ fn make(root: &Path, users: Users, merged: &[&str]) -> io::Result<()> {
             continue;
         }
         copier.folder(path, mode_of(&meta), (meta.uid(), meta.gid()))?;
-        copier.tree(&source, Path::new(path), &|copier, from, to, meta| {
-            if SECRET.iter().any(|secret| to == Path::new(secret)) {
-                return Ok(false);
-            }
+        let wanted = |to: &Path, _| !SECRET.iter().any(|secret| to == Path::new(secret));
+        copier.tree(&source, Path::new(path), &wanted, &|copier, from, to, meta| {
             copier.whole(from, to, meta)
         })?;
     }
@@ -276,6 +276,9 @@ struct Copier<'a> {
     root: &'a Path,
     users: Users,
 }
+
+/// Whether anything becomes of one thing on the way.
+type Wanted<'w> = &'w dyn Fn(&Path, FileType) -> bool;
 
 /// What becomes of one thing on the way; true: go into the folder it is.
 type Visit<'v> = &'v dyn Fn(&Copier<'_>, &Path, &Path, &Metadata) -> io::Result<bool>;
@@ -336,8 +339,14 @@ impl Copier<'_> {
         Ok(false)
     }
 
-    /// Visits everything below a folder of the host, on the same file system.
-    fn tree(&self, source: &Path, at: &Path, visit: Visit<'_>) -> io::Result<()> {
+    /// Visits what is wanted of all that is below a folder of the host, on the same file system.
+    fn tree(
+        &self,
+        source: &Path,
+        at: &Path,
+        wanted: Wanted<'_>,
+        visit: Visit<'_>,
+    ) -> io::Result<()> {
         let device = fs::symlink_metadata(source)?.dev();
         let mut folders = vec![(source.to_owned(), at.to_owned())];
         while let Some((from, to)) = folders.pop() {
@@ -345,6 +354,9 @@ impl Copier<'_> {
             for entry in entries {
                 let entry = entry?;
                 let (from, to) = (entry.path(), to.join(entry.file_name()));
+                if !entry.file_type().is_ok_and(|kind| wanted(&to, kind)) {
+                    continue;
+                }
                 // Gone meanwhile is fine: the host goes on living.
                 let Ok(meta) = entry.metadata() else { continue };
                 if meta.dev() == device && visit(self, &from, &to, &meta)? {
