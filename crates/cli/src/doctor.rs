@@ -14,6 +14,7 @@ use serde_json::json;
 
 use crate::Result;
 use crate::config::Settings;
+use crate::range::Range;
 
 /// How long the attempt to run a command may take.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -68,7 +69,7 @@ impl Attempt {
 }
 
 /// Prints the findings; exit code 1 if one of them keeps denizen from working.
-pub async fn run(settings: &Settings, as_json: bool) -> Result<i32> {
+pub async fn run(settings: &Settings, range: &Range, as_json: bool) -> Result<i32> {
     let mut findings =
         vec![configuration(settings), shell(settings), disk(&settings.pool.volume_root)];
     let attempt = attempt(settings).await;
@@ -79,7 +80,7 @@ pub async fn run(settings: &Settings, as_json: bool) -> Result<i32> {
         findings.extend([
             kernel(works),
             user_namespaces(works),
-            user_ids(works),
+            user_ids(range, works),
             attributes(settings, works),
             landlock(),
             limits(settings, &attempt),
@@ -270,25 +271,36 @@ fn user_namespaces(works: bool) -> Finding {
     }
 }
 
-/// Root gives its sandboxes ids of their own, which it must have.
-fn user_ids(works: bool) -> Finding {
+/// Sandboxes have users of their own if there are ids to give.
+fn user_ids(range: &Range, works: bool) -> Finding {
     const NAME: &str = "user ids";
-    if !is_root() {
-        return fine(NAME, "root within is this user, and there is no other");
-    }
-    if works {
-        return fine(NAME, "sandboxes have a range that nobody else has");
+    match range {
+        Range::Has { first, count } => {
+            return fine(NAME, format!("sandboxes have {count}, from {first} on (/etc/subuid)"));
+        }
+        Range::Lacks(lack) => {
+            let what = format!(
+                "{}: root within is this user, and there is no other: becoming one is only \
+                 pretended",
+                lack.what()
+            );
+            return wrong(NAME, Grade::Note, what, lack.mend());
+        }
+        Range::NotNeeded if works => {
+            return fine(NAME, "sandboxes have a range that nobody else has");
+        }
+        Range::NotNeeded => {}
     }
     let map = fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
-    let whole = map.split_whitespace().nth(2) == Some("4294967295");
-    if whole {
-        return fine(NAME, "all of them are there");
+    if map.split_whitespace().nth(2).and_then(|count| count.parse::<u32>().ok()) >= Some(65536) {
+        return fine(NAME, "there are enough");
     }
     wrong(
         NAME,
         Grade::Fail,
         "this root is in a user namespace, as in a container, and has no range of ids to give",
-        "run denizen as an ordinary user here, or set isolation to `host`",
+        "give the container 65536 ids, run denizen as an ordinary user here, or set isolation to \
+         `host`",
     )
 }
 

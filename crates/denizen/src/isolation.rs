@@ -224,6 +224,10 @@ pub(crate) trait Driver: Send + Sync {
     /// The images that sessions can be made of, where that is possible.
     fn images(&self) -> Option<&Store>;
 
+    /// Whose files sessions have, and what numbers their owners have in backups; none where
+    /// these stay as they are.
+    fn owners(&self) -> Option<denizen_archive::Owners>;
+
     /// The layers of images that a session needs.
     fn layers(&self, site: &Site) -> Vec<PathBuf>;
 }

@@ -91,8 +91,7 @@ impl Sandbox {
         let cache = options.cache.unwrap_or_else(|| own.join("cache"));
         let cache = std::path::absolute(&cache).map_err(|source| Error::root(&cache, source))?;
         let host = HostRoot::prepare(&cache.join("roots"), users)?;
-        let folder = own.join("images");
-        let images = Store::open(&folder, users.owners())?;
+        let (folder, images) = images_for(users, own)?;
         let roots = Roots { host, images, folder, default: options.image };
         // Now rather than when somebody needs it.
         roots.default_base()?;
@@ -112,9 +111,8 @@ impl Sandbox {
         let tmp = site.home.join("tmp");
         crate::volume::remove_tree(&tmp)?;
         self.folder(&tmp, 0o1777)?;
-        self.users.take_over(&site.volume)?;
         DirBuilder::new().recursive(true).mode(0o700).create(site.root_changes())?;
-        DirBuilder::new().recursive(true).mode(0o700).create(site.home.join("work"))?;
+        self.take_over(site)?;
         let overlays: Vec<_> =
             below.iter().map(|below| Folders::new(site, &below.target)).collect();
         for overlay in &overlays {
@@ -122,6 +120,40 @@ impl Sandbox {
             self.folder(&overlay.work, 0o755)?;
         }
         Ok(overlays)
+    }
+
+    /// Fails if the session's files belong to users that this process cannot be.
+    fn check_users(&self, site: &Site) -> Result<()> {
+        let places = [site.volume.clone(), site.home.join("work"), site.root_changes()];
+        if !self.users.are_strange(&places) {
+            return Ok(());
+        }
+        Err(Error::Isolation {
+            isolation: "sandbox",
+            problem: format!(
+                "{} belongs to a range of user ids that this process does not have: `denizen \
+                 doctor` tells how to have it again; or restore a backup",
+                site.home.display()
+            ),
+        })
+    }
+
+    /// Makes the session's files those of its users, if others have made them. The folder
+    /// `work` says whose they are from before the first of them changes.
+    fn take_over(&self, site: &Site) -> std::io::Result<()> {
+        let work = site.home.join("work");
+        let changes = fs::read_dir(site.root_changes())?;
+        let changes = changes.map(|entry| entry.map(|entry| entry.path()));
+        let changes = changes.collect::<std::io::Result<Vec<_>>>()?;
+        let mut trees = vec![site.volume.as_path()];
+        trees.extend(changes.iter().filter(|path| path.is_dir()).map(PathBuf::as_path));
+        if self.users.must_take_over(&work)? {
+            // Overlayfs's scratch, of the users before.
+            crate::volume::remove_tree(&work)?;
+        }
+        DirBuilder::new().recursive(true).mode(0o700).create(&work)?;
+        self.users.give(&work, (0, 0))?;
+        trees.into_iter().try_for_each(|tree| self.users.take_over(tree))
     }
 
     /// Makes a folder of the sandbox's root, unless it is there.
@@ -256,6 +288,7 @@ impl Sandbox {
 impl Driver for Sandbox {
     fn start(&self, site: &Site) -> Result<Instance> {
         let failed = |source| Error::volume("prepare", &site.home, source);
+        self.check_users(site)?;
         let base = self.roots.of(site)?;
         let below = self.roots.below(&base)?;
         let overlays = self.folders(site, &below).map_err(failed)?;
@@ -300,8 +333,26 @@ impl Driver for Sandbox {
         Some(&self.roots.images)
     }
 
+    fn owners(&self) -> Option<denizen_archive::Owners> {
+        Some(self.users.kept())
+    }
+
     fn layers(&self, site: &Site) -> Vec<PathBuf> {
         self.roots.layers_of(site)
+    }
+}
+
+/// The store of images whose files belong to these users, in the pool's own folder. The usual
+/// one may belong to others, from before this process had a range, or from when it had one.
+fn images_for(users: Users, own: &Path) -> Result<(PathBuf, Store)> {
+    let folder = own.join("images");
+    match Store::open(&folder, users.owners()) {
+        Err(denizen_image::Error::Owners { .. }) if folder.join("owners.json").exists() => {
+            let folder = own.join(format!("images-{}", users.name()));
+            let store = Store::open(&folder, users.owners())?;
+            Ok((folder, store))
+        }
+        opened => Ok((folder, opened?)),
     }
 }
 

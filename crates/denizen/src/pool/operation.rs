@@ -86,8 +86,9 @@ async fn create(pool: &Arc<Pool>, place: &Place) -> Result {
 fn copy(pool: &Pool, id: Uuid, origin: &Site) -> Fallible<()> {
     let staging = pool.volumes.stage(id)?;
     let never = AtomicBool::new(false);
-    let copied = backup::pack(origin, &staging, jiff::Timestamp::now(), &never)
-        .and_then(|archive| backup::unpack(&archive.path, &pool.volumes.home(id)));
+    let owners = pool.driver.owners();
+    let copied = backup::pack(origin, &staging, owners, jiff::Timestamp::now(), &never)
+        .and_then(|archive| backup::unpack(&archive.path, owners, &pool.volumes.home(id)));
     Volumes::unstage(&staging);
     copied
 }
