@@ -87,7 +87,7 @@ pub async fn run(settings: &Settings, range: &Range, as_json: bool) -> Result<i3
         ]);
         findings.extend(seccomp(&attempt));
     }
-    findings.extend([container(), nested()].into_iter().flatten());
+    findings.extend([container(), nested(settings.isolation)].into_iter().flatten());
     findings.extend(programs(&attempt));
     findings.push(command(settings, &attempt));
     if as_json {
@@ -262,6 +262,13 @@ fn user_namespaces(works: bool) -> Finding {
         .find(|(name, value, _, concerns)| *concerns && setting(name).as_deref() == Some(*value));
     match off {
         None => fine(NAME, "may be made"),
+        // What is set there, only that denizen can set.
+        Some((name, value, _, _)) if is_nested() => wrong(
+            NAME,
+            Grade::unless(works),
+            format!("{name} is {value} in a session of another denizen: no sandbox can be made"),
+            "set isolation to `host` here, or have that denizen make a session for each",
+        ),
         Some((name, value, better, _)) => wrong(
             NAME,
             Grade::unless(works),
@@ -405,17 +412,28 @@ fn container() -> Option<Finding> {
     ))
 }
 
-fn nested() -> Option<Finding> {
-    let within =
-        std::env::var_os("DENIZEN_COMMAND").is_some() || Path::new("/run/denizen").is_dir();
-    within.then(|| {
-        wrong(
-            "nested",
-            Grade::Note,
-            "this is a session of another denizen: nothing here can have more than that one has",
-            "run denizen beside that one rather than in it",
+/// Whether this is a session of another denizen: in a sandbox its first process tells, under
+/// `host` the environment.
+fn is_nested() -> bool {
+    let first = fs::read_to_string("/proc/1/comm").unwrap_or_default();
+    std::env::var_os("DENIZEN_COMMAND").is_some() || first.trim() == "denizen-init"
+}
+
+fn nested(isolation: Isolation) -> Option<Finding> {
+    let (what, mend) = if isolation == Isolation::Host {
+        (
+            "this is a session of another denizen: its network and its limits hold for all \
+             sessions here together, and these are not kept from each other",
+            "have that denizen make a session for each, if they are not to trust each other",
         )
-    })
+    } else {
+        (
+            "this is a session of another denizen: there are no sandboxes within one, and nothing \
+             here can have more than that one has",
+            "set isolation to `host` here, or have that denizen make a session for each",
+        )
+    };
+    is_nested().then(|| wrong("nested", Grade::Note, what, mend))
 }
 
 /// Whether programs that sessions put on their disk can be run.

@@ -7,6 +7,7 @@
 mod common;
 
 use std::fs::{self, File};
+use std::io::Write;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -306,4 +307,73 @@ fn the_doctor_tells_how_to_have_a_range() {
     assert!(found["what"].as_str().unwrap().contains("never"), "{found}");
     let found = finding(user.denizen(Has, &["--json", "--image", "/", "doctor"]));
     assert!(found["what"].as_str().unwrap().contains("`image` is a folder"), "{found}");
+}
+
+/// Root of a container whose ids are these from 700000 on, as one line of its maps has them.
+fn in_container(folder: &Path, map: &str, args: &[&str]) -> Output {
+    const ENTER: &str = "read -r go; exec setpriv --reuid 0 --regid 0 --clear-groups \"$0\" \"$@\"";
+    let mut command = Command::new("unshare");
+    command
+        .args(["--user", "--keep-caps", "sh", "-c", ENTER, env!("CARGO_BIN_EXE_denizen")])
+        .args(args);
+    command.env_clear().env("PATH", std::env::var_os("PATH").unwrap());
+    command.env("DENIZEN_STATE", folder.join("state")).env("DENIZEN_CACHE", folder.join("cache"));
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    let process = format!("/proc/{}", child.id());
+    let ours = fs::read_link("/proc/self/ns/user").unwrap();
+    until("it is in a namespace", || fs::read_link(format!("{process}/ns/user")).unwrap() != ours);
+    for file in ["uid_map", "gid_map"] {
+        fs::write(format!("{process}/{file}"), map).unwrap();
+    }
+    child.stdin.take().unwrap().write_all(b"go\n").unwrap();
+    child.wait_with_output().unwrap()
+}
+
+#[test]
+fn root_of_a_container_gives_a_part_of_its_ids() {
+    if !rustix::process::geteuid().is_root() {
+        println!("skipped: the container needs root");
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let cache = Path::new(env!("CARGO_TARGET_TMPDIR")).join("cache-of-container");
+    fs::create_dir_all(&cache).unwrap();
+    std::os::unix::fs::symlink(&cache, folder.path().join("cache")).unwrap();
+    fs::create_dir(folder.path().join("state")).unwrap();
+    for path in [cache, folder.path().join("state")] {
+        chown(path, Some(700_000), Some(700_000)).unwrap();
+    }
+    let run = |args: &[&str]| in_container(folder.path(), "0 700000 65536", args);
+    let line = "id -u; touch mine theirs; chown 1:2 theirs; chown 30000 mine 2> /dev/null; echo $?
+                setpriv --reuid 33 --regid 33 --clear-groups id -u; cat /proc/self/uid_map";
+    let output = run(&["exec", "a", "--", "sh", "-c", line]);
+    let said = text(&output.stdout);
+    let words: Vec<&str> = said.split_whitespace().collect();
+    assert_eq!(words, ["0", "1", "33", "0", "32768", "24576"], "{output:?}");
+    let pool = fs::read_dir(folder.path().join("state/pool")).unwrap().flatten();
+    let theirs = pool.filter_map(|home| fs::metadata(home.path().join("volume/theirs")).ok());
+    let theirs: Vec<_> = theirs.map(|meta| (meta.uid(), meta.gid())).collect();
+    assert_eq!(theirs, [(700_000 + 0x8000 + 1, 700_000 + 0x8000 + 2)]);
+    // Backups have the numbers that all have.
+    assert!(run(&["stop", "a"]).status.success());
+    assert!(run(&["backup", "a"]).status.success());
+    let archive = fs::read_dir(folder.path().join("state/backups")).unwrap().next().unwrap();
+    let list = Command::new("tar").args(["--zstd", "-tvf"]).arg(archive.unwrap().path()).output();
+    let list = text(&list.unwrap().stdout);
+    assert!(list.contains("1879048193/1879048194"), "{list}");
+    assert!(run(&["restore", "a"]).status.success());
+    let output = run(&["exec", "a", "--", "stat", "-c", "%u:%g", "mine", "theirs"]);
+    assert_eq!(text(&output.stdout), "0:0\n1:2\n", "{output:?}");
+    let output = run(&["doctor"]);
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    assert!(run(&["shutdown"]).status.success());
+    let line = format!("{} serve", env!("CARGO_BIN_EXE_denizen"));
+    let socket = folder.path().join("state/denizen.sock");
+    until("the daemon leaves", || !socket.exists() || running(&line).is_empty());
+    // Too few.
+    let output = in_container(folder.path(), "0 700000 33000", &["doctor"]);
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    assert!(text(&output.stdout).contains("no range of"), "{output:?}");
 }

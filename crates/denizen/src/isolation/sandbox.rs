@@ -86,6 +86,7 @@ pub(super) struct Sandbox {
 impl Sandbox {
     /// Prepares what all sandboxes of a pool share, in the pool's own folder.
     pub(super) fn new(own: &Path, options: Options) -> Result<Self> {
+        check_place()?;
         let users = Users::of_this_process()?;
         // Instances stand elsewhere.
         let cache = options.cache.unwrap_or_else(|| own.join("cache"));
@@ -340,6 +341,23 @@ impl Driver for Sandbox {
     fn layers(&self, site: &Site) -> Vec<PathBuf> {
         self.roots.layers_of(site)
     }
+}
+
+/// Fails within a sandbox of denizen's, where none can be made, before anything else does with a
+/// reason that leads nowhere.
+fn check_place() -> Result<()> {
+    let says = |path: &str, what: &str| fs::read_to_string(path).is_ok_and(|it| it.trim() == what);
+    if says("/proc/1/comm", "denizen-init") && says("/proc/sys/user/max_user_namespaces", "0") {
+        return Err(Error::Isolation {
+            isolation: "sandbox",
+            problem: "this is a session of another denizen, in which there are no further \
+                      sandboxes: set isolation to `host` here (what runs is kept from the machine \
+                      by this session, not from each other), or have that denizen make a session \
+                      for each"
+                .to_owned(),
+        });
+    }
+    Ok(())
 }
 
 /// The store of images whose files belong to these users, in the pool's own folder. The usual
