@@ -341,6 +341,10 @@ async fn a_sandbox_has_its_own_of_everything() {
     assert_eq!(text(&guard, "ls -A /tmp /home /root /run /srv").await.lines().count(), 9);
     assert_eq!(text(&guard, "grep NoNewPrivs /proc/self/status").await, "NoNewPrivs:\t1\n");
     assert_eq!(text(&guard, "grep Seccomp: /proc/self/status").await, "Seccomp:\t2\n");
+    // A package manager's; the first process has SYS_PTRACE and SYS_RESOURCE beside them.
+    let capabilities = "grep -h 'Cap[PEB]' /proc/1/status /proc/self/status | cut -f 2";
+    let [first, rest] = ["00000000810c04fb\n", "00000000800404fb\n"];
+    assert_eq!(text(&guard, capabilities).await, first.repeat(2) + &rest.repeat(4));
     text(&guard, "echo hello > /dev/shm/a; echo hello > /tmp/a; head -c 9 /dev/urandom | wc -c")
         .await;
     text(&guard, "exec 3<> /dev/ptmx; ls /dev/pts").await;
