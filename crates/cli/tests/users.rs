@@ -12,7 +12,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
-use common::{running, text, until};
+use common::{running, saved_image, text, until};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -271,6 +271,38 @@ fn what_one_user_made_is_taken_over_and_not_given_back() {
     assert_eq!(user.sh(Lacks, "a", look), seen);
     user.shutdown();
     assert_eq!(user.sh(Has, "a", look), seen);
+}
+
+#[test]
+fn images_go_with_their_sessions() {
+    let Some(user) = Ordinary::new() else { return };
+    let image = saved_image(user.folder.path());
+    let image = ["image", "import", image.to_str().unwrap()];
+    user.done(Lacks, &image);
+    let with = ["--image", "demo/busybox:1", "exec", "a", "--", "sh", "-c"];
+    user.shutdown();
+    let run = |range, line| user.done(range, &[&with[..], &[line]].concat());
+    assert_eq!(run(Lacks, "echo kept > /kept; cat /kept"), "kept\n");
+    user.shutdown();
+    // Root within owns what is below its changes, too.
+    let line =
+        "cat /kept; rm /bin/test && echo gone; echo new > /bin/new; ls -ln /bin | cut -c 11-30";
+    let seen = run(Has, line);
+    assert!(seen.starts_with("kept\ngone\n"), "{seen}");
+    assert!(seen.contains(" 0 ") && !seen.contains("65534"), "{seen}");
+    user.shutdown();
+    // The way back is another store: what is in this one belongs to nobody there.
+    let refused = user.run(Lacks, &["--image", "demo/busybox:1", "exec", "b", "--", "true"]);
+    assert_eq!(refused.status.code(), Some(125), "{refused:?}");
+    assert!(text(&refused.stderr).contains("pull or import it"), "{refused:?}");
+    user.done(Lacks, &image);
+    user.shutdown();
+    assert_eq!(
+        user.done(Lacks, &["--image", "demo/busybox:1", "exec", "b", "--", "echo", "it"]),
+        "it\n"
+    );
+    user.shutdown();
+    assert_eq!(run(Has, "cat /bin/new"), "new\n");
 }
 
 #[test]

@@ -33,6 +33,11 @@ pub enum Isolation {
     Host,
     /// A root file system, processes, a network and limits of its own, by what the Linux kernel
     /// offers to any user.
+    ///
+    /// A process that is root, of the host or of a user namespace with enough ids, gives its
+    /// sandboxes users of their own. In any other process root within is that process's user and
+    /// there is no other: the pool does not move its process into a namespace, which only a
+    /// program with one thread can do; the program `denizen` does.
     Sandbox,
 }
 

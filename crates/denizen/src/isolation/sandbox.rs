@@ -24,7 +24,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use denizen_agent::{Agent, Enter, Launch};
-use denizen_image::Store;
+use denizen_image::{Owners, Store};
 use rustix::process::Resource;
 
 use self::carried::Carried;
@@ -360,10 +360,39 @@ fn check_place() -> Result<()> {
     Ok(())
 }
 
+/// Makes a store that was made with one id the range's, so that sessions go on over the same
+/// layers. Those stay as that one id had them: all of their files are root's.
+fn take_over_images(users: Users, folder: &Path) -> std::io::Result<()> {
+    let record = folder.join("owners.json");
+    let was = match fs::read(&record) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        text => serde_json::from_slice::<Owners>(&text?).ok(),
+    };
+    if users.is_alone() || was != Some(Owners::Mine) {
+        return Ok(());
+    }
+    for layer in fs::read_dir(folder.join("layers"))? {
+        let tree = layer?.path().join("tree");
+        if tree.is_dir() {
+            users.take_over(&tree)?;
+        }
+    }
+    // Whole or not at all: until it is there, the next start does the same again.
+    let partial = folder.join("owners.json.partial");
+    let text = serde_json::to_vec(&users.owners()).map_err(std::io::Error::other)?;
+    fs::write(&partial, text)?;
+    fs::File::open(&partial)?.sync_all()?;
+    fs::rename(&partial, &record)?;
+    tracing::info!("images have a range of user ids now; pulled again they have all their users");
+    Ok(())
+}
+
 /// The store of images whose files belong to these users, in the pool's own folder. The usual
 /// one may belong to others, from before this process had a range, or from when it had one.
 fn images_for(users: Users, own: &Path) -> Result<(PathBuf, Store)> {
     let folder = own.join("images");
+    take_over_images(users, &folder)
+        .map_err(|source| Error::volume("give a range of user ids", &folder, source))?;
     match Store::open(&folder, users.owners()) {
         Err(denizen_image::Error::Owners { .. }) if folder.join("owners.json").exists() => {
             let folder = own.join(format!("images-{}", users.name()));
