@@ -170,6 +170,9 @@ fn sandboxes_have_users_of_their_own() {
     let others = "for id in 1 33 1000 65534; do setpriv --reuid $id --regid $id --clear-groups \
                   sh -c 'id -u; touch /tmp/of-$(id -u)'; done; stat -c %u /tmp/of-*";
     assert_eq!(user.sh(Has, "a", others), "1\n33\n1000\n65534\n1\n1000\n33\n65534\n");
+    // The machine's files that are copied are root's.
+    let copied = "stat -c %u:%g /etc /etc/passwd /usr/share";
+    assert_eq!(user.sh(Has, "a", copied), "0:0\n".repeat(3));
     // They are kept apart.
     let other = "echo secret > /tmp/secret; chmod 600 /tmp/secret; \
                  setpriv --reuid 1 --regid 1 --clear-groups cat /tmp/secret 2> /dev/null; echo $?";
