@@ -210,6 +210,15 @@ fn sandboxes_have_users_of_their_own() {
     assert_eq!(fs::metadata(&out).unwrap().uid(), USER);
     assert!(!user.log().contains("with a loss"), "{}", user.log());
 
+    // Other ids are not taken for those that the files belong to.
+    user.shutdown();
+    fs::write(user.path("subuid"), format!("ordinary:{}:65536\n", USERS + 65536)).unwrap();
+    let refused = user.run(Has, &["exec", "a", "--", "true"]);
+    assert_eq!(refused.status.code(), Some(125), "{refused:?}");
+    let said = text(&refused.stderr);
+    assert!(said.contains(&format!("ids from {USERS} and {GROUPS} on")), "{said}");
+    fs::write(user.path("subuid"), format!("ordinary:{USERS}:65536\n")).unwrap();
+
     // Nothing stays, though much of it was not the user's.
     user.sh(Has, "a", "mkdir -m 0 shut; chown 1:1 shut");
     user.done(Has, &["rm", "--force", "a", fork["id"].as_str().unwrap()]);

@@ -88,6 +88,7 @@ impl Sandbox {
     pub(super) fn new(own: &Path, options: Options) -> Result<Self> {
         check_place()?;
         let users = Users::of_this_process()?;
+        check_range(users, own)?;
         // Instances stand elsewhere.
         let cache = options.cache.unwrap_or_else(|| own.join("cache"));
         let cache = std::path::absolute(&cache).map_err(|source| Error::root(&cache, source))?;
@@ -358,6 +359,30 @@ fn check_place() -> Result<()> {
         });
     }
     Ok(())
+}
+
+/// Fails if the sessions' files belong to ids that this user was given once, and now has others:
+/// on another machine, or because `/etc/subuid` has changed.
+fn check_range(users: Users, own: &Path) -> Result<()> {
+    let Some(given) = users.given() else { return Ok(()) };
+    let record = own.join("range");
+    let failed = |source| Error::volume("keep the range of user ids in", &record, source);
+    match fs::read_to_string(&record) {
+        Ok(was) if was == given => Ok(()),
+        // Empty where a power cut has come in between.
+        Ok(was) if !was.is_empty() => Err(Error::Isolation {
+            isolation: "sandbox",
+            problem: format!(
+                "the sessions' files belong to user and group ids from {} on, and this user has \
+                 those from {} on now: give it the former back in /etc/subuid and /etc/subgid, or \
+                 set another `volume_root` and restore backups",
+                was.replace('-', " and "),
+                given.replace('-', " and "),
+            ),
+        }),
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(failed(error)),
+        _ => fs::write(&record, given).map_err(failed),
+    }
 }
 
 /// Makes a store that was made with one id the range's, so that sessions go on over the same

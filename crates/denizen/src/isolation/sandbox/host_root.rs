@@ -207,7 +207,8 @@ fn fingerprint(users: Users) -> String {
     let times = changed.map(|path| {
         fs::metadata(path).map_or_else(|_| "-".to_owned(), |meta| format!("{:x}", meta.mtime()))
     });
-    format!("host-{VERSION}-{}-{}", users.name(), times.join("-"))
+    let given = users.given().map_or_else(String::new, |given| format!("-of-{given}"));
+    format!("host-{VERSION}-{}{given}-{}", users.name(), times.join("-"))
 }
 
 fn make(root: &Path, users: Users, merged: &[&str]) -> io::Result<()> {

@@ -109,6 +109,17 @@ impl Users {
         }
     }
 
+    /// Which ids a user was given to be the range here, as the namespace around has them; none
+    /// where they are the range by themselves, or a container's.
+    pub(super) fn given(self) -> Option<String> {
+        let Self::Range { base: BASE, .. } = self else { return None };
+        let [users, groups] = ["uid_map", "gid_map"].map(|map| {
+            let text = fs::read_to_string(format!("/proc/self/{map}")).unwrap_or_default();
+            around(&text, BASE)
+        });
+        (users? != BASE).then_some(format!("{}-{}", users?, groups?))
+    }
+
     /// Whether an id outside is one of theirs.
     fn has(self, id: u32) -> bool {
         match self {
@@ -238,6 +249,14 @@ fn range_in(users: &str, groups: &str) -> Option<Users> {
     })
 }
 
+/// Which id of the namespace around is the first one of an extent of a map.
+fn around(map: &str, first: u32) -> Option<u32> {
+    map.lines().find_map(|line| {
+        let mut numbers = line.split_whitespace().map(|number| number.parse().ok());
+        (numbers.next()?? == first).then(|| numbers.next()?)?
+    })
+}
+
 /// How many ids in a row a map (`uid_map` in user_namespaces(7)) has from one on.
 fn ids_from(map: &str, base: u32) -> u32 {
     let extents = map.lines().filter_map(|line| {
@@ -275,6 +294,13 @@ mod tests {
             assert_eq!(range(map), None, "{map}");
         }
         assert_eq!(range_in("0 0 4294967295", "0 0 1"), None);
+    }
+
+    #[test]
+    fn what_was_given_is_read_from_the_map() {
+        assert_eq!(around("0 1000 1\n1879048192 100000 65536\n", BASE), Some(100_000));
+        assert_eq!(around("0 0 4294967295\n", BASE), None);
+        assert_eq!(around("1879048192\nx y\n", BASE), None);
     }
 
     #[test]
