@@ -52,12 +52,13 @@ fn is_there(program: &str) -> bool {
 }
 
 /// Programs that the tests run, with the Debian package that has each.
-const NEEDED: [(&str, &str); 18] = [
+const NEEDED: [(&str, &str); 19] = [
     ("sqlite3", "sqlite3"),
     ("tar", "tar"),
     ("zstd", "zstd"),
     ("setsid", "util-linux"),
     ("setpriv", "util-linux"),
+    ("newuidmap", "uidmap"),
     ("dpkg-deb", "dpkg"),
     ("hostname", "hostname"),
     ("mount", "mount"),

@@ -25,7 +25,8 @@
 //!   within a directory;
 //! - a folder that was kept beside the volume comes last, as `./.denizen/`, in the place of
 //!   anything the volume has of that name;
-//! - owners are numbers only (the name fields are empty);
+//! - owners are numbers only (the name fields are empty); those of a session's own users can be
+//!   the same whoever writes the archive ([`Owners`]);
 //! - a pax record `mtime` carries the nanoseconds when there are any; `path`, `linkpath`,
 //!   `size`, `uid` and `gid` appear when the fixed field is too small; names are the bytes
 //!   the file system holds, whatever their encoding;
@@ -55,13 +56,15 @@
 
 mod error;
 mod format;
+mod owners;
 mod reader;
 mod restore;
 mod store;
 mod write;
 
 pub use error::Error;
-pub use restore::{Restored, restore};
+pub use owners::Owners;
+pub use restore::{Restored, restore, restore_as};
 pub use store::{ArchiveId, Entry, NotAnArchive, clean, list};
 pub use write::{BESIDE, Reason, Skipped, Source, Written, write};
 

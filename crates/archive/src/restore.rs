@@ -20,6 +20,7 @@ use rustix::fs::{UTIME_OMIT, XattrFlags};
 use rustix::io::Errno;
 
 use crate::format::{Attributes, Kind, Member, Time};
+use crate::owners::Owners;
 use crate::reader::{self, CHUNK, Reader};
 use crate::{Error, Summary};
 
@@ -62,9 +63,22 @@ pub struct Restored {
 /// [`Error::NotEmpty`], [`Error::Damaged`], [`Error::Refused`], [`Error::Cancelled`], or
 /// what met the reading or making of files.
 pub fn restore(archive: &Path, into: &Path, cancelled: &AtomicBool) -> Result<Restored, Error> {
+    restore_as(archive, into, None, cancelled)
+}
+
+/// As [`restore`], with owners that have other numbers in archives than on this disk.
+///
+/// # Errors
+/// As [`restore`].
+pub fn restore_as(
+    archive: &Path,
+    into: &Path,
+    owners: Option<Owners>,
+    cancelled: &AtomicBool,
+) -> Result<Restored, Error> {
     let file = File::open(archive).map_err(|e| Error::io("open the archive", archive, e))?;
     let created = prepare(into)?;
-    let mut place = match Place::new(archive, into, cancelled) {
+    let mut place = match Place::new(archive, into, owners, cancelled) {
         Ok(place) => place,
         Err(e) => {
             if created {
@@ -130,12 +144,18 @@ struct Place<'a> {
     pending_bytes: usize,
     user: Uid,
     group: Gid,
+    owners: Option<Owners>,
     warnings: Vec<String>,
     more_warnings: u64,
 }
 
 impl<'a> Place<'a> {
-    fn new(archive: &'a Path, into: &'a Path, cancelled: &'a AtomicBool) -> Result<Self, Error> {
+    fn new(
+        archive: &'a Path,
+        into: &'a Path,
+        owners: Option<Owners>,
+        cancelled: &'a AtomicBool,
+    ) -> Result<Self, Error> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let root = rustix::fs::openat(CWD, into, flags, Mode::empty())
             .map_err(|e| Error::io("open", into, e))?;
@@ -149,6 +169,7 @@ impl<'a> Place<'a> {
             pending_bytes: 0,
             user: rustix::process::geteuid(),
             group: rustix::process::getegid(),
+            owners,
             warnings: Vec::new(),
             more_warnings: 0,
         })
@@ -453,8 +474,10 @@ impl<'a> Place<'a> {
         gid: u64,
         change: impl FnOnce(Uid, Gid) -> Result<(), Errno>,
     ) -> Result<bool, Error> {
+        let (uid, gid, fits) = self.owners.map_or((uid, gid, true), |it| it.find(uid, gid));
         if !self.user.is_root() {
-            return Ok((uid, gid) == (self.user.as_raw().into(), self.group.as_raw().into()));
+            let mine = (uid, gid) == (self.user.as_raw().into(), self.group.as_raw().into());
+            return Ok(mine && fits);
         }
         // The highest number means "leave it" to chown(2).
         let id = |id: u64| u32::try_from(id).ok().filter(|id| *id != u32::MAX);
@@ -463,7 +486,7 @@ impl<'a> Place<'a> {
             return Ok(false);
         };
         match change(Uid::from_raw(uid), Gid::from_raw(gid)) {
-            Ok(()) => Ok(true),
+            Ok(()) => Ok(fits),
             Err(e) => self.not_permitted(path, "its owner was not set", e).map(|()| false),
         }
     }

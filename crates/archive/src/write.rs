@@ -25,6 +25,7 @@ use sha2::{Digest as _, Sha256};
 use uuid::Uuid;
 
 use crate::format::{self, Attributes, Kind, MAX_PATH, MAX_SEGMENTS, Member, Segment, Time};
+use crate::owners::Owners;
 use crate::reader::{self, CHUNK, Follow, Progress};
 use crate::store::Partial;
 use crate::{Entry, Error, Summary};
@@ -46,6 +47,8 @@ pub struct Source<'a> {
     /// A folder to be archived as [`BESIDE`] in the volume's root, in the place of anything of
     /// that name there.
     pub beside: Option<&'a Path>,
+    /// Whose numbers are others in the archive than on disk.
+    pub owners: Option<Owners>,
 }
 
 /// The name that [`Source::beside`] has in an archive.
@@ -53,7 +56,7 @@ pub const BESIDE: &str = ".denizen";
 
 impl<'a> From<&'a Path> for Source<'a> {
     fn from(volume: &'a Path) -> Self {
-        Self { volume, beside: None }
+        Self { volume, beside: None, owners: None }
     }
 }
 
@@ -135,7 +138,7 @@ pub fn write<'a>(
     now: Timestamp,
     cancelled: &AtomicBool,
 ) -> Result<Written, Error> {
-    let Source { volume, beside } = source.into();
+    let Source { volume, beside, owners } = source.into();
     let root = open_volume(volume)?;
     let beside = beside.map(open_volume).transpose()?;
     let partial = Partial::create(destination, session)?;
@@ -148,7 +151,7 @@ pub fn write<'a>(
             .name("denizen-verify".into())
             .spawn_scoped(scope, || read_back(follow, partial.path()))
             .map_err(|e| Error::io("start a thread to check", partial.path(), e))?;
-        let walked = feed(volume, root, beside, &partial, &progress, cancelled);
+        let walked = feed(volume, root, beside, owners, &partial, &progress, cancelled);
         progress.give_up();
         let read_back = checker.join();
         // What went wrong first explains what went wrong after it.
@@ -200,6 +203,7 @@ fn feed(
     volume: &Path,
     root: OwnedFd,
     beside: Option<OwnedFd>,
+    owners: Option<Owners>,
     partial: &Partial,
     progress: &Progress,
     cancelled: &AtomicBool,
@@ -207,6 +211,7 @@ fn feed(
     let stream = Stream::new(partial, progress, volume, cancelled)?;
     let mut walk = Walk {
         volume,
+        owners,
         stream,
         path: b".".to_vec(),
         reserved: beside.is_some(),
@@ -370,6 +375,7 @@ struct Folder {
 
 struct Walk<'a> {
     volume: &'a Path,
+    owners: Option<Owners>,
     stream: Stream<'a>,
     /// `./a/b`, the name of the entry being done.
     path: Vec<u8>,
@@ -630,8 +636,8 @@ impl Walk<'_> {
             path,
             kind,
             mode: stat.stx_mode.into(),
-            uid: stat.stx_uid.into(),
-            gid: stat.stx_gid.into(),
+            uid: self.owners.map_or(stat.stx_uid, |owners| owners.keep_user(stat.stx_uid)).into(),
+            gid: self.owners.map_or(stat.stx_gid, |owners| owners.keep_group(stat.stx_gid)).into(),
             mtime: Time { seconds: stat.stx_mtime.tv_sec, nanoseconds: stat.stx_mtime.tv_nsec },
             link: Vec::new(),
             xattrs: Vec::new(),

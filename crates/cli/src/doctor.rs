@@ -14,6 +14,7 @@ use serde_json::json;
 
 use crate::Result;
 use crate::config::Settings;
+use crate::range::Range;
 
 /// How long the attempt to run a command may take.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -70,7 +71,7 @@ impl Attempt {
 }
 
 /// Prints the findings; exit code 1 if one of them keeps denizen from working.
-pub async fn run(settings: &Settings, as_json: bool) -> Result<i32> {
+pub async fn run(settings: &Settings, range: &Range, as_json: bool) -> Result<i32> {
     let mut findings =
         vec![configuration(settings), shell(settings), disk(&settings.pool.volume_root)];
     let attempt = attempt(settings).await;
@@ -81,7 +82,7 @@ pub async fn run(settings: &Settings, as_json: bool) -> Result<i32> {
         findings.extend([
             kernel(works),
             user_namespaces(works),
-            user_ids(works),
+            user_ids(range, works),
             attributes(settings, works),
             landlock(),
             limits(settings, &attempt),
@@ -90,7 +91,7 @@ pub async fn run(settings: &Settings, as_json: bool) -> Result<i32> {
         findings.extend(seccomp(&attempt));
     }
     findings.extend(freezer(settings, &attempt));
-    findings.extend([container(), nested()].into_iter().flatten());
+    findings.extend([container(), nested(settings.isolation)].into_iter().flatten());
     findings.extend(programs(&attempt));
     findings.push(command(settings, &attempt));
     if as_json {
@@ -265,6 +266,13 @@ fn user_namespaces(works: bool) -> Finding {
         .find(|(name, value, _, concerns)| *concerns && setting(name).as_deref() == Some(*value));
     match off {
         None => fine(NAME, "may be made"),
+        // What is set there, only that denizen can set.
+        Some((name, value, _, _)) if is_nested() => wrong(
+            NAME,
+            Grade::unless(works),
+            format!("{name} is {value} in a session of another denizen: no sandbox can be made"),
+            "set isolation to `host` here, or have that denizen make a session for each",
+        ),
         Some((name, value, better, _)) => wrong(
             NAME,
             Grade::unless(works),
@@ -274,25 +282,36 @@ fn user_namespaces(works: bool) -> Finding {
     }
 }
 
-/// Root gives its sandboxes ids of their own, which it must have.
-fn user_ids(works: bool) -> Finding {
+/// Sandboxes have users of their own if there are ids to give.
+fn user_ids(range: &Range, works: bool) -> Finding {
     const NAME: &str = "user ids";
-    if !is_root() {
-        return fine(NAME, "root within is this user, and there is no other");
-    }
-    if works {
-        return fine(NAME, "sandboxes have a range that nobody else has");
+    match range {
+        Range::Has { first, count } => {
+            return fine(NAME, format!("sandboxes have {count}, from {first} on (/etc/subuid)"));
+        }
+        Range::Lacks(lack) => {
+            let what = format!(
+                "{}: root within is this user, and there is no other: becoming one is only \
+                 pretended",
+                lack.what()
+            );
+            return wrong(NAME, Grade::Note, what, lack.mend());
+        }
+        Range::NotNeeded if works => {
+            return fine(NAME, "sandboxes have a range that nobody else has");
+        }
+        Range::NotNeeded => {}
     }
     let map = fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
-    let whole = map.split_whitespace().nth(2) == Some("4294967295");
-    if whole {
-        return fine(NAME, "all of them are there");
+    if map.split_whitespace().nth(2).and_then(|count| count.parse::<u32>().ok()) >= Some(65536) {
+        return fine(NAME, "there are enough");
     }
     wrong(
         NAME,
         Grade::Fail,
         "this root is in a user namespace, as in a container, and has no range of ids to give",
-        "run denizen as an ordinary user here, or set isolation to `host`",
+        "give the container 65536 ids, run denizen as an ordinary user here, or set isolation to \
+         `host`",
     )
 }
 
@@ -446,17 +465,28 @@ fn container() -> Option<Finding> {
     ))
 }
 
-fn nested() -> Option<Finding> {
-    let within =
-        std::env::var_os("DENIZEN_COMMAND").is_some() || Path::new("/run/denizen").is_dir();
-    within.then(|| {
-        wrong(
-            "nested",
-            Grade::Note,
-            "this is a session of another denizen: nothing here can have more than that one has",
-            "run denizen beside that one rather than in it",
+/// Whether this is a session of another denizen: in a sandbox its first process tells, under
+/// `host` the environment.
+fn is_nested() -> bool {
+    let first = fs::read_to_string("/proc/1/comm").unwrap_or_default();
+    std::env::var_os("DENIZEN_COMMAND").is_some() || first.trim() == "denizen-init"
+}
+
+fn nested(isolation: Isolation) -> Option<Finding> {
+    let (what, mend) = if isolation == Isolation::Host {
+        (
+            "this is a session of another denizen: its network and its limits hold for all \
+             sessions here together, and these are not kept from each other",
+            "have that denizen make a session for each, if they are not to trust each other",
         )
-    })
+    } else {
+        (
+            "this is a session of another denizen: there are no sandboxes within one, and nothing \
+             here can have more than that one has",
+            "set isolation to `host` here, or have that denizen make a session for each",
+        )
+    };
+    is_nested().then(|| wrong("nested", Grade::Note, what, mend))
 }
 
 /// Whether programs that sessions put on their disk can be run.

@@ -8,6 +8,7 @@ mod copy;
 mod doctor;
 mod image;
 mod port;
+mod range;
 mod show;
 
 use std::io::Write;
@@ -19,6 +20,7 @@ use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::client::Client;
 use crate::config::Options;
+use crate::range::Range;
 
 /// denizen's own failures, as env(1) and docker have them.
 const FAILED: u8 = 125;
@@ -168,6 +170,9 @@ enum Verb {
     /// Serve the files of this sandbox on standard input, which is a socket; denizen's own
     #[command(hide = true)]
     Agent,
+    /// Make a user namespace and hold it until standard input ends; denizen's own
+    #[command(hide = true)]
+    Namespace,
     /// Stop the daemon
     Shutdown,
     /// Check what this machine offers
@@ -233,29 +238,37 @@ fn run(cli: Cli) -> Result<i32> {
             return Ok(0);
         }
         Verb::Agent => return agent().map(|()| 0),
+        Verb::Namespace => return range::helper().map(|()| 0),
         _ => {}
     }
     let settings = config::load(&cli.options)?;
     let serving = matches!(cli.verb, Verb::Serve { .. });
+    // All paths are known, and there is no other thread yet. The doctor tries what the daemon
+    // does, as who the daemon is.
+    let range = if serving || matches!(cli.verb, Verb::Doctor) {
+        range::enter(&settings)
+    } else {
+        Range::NotNeeded
+    };
     let runtime = if serving {
         tokio::runtime::Builder::new_multi_thread().enable_all().build()
     } else {
         tokio::runtime::Builder::new_current_thread().enable_all().build()
     };
     let runtime = runtime.map_err(|error| Failure::new(format!("cannot start: {error}")))?;
-    let code = runtime.block_on(act(cli, settings));
+    let code = runtime.block_on(act(cli, settings, range));
     // A thread may hang in a read of the terminal for ever.
     runtime.shutdown_background();
     code
 }
 
-async fn act(cli: Cli, settings: config::Settings) -> Result<i32> {
+async fn act(cli: Cli, settings: config::Settings, range: Range) -> Result<i32> {
     let json = cli.json;
     if let Verb::Serve { idle_exit, background } = cli.verb {
-        return serve(settings, idle_exit, background).await.map(|()| 0);
+        return serve(settings, range, idle_exit, background).await.map(|()| 0);
     }
     if let Verb::Doctor = cli.verb {
-        return doctor::run(&settings, json).await;
+        return doctor::run(&settings, &range, json).await;
     }
     if let Verb::Shutdown = cli.verb {
         return Client::shutdown(&settings).await.map(|()| 0);
@@ -326,6 +339,7 @@ async fn act(cli: Cli, settings: config::Settings) -> Result<i32> {
         Verb::Cp { from, to } => copy::run(&client, &from, &to).await?,
         Verb::Serve { .. }
         | Verb::Agent
+        | Verb::Namespace
         | Verb::Shutdown
         | Verb::Doctor
         | Verb::Config
@@ -351,7 +365,12 @@ fn agent() -> Result<()> {
     })
 }
 
-async fn serve(settings: config::Settings, idle_exit: Option<u64>, background: bool) -> Result<()> {
+async fn serve(
+    settings: config::Settings,
+    range: Range,
+    idle_exit: Option<u64>,
+    background: bool,
+) -> Result<()> {
     use tokio::signal::unix::{SignalKind, signal};
     tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
@@ -361,6 +380,16 @@ async fn serve(settings: config::Settings, idle_exit: Option<u64>, background: b
                 .unwrap_or_else(|_| "info".into()),
         )
         .init();
+    match &range {
+        Range::NotNeeded => {}
+        Range::Has { first, count } => {
+            tracing::info!(first, count, "sandboxes have a range of user ids");
+        }
+        Range::Lacks(lack) => tracing::info!(
+            why = lack.what(),
+            "sandboxes have one user id; `denizen doctor` tells how they get more"
+        ),
+    }
     let failed = |error: &dyn std::fmt::Display| Failure::new(error.to_string());
     settings.pool.validate().map_err(|error| failed(&error))?;
     let program = std::env::current_exe().map_err(|error| failed(&error))?;

@@ -132,3 +132,33 @@ fn no_control_groups_are_granted() {
     let all: Value = serde_json::from_slice(&host.stdout).unwrap();
     assert_eq!((host.status.code(), grade(&all, "freezer")), (Some(1), "fail"), "{all:#}");
 }
+
+#[test]
+fn a_session_of_another_denizen() {
+    let user = User::new();
+    // The program that serves files there is this one.
+    let within = |args: &[&str]| {
+        let command = [&["exec", "outer", "--", "/run/denizen/agent"], args].concat();
+        user.run(&command)
+    };
+    let output = within(&["--json", "doctor"]);
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    let all: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(grade(&all, "nested"), "note", "{all:#}");
+    assert_eq!(grade(&all, "user namespaces"), "fail", "{all:#}");
+    for finding in all.as_array().unwrap() {
+        let mend = finding["mend"].as_str().unwrap_or_default();
+        assert!(!mend.contains("sysctl") && !mend.contains("ordinary user"), "{finding:#}");
+    }
+    let output = within(&["exec", "inner", "--", "true"]);
+    assert_eq!(output.status.code(), Some(125), "{output:?}");
+    let said = text(&output.stderr);
+    assert!(said.contains("a session of another denizen") && said.contains("`host`"), "{said}");
+    // And what it says to do works.
+    let output = within(&["--isolation", "host", "exec", "inner", "--", "echo", "works"]);
+    assert_eq!(text(&output.stdout), "works\n", "{output:?}");
+    let output = within(&["--isolation", "host", "--json", "doctor"]);
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    assert!(within(&["shutdown"]).status.success());
+    assert!(user.run(&["rm", "--force", "outer"]).status.success());
+}

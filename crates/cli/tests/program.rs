@@ -4,10 +4,10 @@
 mod common;
 
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
-use common::{CACHE, User, running, text, until};
+use common::{CACHE, User, running, saved_image, text, until};
 
 #[test]
 fn the_first_command_and_the_second() {
@@ -404,28 +404,6 @@ fn events_are_told_as_they_happen() {
     assert_eq!(line["name"], "a");
     follower.kill().unwrap();
     follower.wait().unwrap();
-}
-
-/// An archive as `docker save` writes it, of busybox and nothing else.
-fn saved_image(folder: &Path) -> PathBuf {
-    let script = r#"
-        set -e
-        mkdir -p root/bin root/etc root/tmp layer
-        cp "$(command -v busybox)" root/bin/busybox
-        for name in sh cat ls echo touch id env rm test sleep; do ln -s busybox root/bin/$name; done
-        echo root:x:0:0::/:/bin/sh > root/etc/passwd
-        echo from-the-image > root/etc/motd
-        tar -C root --owner=0 --group=0 -cf layer/layer.tar .
-        id=$(sha256sum layer/layer.tar | cut -d' ' -f1)
-        echo '{"architecture":"amd64","os":"linux","config":{"Env":["PATH=/bin","FROM_IMAGE=yes"]},"rootfs":{"type":"layers","diff_ids":["sha256:'$id'"]}}' > config.json
-        config=$(sha256sum config.json | cut -d' ' -f1)
-        mv config.json $config.json
-        echo '[{"Config":"'$config'.json","RepoTags":["demo/busybox:1"],"Layers":["layer/layer.tar"]}]' > manifest.json
-        tar -cf image.tar manifest.json $config.json layer
-    "#;
-    let made = Command::new("sh").args(["-c", script]).current_dir(folder).output().unwrap();
-    assert!(made.status.success(), "{made:?}");
-    folder.join("image.tar")
 }
 
 #[test]

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::time::SystemTime;
 
+use denizen_archive::Owners;
 use uuid::Uuid;
 
 use crate::error::{Error, Result};
@@ -17,11 +18,13 @@ pub use denizen_archive::Entry as Backup;
 #[derive(Clone, Debug)]
 pub(crate) struct Backups {
     destination: PathBuf,
+    /// Whose files sessions have ([`crate::isolation::Driver::owners`]).
+    owners: Option<Owners>,
 }
 
 impl Backups {
-    pub(crate) fn new(destination: PathBuf) -> Self {
-        Self { destination }
+    pub(crate) fn new(destination: PathBuf, owners: Option<Owners>) -> Self {
+        Self { destination, owners }
     }
 
     /// Writes and verifies a backup; gives its name.
@@ -35,7 +38,8 @@ impl Backups {
             Error::volume("make the backup destination", &self.destination, source)
         })?;
         let now = jiff::Timestamp::try_from(now).unwrap_or_else(|_| jiff::Timestamp::now());
-        pack(site, &self.destination, now, interrupted).map(|entry| entry.id.to_string())
+        let packed = pack(site, &self.destination, self.owners, now, interrupted);
+        packed.map(|entry| entry.id.to_string())
     }
 
     /// Puts a backup's files into `home`, where they are then as a session's are.
@@ -44,7 +48,7 @@ impl Backups {
         let Some(entry) = all.into_iter().find(|entry| entry.id.to_string() == name) else {
             return Err(Error::NoBackup { session, name: Some(name.to_owned()) });
         };
-        unpack(&entry.path, home)
+        unpack(&entry.path, self.owners, home)
     }
 
     /// What can be restored, newest first.
@@ -65,12 +69,13 @@ impl Backups {
 pub(crate) fn pack(
     site: &Site,
     destination: &Path,
+    owners: Option<Owners>,
     now: jiff::Timestamp,
     interrupted: &AtomicBool,
 ) -> Result<Backup> {
     let changes = site.root_changes();
     let beside = changes.is_dir().then_some(changes.as_path());
-    let source = denizen_archive::Source { volume: &site.volume, beside };
+    let source = denizen_archive::Source { volume: &site.volume, beside, owners };
     let written = denizen_archive::write(source, destination, site.id, now, interrupted)?;
     for skipped in &written.skipped {
         tracing::warn!(session = %site.id, ?skipped, "not in the backup");
@@ -79,15 +84,21 @@ pub(crate) fn pack(
 }
 
 /// Puts what an archive holds into a session's folder, which has none of it.
-pub(crate) fn unpack(archive: &Path, home: &Path) -> Result<()> {
+pub(crate) fn unpack(archive: &Path, owners: Option<Owners>, home: &Path) -> Result<()> {
     let into = Site::in_folder(Uuid::nil(), home.to_owned());
-    let restored = denizen_archive::restore(archive, &into.volume, &AtomicBool::new(false))?;
+    let never = AtomicBool::new(false);
+    let restored = denizen_archive::restore_as(archive, &into.volume, owners, &never)?;
     for warning in &restored.warnings {
         tracing::warn!(archive = %archive.display(), %warning, "restored with a loss");
     }
     let beside = into.volume.join(denizen_archive::BESIDE);
     if are_root_changes(&beside) {
-        fs::rename(&beside, into.root_changes())
+        // No session's: whoever wrote the backup may have numbered them as one's.
+        let us = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
+        let ours = |path: &Path| std::os::unix::fs::lchown(path, Some(us.0), Some(us.1));
+        ours(&beside)
+            .and_then(|()| ours(&beside.join(RECORD)))
+            .and_then(|()| fs::rename(&beside, into.root_changes()))
             .map_err(|source| Error::volume("restore", &beside, source))?;
     }
     Ok(())

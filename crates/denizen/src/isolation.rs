@@ -34,6 +34,11 @@ pub enum Isolation {
     Host,
     /// A root file system, processes, a network and limits of its own, by what the Linux kernel
     /// offers to any user.
+    ///
+    /// A process that is root, of the host or of a user namespace with enough ids, gives its
+    /// sandboxes users of their own. In any other process root within is that process's user and
+    /// there is no other: the pool does not move its process into a namespace, which only a
+    /// program with one thread can do; the program `denizen` does.
     Sandbox,
 }
 
@@ -292,6 +297,10 @@ pub(crate) trait Driver: Send + Sync {
 
     /// The image that a session is made of. May block.
     fn image(&self, site: &Site) -> Option<String>;
+
+    /// Whose files sessions have, and what numbers their owners have in backups; none where
+    /// these stay as they are.
+    fn owners(&self) -> Option<denizen_archive::Owners>;
 
     /// The layers of images that a session needs.
     fn layers(&self, site: &Site) -> Vec<PathBuf>;

@@ -270,7 +270,8 @@ impl Pool {
         });
         let rows = rows.collect();
 
-        let backups = config.backup_destination.clone().map(Backups::new);
+        let backups = config.backup_destination.clone();
+        let backups = backups.map(|destination| Backups::new(destination, driver.owners()));
         let policy = Policy {
             max_vms: config.max_vms,
             idle_shutdown: config.idle_shutdown,

@@ -185,7 +185,10 @@ impl Volumes {
                 Err(rustix::io::Errno::EXIST) => {
                     renameat_with(CWD, staging, CWD, &home, RenameFlags::EXCHANGE)?;
                     sync(&self.root)?;
-                    remove_tree(staging)
+                    // It has happened, whatever becomes of what was there; the next start that
+                    // may remove it does.
+                    Self::unstage(staging);
+                    Ok(())
                 }
                 Err(errno) => Err(errno.into()),
             }
@@ -309,7 +312,7 @@ fn open_folder(at: impl AsFd, name: &OsStr) -> io::Result<OwnedFd> {
     Ok(folder)
 }
 
-fn names_in(folder: &OwnedFd) -> io::Result<Vec<OsString>> {
+pub(crate) fn names_in(folder: &OwnedFd) -> io::Result<Vec<OsString>> {
     let mut names = Vec::new();
     for entry in rustix::fs::Dir::read_from(folder)? {
         let entry = entry?;

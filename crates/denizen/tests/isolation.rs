@@ -362,6 +362,10 @@ async fn a_sandbox_has_its_own_of_everything() {
     assert_eq!(text(&guard, "ls -A /tmp /home /root /run /srv").await.lines().count(), 9);
     assert_eq!(text(&guard, "grep NoNewPrivs /proc/self/status").await, "NoNewPrivs:\t1\n");
     assert_eq!(text(&guard, "grep Seccomp: /proc/self/status").await, "Seccomp:\t2\n");
+    // A package manager's; the first process has SYS_PTRACE and SYS_RESOURCE beside them.
+    let capabilities = "grep -h 'Cap[PEB]' /proc/1/status /proc/self/status | cut -f 2";
+    let [first, rest] = ["00000000810c04fb\n", "00000000800404fb\n"];
+    assert_eq!(text(&guard, capabilities).await, first.repeat(2) + &rest.repeat(4));
     text(&guard, "echo hello > /dev/shm/a; echo hello > /tmp/a; head -c 9 /dev/urandom | wc -c")
         .await;
     text(&guard, "exec 3<> /dev/ptmx; ls /dev/pts").await;
@@ -633,6 +637,11 @@ async fn a_full_network_is_one() {
             println!("skipped: an address of the test's own needs root");
             return;
         }
+        let tun = std::fs::File::options().write(true).open("/dev/net/tun");
+        if tun.is_err_and(|error| error.kind() == std::io::ErrorKind::PermissionDenied) {
+            println!("skipped: this machine keeps /dev/net/tun from its users");
+            return;
+        }
         let again = "ip link set lo up && ip addr add 192.0.2.1/32 dev lo && exec \"$0\" \"$@\"";
         let output = Program::new("unshare")
             .args(["--net", "sh", "-c", again])
@@ -694,6 +703,27 @@ async fn ports_of_a_session_can_be_reached() {
 
 #[test]
 fn all_of_it_again_as_an_ordinary_user() {
+    again(|program| {
+        let mut command = Program::new("setpriv");
+        command.args(["--reuid=12345", "--regid=12345", "--clear-groups"]).arg(program);
+        command
+    });
+}
+
+/// As the program makes itself for a user with an entry in `/etc/subuid`.
+#[test]
+fn all_of_it_again_as_a_user_with_a_range() {
+    again(|program| {
+        let enter = "read -r go; exec setpriv --reuid=0 --regid=0 --clear-groups \"$0\" \"$@\"";
+        let mut command = Program::new("unshare");
+        command.args(["--user", "--keep-caps", "sh", "-c", enter]).arg(program);
+        command
+    });
+}
+
+/// Runs this program's tests as user 12345. What `command` starts may be in a user namespace
+/// that is yet to be given its ids, and then wait for a line.
+fn again(command: impl Fn(&Path) -> Program) {
     if std::env::var_os("DENIZEN_TEST_CACHE").is_some() {
         return;
     }
@@ -707,15 +737,31 @@ fn all_of_it_again_as_an_ordinary_user() {
     std::fs::set_permissions(folder.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755))
         .unwrap();
     std::os::unix::fs::chown(folder.path(), Some(12345), Some(12345)).unwrap();
-    let output = Program::new("setpriv")
-        .args(["--reuid=12345", "--regid=12345", "--clear-groups"])
-        .arg(&program)
+    let mut command = command(&program);
+    let mut child = command
         .args(["--test-threads=2"])
         .env("DENIZEN_TEST_CACHE", folder.path().join("cache"))
         .env("TMPDIR", folder.path())
-        .output()
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::piped())
+        .spawn()
         .unwrap();
+    if command.get_program() == "unshare" {
+        let process = PathBuf::from(format!("/proc/{}", child.id()));
+        let namespace = |process: &Path| std::fs::read_link(process.join("ns/user")).unwrap();
+        while namespace(&process) == namespace(Path::new("/proc/self")) {
+            std::thread::yield_now();
+        }
+        for file in ["uid_map", "gid_map"] {
+            let map = "0 12345 1\n1879048192 500000 65536\n";
+            std::fs::write(process.join(file), map).unwrap();
+        }
+        let mut stdin = child.stdin.take().unwrap();
+        std::io::Write::write_all(&mut stdin, b"go\n").unwrap();
+    }
+    let output = child.wait_with_output().unwrap();
     let said = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success(), "{said}\n{}", String::from_utf8_lossy(&output.stderr));
-    assert!(said.contains("test result: ok. 17 passed"), "{said}");
+    assert!(said.contains("test result: ok. 18 passed"), "{said}");
 }

@@ -6,7 +6,7 @@
 mod common;
 
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use common::{PROGRAM, Stage, list};
@@ -88,11 +88,35 @@ async fn nothing_gets_out_of_roots_sandbox() {
 /// The same test again, run by an ordinary user.
 #[tokio::test]
 async fn nothing_gets_out_of_a_users_sandbox() {
+    again("nothing_gets_out_of_a_users_sandbox", PRETENDED, |program| {
+        let mut command = Command::new("setpriv");
+        command.args(["--reuid=12345", "--regid=12345", "--clear-groups"]).arg(program);
+        command
+    })
+    .await;
+}
+
+/// And by one that has a range of ids, as the program makes itself.
+#[tokio::test]
+async fn nothing_gets_out_of_a_sandbox_of_a_user_with_a_range() {
+    again("nothing_gets_out_of_a_sandbox_of_a_user_with_a_range", &[], |program| {
+        let enter = "read -r go; exec setpriv --reuid=0 --regid=0 --clear-groups \"$0\" \"$@\"";
+        let mut command = Command::new("unshare");
+        command.args(["--user", "--keep-caps", "sh", "-c", enter]).arg(program);
+        command
+    })
+    .await;
+}
+
+/// Makes the attempts in this process if it is the ordinary user, or runs one test of this
+/// program as that user. What `command` starts may be in a user namespace that is yet to be
+/// given its ids, and then wait for a line.
+async fn again(name: &str, allowed: &[(&str, &str)], command: impl Fn(&Path) -> Command) {
     if let Ok(folder) = std::env::var("DENIZEN_TEST_FOLDER") {
         let folder = Path::new(&folder);
         let arguments = std::fs::read_to_string(folder.join("arguments")).unwrap();
         let arguments: Vec<String> = arguments.lines().map(str::to_owned).collect();
-        let wrong = attempt_all(folder, &folder.join("escape"), &arguments, PRETENDED).await;
+        let wrong = attempt_all(folder, &folder.join("escape"), &arguments, allowed).await;
         assert!(wrong.is_empty(), "not held:\n{}", wrong.join("\n"));
         return;
     }
@@ -109,15 +133,31 @@ async fn nothing_gets_out_of_a_users_sandbox() {
     std::fs::copy(std::env::current_exe().unwrap(), folder.path().join("test")).unwrap();
     std::fs::set_permissions(folder.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
     std::os::unix::fs::chown(folder.path(), Some(12345), Some(12345)).unwrap();
-    let output = Command::new("setpriv")
-        .args(["--reuid=12345", "--regid=12345", "--clear-groups"])
-        .arg(folder.path().join("test"))
-        .args(["--exact", "nothing_gets_out_of_a_users_sandbox", "--nocapture"])
+    let mut command = command(&folder.path().join("test"));
+    let mut child = command
+        .args(["--exact", name, "--nocapture"])
         .env("DENIZEN_TEST_FOLDER", folder.path())
         .envs(stage.environment.clone())
-        .stdin(Stdio::null())
-        .output()
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
         .unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    if command.get_program() == "unshare" {
+        let process = PathBuf::from(format!("/proc/{}", child.id()));
+        let namespace = |process: &Path| std::fs::read_link(process.join("ns/user")).unwrap();
+        while namespace(&process) == namespace(Path::new("/proc/self")) {
+            std::thread::yield_now();
+        }
+        for file in ["uid_map", "gid_map"] {
+            let map = "0 12345 1\n1879048192 500000 65536\n";
+            std::fs::write(process.join(file), map).unwrap();
+        }
+        std::io::Write::write_all(&mut stdin, b"go\n").unwrap();
+    }
+    drop(stdin);
+    let output = child.wait_with_output().unwrap();
     println!("{}", String::from_utf8_lossy(&output.stdout));
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     assert_eq!(stage.traces(), Vec::<String>::new(), "seen from outside");

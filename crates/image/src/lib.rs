@@ -57,15 +57,15 @@ pub enum Owners {
     /// The calling user, who needs no privilege. The owners in the archive are dropped.
     Mine,
     /// The ids of a range, for which the caller must be root: uid `u` of the layer becomes
-    /// `uid_base + u`. An id that is not below `count` becomes nobody's (65534) and loses
-    /// setuid: refusing would make images unusable over a file that some build machine left
+    /// `uid_base + u`. An id that is not below `count` becomes nobody's (65534, or the last one
+    /// of a smaller range) and loses setuid: refusing would make images unusable over a file that some build machine left
     /// with its own user's number. [`Report::owners`] counts those.
     Shifted {
         /// Where uid 0 goes; never 0.
         uid_base: u32,
         /// Where gid 0 goes; never 0.
         gid_base: u32,
-        /// How many ids there are; at least 65535, so that nobody has a place.
+        /// How many ids there are; at least 1000, for a system's own users.
         count: u32,
     },
 }

@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::manifest::{Digest, ImageConfig};
 use crate::stream::Bounds;
-use crate::unpack::{NOBODY, Report, unpack};
+use crate::unpack::{LEAST_IDS, Report, unpack};
 use crate::work::{FOLDER, Work, names, sweep};
 use crate::{Error, Owners, Reference, Result};
 
@@ -88,8 +88,8 @@ impl Store {
             if !rustix::process::geteuid().is_root() {
                 return refuse("only root can give files away; use the caller's own owner");
             }
-            if count <= NOBODY {
-                return refuse("the range has less than 65535 ids, so none for nobody");
+            if count < LEAST_IDS {
+                return refuse("the range has less than 1000 ids, too few for a system's users");
             }
             // The highest number means "leave it" to chown(2).
             let last = |base: u32| base.checked_add(count).is_some();

@@ -52,6 +52,8 @@ const DEEPEST: usize = 512;
 const MOST_PENDING: usize = 256 << 20;
 /// Whom ids belong to that have no place in the session's range.
 pub const NOBODY: u32 = 65534;
+/// The fewest ids of a range: a system's own users have the first thousand.
+pub const LEAST_IDS: u32 = 1000;
 const INSIDE: ResolveFlags = ResolveFlags::BENEATH
     .union(ResolveFlags::NO_SYMLINKS)
     .union(ResolveFlags::NO_MAGICLINKS)
@@ -573,8 +575,9 @@ impl Layer<'_> {
         let fits = uid.is_some() && gid.is_some();
         self.report.owners += u64::from(!fits);
         // The store was opened with a range that holds all of these.
-        let uid = Uid::from_raw(uid_base.saturating_add(uid.unwrap_or(NOBODY)));
-        let gid = Gid::from_raw(gid_base.saturating_add(gid.unwrap_or(NOBODY)));
+        let nobody = NOBODY.min(count.saturating_sub(1));
+        let uid = Uid::from_raw(uid_base.saturating_add(uid.unwrap_or(nobody)));
+        let gid = Gid::from_raw(gid_base.saturating_add(gid.unwrap_or(nobody)));
         Some((uid, gid, fits))
     }
 

@@ -1,5 +1,6 @@
 //! The daemon's Unix socket: for its own user (and root) only, by file mode and by what the
-//! kernel says of each peer (`SO_PEERCRED`, unix(7)).
+//! kernel says of each peer (`SO_PEERCRED`, unix(7)). In a user namespace of the daemon's own
+//! that user is 0, and the host's root is one of those that have no number: it is refused.
 
 use std::io;
 use std::path::{Path, PathBuf};

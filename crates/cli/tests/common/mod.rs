@@ -1,7 +1,7 @@
 //! What tests of the program share: a user with a state folder of their own.
 #![allow(clippy::unwrap_used, dead_code, reason = "each test program uses a part of it")]
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
@@ -88,4 +88,26 @@ pub fn running(mark: &str) -> Vec<PathBuf> {
         })
         .filter(|process| !process.ends_with(std::process::id().to_string()))
         .collect()
+}
+
+/// An archive as `docker save` writes it, of busybox and nothing else.
+pub fn saved_image(folder: &Path) -> PathBuf {
+    let script = r#"
+        set -e
+        mkdir -p root/bin root/etc root/tmp layer
+        cp "$(command -v busybox)" root/bin/busybox
+        for name in sh cat ls echo touch id env rm test sleep; do ln -s busybox root/bin/$name; done
+        echo root:x:0:0::/:/bin/sh > root/etc/passwd
+        echo from-the-image > root/etc/motd
+        tar -C root --owner=0 --group=0 -cf layer/layer.tar .
+        id=$(sha256sum layer/layer.tar | cut -d' ' -f1)
+        echo '{"architecture":"amd64","os":"linux","config":{"Env":["PATH=/bin","FROM_IMAGE=yes"]},"rootfs":{"type":"layers","diff_ids":["sha256:'$id'"]}}' > config.json
+        config=$(sha256sum config.json | cut -d' ' -f1)
+        mv config.json $config.json
+        echo '[{"Config":"'$config'.json","RepoTags":["demo/busybox:1"],"Layers":["layer/layer.tar"]}]' > manifest.json
+        tar -cf image.tar manifest.json $config.json layer
+    "#;
+    let made = Command::new("sh").args(["-c", script]).current_dir(folder).output().unwrap();
+    assert!(made.status.success(), "{made:?}");
+    folder.join("image.tar")
 }

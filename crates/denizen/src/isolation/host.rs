@@ -73,6 +73,10 @@ impl Driver for Host {
         None
     }
 
+    fn owners(&self) -> Option<denizen_archive::Owners> {
+        None
+    }
+
     fn layers(&self, _: &Site) -> Vec<PathBuf> {
         Vec::new()
     }

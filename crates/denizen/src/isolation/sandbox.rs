@@ -25,7 +25,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use denizen_agent::{Agent, Enter, Launch};
-use denizen_image::Store;
+use denizen_image::{Owners, Store};
 use rustix::process::Resource;
 use uuid::Uuid;
 
@@ -98,13 +98,14 @@ pub(super) struct Sandbox {
 impl Sandbox {
     /// Prepares what all sandboxes of a pool share, in the pool's own folder.
     pub(super) fn new(own: &Path, options: Options) -> Result<Self> {
+        check_place()?;
         let users = Users::of_this_process()?;
+        check_range(users, own)?;
         // Instances stand elsewhere.
         let cache = options.cache.unwrap_or_else(|| own.join("cache"));
         let cache = std::path::absolute(&cache).map_err(|source| Error::root(&cache, source))?;
         let host = HostRoot::prepare(&cache.join("roots"), users)?;
-        let folder = own.join("images");
-        let images = Store::open(&folder, users.owners())?;
+        let (folder, images) = images_for(users, own)?;
         let roots = Roots { host, images, folder, default: options.image };
         // Now rather than when somebody needs it.
         roots.default_base()?;
@@ -133,15 +134,48 @@ impl Sandbox {
         let tmp = site.home.join("tmp");
         crate::volume::remove_tree(&tmp)?;
         self.folder(&tmp, 0o1777)?;
-        self.users.take_over(&site.volume)?;
         DirBuilder::new().recursive(true).mode(0o700).create(site.root_changes())?;
-        DirBuilder::new().recursive(true).mode(0o700).create(site.home.join("work"))?;
+        self.take_over(site)?;
         let overlays = overlays(site, below);
         for overlay in &overlays {
             self.folder(&overlay.upper, 0o755)?;
             self.folder(&overlay.work, 0o755)?;
         }
         Ok(overlays)
+    }
+
+    /// Fails if the session's files belong to users that this process cannot be.
+    fn check_users(&self, site: &Site) -> Result<()> {
+        let places = [site.volume.clone(), site.home.join("work"), site.root_changes()];
+        if !self.users.are_strange(&places) {
+            return Ok(());
+        }
+        Err(Error::Isolation {
+            isolation: "sandbox",
+            problem: format!(
+                "{} belongs to a range of user ids that this process does not have: `denizen \
+                 doctor` tells how to have it again; or restore a backup",
+                site.home.display()
+            ),
+        })
+    }
+
+    /// Makes the session's files those of its users, if others have made them. The folder
+    /// `work` says whose they are from before the first of them changes.
+    fn take_over(&self, site: &Site) -> std::io::Result<()> {
+        let work = site.home.join("work");
+        let changes = fs::read_dir(site.root_changes())?;
+        let changes = changes.map(|entry| entry.map(|entry| entry.path()));
+        let changes = changes.collect::<std::io::Result<Vec<_>>>()?;
+        let mut trees = vec![site.volume.as_path()];
+        trees.extend(changes.iter().filter(|path| path.is_dir()).map(PathBuf::as_path));
+        if self.users.must_take_over(&work)? {
+            // Overlayfs's scratch, of the users before.
+            crate::volume::remove_tree(&work)?;
+        }
+        DirBuilder::new().recursive(true).mode(0o700).create(&work)?;
+        self.users.give(&work, (0, 0))?;
+        trees.into_iter().try_for_each(|tree| self.users.take_over(tree))
     }
 
     /// Makes a folder of the sandbox's root, unless it is there.
@@ -301,6 +335,7 @@ impl Sandbox {
 impl Driver for Sandbox {
     fn start(&self, site: &Site) -> Result<Instance> {
         let failed = |source| Error::volume("prepare", &site.home, source);
+        self.check_users(site)?;
         let base = self.roots.of(site)?;
         let below = self.roots.below(&base)?;
         let overlays = self.folders(site, &below).map_err(failed)?;
@@ -376,6 +411,10 @@ impl Driver for Sandbox {
         self.roots.image_of(site)
     }
 
+    fn owners(&self) -> Option<denizen_archive::Owners> {
+        Some(self.users.kept())
+    }
+
     fn layers(&self, site: &Site) -> Vec<PathBuf> {
         self.roots.layers_of(site)
     }
@@ -389,6 +428,90 @@ fn overlays(site: &Site, below: &[Below]) -> Vec<Folders> {
 /// than 64 MiB.
 fn shared_memory(memory: u64) -> u64 {
     (memory / 2).max(64 << 20)
+}
+
+/// Fails within a sandbox of denizen's, where none can be made, before anything else does with a
+/// reason that leads nowhere.
+fn check_place() -> Result<()> {
+    let says = |path: &str, what: &str| fs::read_to_string(path).is_ok_and(|it| it.trim() == what);
+    if says("/proc/1/comm", "denizen-init") && says("/proc/sys/user/max_user_namespaces", "0") {
+        return Err(Error::Isolation {
+            isolation: "sandbox",
+            problem: "this is a session of another denizen, in which there are no further \
+                      sandboxes: set isolation to `host` here (what runs is kept from the machine \
+                      by this session, not from each other), or have that denizen make a session \
+                      for each"
+                .to_owned(),
+        });
+    }
+    Ok(())
+}
+
+/// Fails if the sessions' files belong to ids that this user was given once, and now has others:
+/// on another machine, or because `/etc/subuid` has changed.
+fn check_range(users: Users, own: &Path) -> Result<()> {
+    let Some(given) = users.given() else { return Ok(()) };
+    let record = own.join("range");
+    let failed = |source| Error::volume("keep the range of user ids in", &record, source);
+    match fs::read_to_string(&record) {
+        Ok(was) if was == given => Ok(()),
+        // Empty where a power cut has come in between.
+        Ok(was) if !was.is_empty() => Err(Error::Isolation {
+            isolation: "sandbox",
+            problem: format!(
+                "the sessions' files belong to user and group ids from {} on, and this user has \
+                 those from {} on now: give it the former back in /etc/subuid and /etc/subgid, or \
+                 set another `volume_root` and restore backups",
+                was.replace('-', " and "),
+                given.replace('-', " and "),
+            ),
+        }),
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(failed(error)),
+        _ => fs::write(&record, given).map_err(failed),
+    }
+}
+
+/// Makes a store that was made with one id the range's, so that sessions go on over the same
+/// layers. Those stay as that one id had them: all of their files are root's.
+fn take_over_images(users: Users, folder: &Path) -> std::io::Result<()> {
+    let record = folder.join("owners.json");
+    let was = match fs::read(&record) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        text => serde_json::from_slice::<Owners>(&text?).ok(),
+    };
+    if users.is_alone() || was != Some(Owners::Mine) {
+        return Ok(());
+    }
+    for layer in fs::read_dir(folder.join("layers"))? {
+        let tree = layer?.path().join("tree");
+        if tree.is_dir() {
+            users.take_over(&tree)?;
+        }
+    }
+    // Whole or not at all: until it is there, the next start does the same again.
+    let partial = folder.join("owners.json.partial");
+    let text = serde_json::to_vec(&users.owners()).map_err(std::io::Error::other)?;
+    fs::write(&partial, text)?;
+    fs::File::open(&partial)?.sync_all()?;
+    fs::rename(&partial, &record)?;
+    tracing::info!("images have a range of user ids now; pulled again they have all their users");
+    Ok(())
+}
+
+/// The store of images whose files belong to these users, in the pool's own folder. The usual
+/// one may belong to others, from before this process had a range, or from when it had one.
+fn images_for(users: Users, own: &Path) -> Result<(PathBuf, Store)> {
+    let folder = own.join("images");
+    take_over_images(users, &folder)
+        .map_err(|source| Error::volume("give a range of user ids", &folder, source))?;
+    match Store::open(&folder, users.owners()) {
+        Err(denizen_image::Error::Owners { .. }) if folder.join("owners.json").exists() => {
+            let folder = own.join(format!("images-{}", users.name()));
+            let store = Store::open(&folder, users.owners())?;
+            Ok((folder, store))
+        }
+        opened => Ok((folder, opened?)),
+    }
 }
 
 /// The two folders of an overlay on the host.

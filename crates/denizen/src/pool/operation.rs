@@ -269,8 +269,9 @@ fn originate(pool: &Pool, site: &Site, origin: Option<&Origin>) -> Fallible<()> 
 fn copy(pool: &Pool, to: &Site, origin: &Site) -> Fallible<()> {
     let staging = pool.volumes.stage(to.id)?;
     let never = AtomicBool::new(false);
-    let copied = backup::pack(origin, &staging, jiff::Timestamp::now(), &never)
-        .and_then(|archive| backup::unpack(&archive.path, &to.home));
+    let owners = pool.driver.owners();
+    let copied = backup::pack(origin, &staging, owners, jiff::Timestamp::now(), &never)
+        .and_then(|archive| backup::unpack(&archive.path, owners, &to.home));
     Volumes::unstage(&staging);
     copied
 }

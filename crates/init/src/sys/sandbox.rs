@@ -13,12 +13,14 @@ mod number {
     use std::ffi::c_long;
     pub const PIVOT_ROOT: c_long = 155;
     pub const KEYCTL: c_long = 250;
+    pub const CAPSET: c_long = 126;
 }
 #[cfg(target_arch = "aarch64")]
 mod number {
     use std::ffi::c_long;
     pub const PIVOT_ROOT: c_long = 41;
     pub const KEYCTL: c_long = 219;
+    pub const CAPSET: c_long = 91;
 }
 // Numbers above 423 are the same on all machines.
 const SYS_OPEN_TREE: c_long = 428;
@@ -474,8 +476,14 @@ pub fn leave_keyrings() {
     unsafe { syscall(number::KEYCTL, KEYCTL_JOIN_SESSION_KEYRING, null::<c_char>()) };
 }
 
+/// What this process needs of its own beside what its commands may have, and they do not get:
+/// SYS_PTRACE and SYS_RESOURCE, to see the environment and the limits of other users' processes,
+/// which tell whose command they are.
+const OF_INIT: u64 = 1 << 19 | 1 << 24;
+
 /// Programs executed from here on have no capabilities but these (capabilities(7)), and never
-/// gain any.
+/// gain any; nor does this process. It cannot have fewer than they: without new privileges, what
+/// it executes has none that it lacks.
 pub fn bound_capabilities(keep: u64) -> Result<()> {
     for capability in (0..64).filter(|capability| keep >> capability & 1 == 0) {
         // SAFETY: plain numbers.
@@ -486,6 +494,13 @@ pub fn bound_capabilities(keep: u64) -> Result<()> {
         }
         done(result.into())?;
     }
+    let own = keep | OF_INIT;
+    // Version 3 of the call; the set in halves, each effective, permitted, inheritable.
+    let header = [0x2008_0522u32, 0];
+    let half = |shift: u32| u32::try_from(own >> shift & u64::from(u32::MAX)).unwrap_or(0);
+    let sets = [half(0), half(0), 0, half(32), half(32), 0];
+    // SAFETY: arrays of the layouts that the call has for this version.
+    done(unsafe { syscall(number::CAPSET, header.as_ptr(), sets.as_ptr()) })?;
     // SAFETY: plain numbers.
     done(unsafe { prctl(PR_SET_NO_NEW_PRIVS, 1usize, 0usize, 0usize, 0usize) }.into())
 }

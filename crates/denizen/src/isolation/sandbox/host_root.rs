@@ -169,7 +169,8 @@ impl HostRoot {
         // One at a time makes or deletes copies.
         let _making = lock(store, FlockOperation::LockExclusive).map_err(failed)?;
         if !copy.is_dir() {
-            let partial = store.join("partial");
+            // A name for each, or another's could be in the way for ever.
+            let partial = store.join(format!("partial-{}", users.name()));
             crate::volume::remove_tree(&partial).map_err(failed)?;
             make(&partial, users, &merged).map_err(failed)?;
             fs::rename(&partial, &copy).map_err(failed)?;
@@ -179,7 +180,10 @@ impl HostRoot {
             let path = other.path();
             let unused = || lock(&path, FlockOperation::NonBlockingLockExclusive);
             if path != copy && path.is_dir() && unused().is_ok() {
-                crate::volume::remove_tree(&path).map_err(failed)?;
+                // It may belong to a range that this process does not have.
+                if let Err(error) = crate::volume::remove_tree(&path) {
+                    tracing::warn!(path = %path.display(), %error, "an old copy stays behind");
+                }
             }
         }
         Ok(Self { copy, merged, _lock: held })
@@ -203,8 +207,8 @@ fn fingerprint(users: Users) -> String {
     let times = changed.map(|path| {
         fs::metadata(path).map_or_else(|_| "-".to_owned(), |meta| format!("{:x}", meta.mtime()))
     });
-    let users = if users.is_alone() { "alone" } else { "range" };
-    format!("host-{VERSION}-{users}-{}", times.join("-"))
+    let given = users.given().map_or_else(String::new, |given| format!("-of-{given}"));
+    format!("host-{VERSION}-{}{given}-{}", users.name(), times.join("-"))
 }
 
 fn make(root: &Path, users: Users, merged: &[&str]) -> io::Result<()> {
@@ -221,7 +225,7 @@ fn make(root: &Path, users: Users, merged: &[&str]) -> io::Result<()> {
                 users.give(&root.join(name), (0, 0))?;
             }
             Ok(meta) if merged.contains(&name) => {
-                copier.folder(name, mode_of(&meta), (meta.uid(), meta.gid()))?;
+                copier.folder(name, mode_of(&meta), owner_of(&meta))?;
                 // Most of what is there is files that stay where they are: not even looked at.
                 let wanted = |to: &Path, kind: FileType| {
                     kind.is_dir() || LINKED.iter().any(|it| to.parent() == Some(Path::new(it)))
@@ -243,7 +247,7 @@ fn make(root: &Path, users: Users, merged: &[&str]) -> io::Result<()> {
         if !meta.is_dir() || !others_may_look(&meta) {
             continue;
         }
-        copier.folder(path, mode_of(&meta), (meta.uid(), meta.gid()))?;
+        copier.folder(path, mode_of(&meta), owner_of(&meta))?;
         let wanted = |to: &Path, _| !SECRET.iter().any(|secret| to == Path::new(secret));
         copier.tree(&source, Path::new(path), &wanted, &|copier, from, to, meta| {
             copier.whole(from, to, meta)
@@ -266,6 +270,14 @@ fn make(root: &Path, users: Users, merged: &[&str]) -> io::Result<()> {
 
 fn mode_of(meta: &Metadata) -> u32 {
     meta.mode() & 0o1777
+}
+
+/// Who has a copy. To a user namespace all of the host's users but its own are one, the kernel's
+/// `overflowuid`, and what is copied is root's.
+fn owner_of(meta: &Metadata) -> (u32, u32) {
+    const OVERFLOW: u32 = 65534;
+    let id = |id: u32| if id == OVERFLOW { 0 } else { id };
+    (id(meta.uid()), id(meta.gid()))
 }
 
 fn others_may_look(meta: &Metadata) -> bool {
@@ -313,7 +325,7 @@ impl Copier<'_> {
     /// empty: what it kept from them would be open under a new owner.
     fn merged(&self, to: &Path, meta: &Metadata) -> io::Result<bool> {
         let open = others_may_look(meta);
-        self.folder(to, mode_of(meta), (meta.uid(), meta.gid()))?;
+        self.folder(to, mode_of(meta), owner_of(meta))?;
         if !open {
             xattr::set(self.root.join(to), "user.overlay.opaque", b"y")?;
         }
@@ -325,16 +337,16 @@ impl Copier<'_> {
         let target = self.root.join(to);
         if meta.is_dir() {
             if others_may_look(meta) {
-                self.folder(to, mode_of(meta), (meta.uid(), meta.gid()))?;
+                self.folder(to, mode_of(meta), owner_of(meta))?;
                 return Ok(true);
             }
         } else if meta.is_symlink() {
             symlink(fs::read_link(from)?, &target)?;
-            self.users.give(&target, (meta.uid(), meta.gid()))?;
+            self.users.give(&target, owner_of(meta))?;
         } else if meta.is_file() && meta.mode() & 0o004 != 0 {
             fs::copy(from, &target)?;
             fs::set_permissions(&target, fs::Permissions::from_mode(meta.mode() & 0o777))?;
-            self.users.give(&target, (meta.uid(), meta.gid()))?;
+            self.users.give(&target, owner_of(meta))?;
         }
         Ok(false)
     }
