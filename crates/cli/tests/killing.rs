@@ -269,7 +269,7 @@ impl Soak {
             Victim::Outer => one(choice, &outer).collect(),
             Victim::Inner => one(choice, &inner).collect(),
             Victim::Both => one(choice, &outer).chain(daemons).collect(),
-            Victim::All => [daemons, outer, inner].concat(),
+            Victim::All => [&daemons[..], &outer, &inner].concat(),
             Victim::Command => one(choice, &within(&format!("sleep {MARK}"))).collect(),
             Victim::Agent => {
                 let agents = all.iter().filter(|process| {
@@ -287,8 +287,8 @@ impl Soak {
         }
         self.story.push(format!("kill {kind:?} {victims:?}"));
         // The first process within goes with the one outside, a little later.
-        let within = all.iter().filter(|it| it.depth > 1 && victims.contains(&it.parent));
-        self.victims.extend(within.map(|process| process.pid));
+        let killed = |it: &&&Process| outer.contains(&it.parent) && victims.contains(&it.parent);
+        self.victims.extend(inits.iter().filter(killed).map(|process| process.pid));
         self.victims.extend(victims);
         self.kills += 1;
         *self.tally.entry(format!("{kind:?}")).or_default() += 1;
