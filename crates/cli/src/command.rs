@@ -42,7 +42,7 @@ pub struct Exec {
     /// Name or UUID of the session
     session: String,
     /// The command and its arguments
-    #[arg(last = true, required = true)]
+    #[arg(trailing_var_arg = true, required = true)]
     command: Vec<String>,
 }
 

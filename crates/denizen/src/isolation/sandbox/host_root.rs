@@ -23,6 +23,7 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::FlockOperation;
+use uuid::Uuid;
 
 use super::users::Users;
 use crate::error::{Error, Result};
@@ -176,17 +177,41 @@ impl HostRoot {
             fs::rename(&partial, &copy).map_err(failed)?;
         }
         let held = lock(&copy, FlockOperation::LockShared).map_err(failed)?;
+        let mut old = Vec::new();
         for other in fs::read_dir(store).map_err(failed)?.flatten() {
             let path = other.path();
             let unused = || lock(&path, FlockOperation::NonBlockingLockExclusive);
-            if path != copy && path.is_dir() && unused().is_ok() {
-                // It may belong to a range that this process does not have.
-                if let Err(error) = crate::volume::remove_tree(&path) {
-                    tracing::warn!(path = %path.display(), %error, "an old copy stays behind");
-                }
+            if path != copy
+                && path.is_dir()
+                && let Ok(held) = unused()
+            {
+                // Away from where somebody else may want to make one.
+                let away = store.join(format!("old-{}", Uuid::new_v4()));
+                fs::rename(&path, &away).map_err(failed)?;
+                old.push((away, held));
             }
         }
+        delete(old);
         Ok(Self { copy, merged, _lock: held })
+    }
+}
+
+/// Deletes copies that nobody uses, when there is time: they have thousands of folders. What is
+/// not deleted to the end, the next one finds.
+fn delete(old: Vec<(PathBuf, File)>) {
+    if old.is_empty() {
+        return;
+    }
+    let delete = move || {
+        for (path, _held) in old {
+            // It may belong to a range that this process does not have.
+            if let Err(error) = crate::volume::remove_tree(&path) {
+                tracing::warn!(path = %path.display(), %error, "an old copy stays behind");
+            }
+        }
+    };
+    if let Err(error) = std::thread::Builder::new().name("denizen-old-root".into()).spawn(delete) {
+        tracing::warn!(%error, "old copies of the host's root stay behind");
     }
 }
 
