@@ -46,10 +46,11 @@ impl Liar {
             state: Mutex::default(),
             finished: watch::Sender::new(false),
             contained: true,
+            lingers: true,
             patience: Duration::from_millis(200),
         });
         let remote = Remote { shared: Arc::clone(&shared) };
-        let thread = std::thread::spawn(move || serve(&shared, child));
+        let thread = std::thread::spawn(move || serve(&shared, Launched::Child(child)));
         Self { init: Init { remote }, socket, thread }
     }
 
