@@ -54,7 +54,8 @@ impl Agent {
     /// comes what the init's plan had for the owner. See [`Init::find`]. Blocks, not for long.
     pub fn find(launch: Launch) -> Result<(Self, Option<OwnedFd>)> {
         let (init, door) = Init::find(&launch)?;
-        Ok((Self { inner: Arc::new(Inner { init: Mutex::new(Some(init)), launch }) }, door))
+        let inner = Inner { init: Mutex::new(Some(init)), launch: launch.into() };
+        Ok((Self { inner: Arc::new(inner) }, door))
     }
 
     /// Leaves what runs to itself; see [`Init::leave`]. Cancel-safe.
