@@ -21,7 +21,8 @@ pub(crate) fn launched(record: &Path) -> Option<(u32, Pid)> {
     let text = std::fs::read_to_string(record).ok()?;
     let mut lines = text.lines();
     let nonce = lines.next()?.trim().parse().ok()?;
-    Some((nonce, Pid::from_raw(lines.next()?.trim().parse().ok()?)?))
+    let pid = lines.next()?.trim().parse().ok().filter(|pid| *pid > 0)?;
+    Some((nonce, Pid::from_raw(pid)?))
 }
 
 /// Kills every process whose soft `RLIMIT_LOCKS` says that it descends from an init with one

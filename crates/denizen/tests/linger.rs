@@ -17,7 +17,7 @@ use denizen::{
 };
 use denizen_agent::Spec;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::{CWD, Mode, OFlags, openat};
+use rustix::fs::{CWD, FlockOperation, Mode, OFlags, openat};
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvFlags, SocketAddrUnix, SocketFlags, SocketType,
@@ -135,9 +135,14 @@ struct Owner {
 
 impl Owner {
     fn start(folder: &Path, network: &str, linger: Duration) -> Self {
+        Self::with_cache(folder, network, linger, &cache())
+    }
+
+    fn with_cache(folder: &Path, network: &str, linger: Duration, cache: &Path) -> Self {
         let mut child = Program::new(std::env::current_exe().unwrap())
             .args(["--exact", "an_owner", "--nocapture"])
             .env(OWNER, format!("{}\n{network}\n{}", folder.display(), linger.as_millis()))
+            .env("DENIZEN_TEST_CACHE", cache)
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();
@@ -239,11 +244,20 @@ async fn what_runs_is_found_again_after_kill_9() {
 #[tokio::test]
 async fn when_nobody_comes_it_ends() {
     let folder = tempfile::tempdir().unwrap();
-    let mut owner = Owner::start(folder.path(), "none", Duration::from_secs(1));
+    let cache = folder.path().join("cache");
+    let time = Duration::from_secs(1);
+    let mut owner = Owner::with_cache(folder.path(), "none", time, &cache);
     let outside = outside(folder.path(), owner.id);
+    // What every user sees of this machine, a copy that goes when nobody needs it any more.
+    let copies = std::fs::read_dir(cache.join("roots")).unwrap().flatten();
+    let copy = copies.map(|entry| entry.path()).find(|path| path.is_dir()).unwrap();
+    let copy = std::fs::File::open(copy).unwrap();
+    let unused = || rustix::fs::flock(&copy, FlockOperation::NonBlockingLockExclusive);
     owner.kill();
+    assert_eq!(unused(), Err(Errno::WOULDBLOCK));
     assert!(!has_ended(&outside, Timespec { tv_sec: 0, tv_nsec: 0 }));
     assert!(has_ended(&outside, DEADLINE));
+    assert_eq!(unused(), Ok(()));
     let pool = pool(folder.path(), Network::None, LONG).await;
     assert_eq!(pool.inspect(owner.id).unwrap().state, "stopped");
     assert_eq!(left_of(folder.path(), owner.id), [""; 0]);
