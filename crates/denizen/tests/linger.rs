@@ -12,8 +12,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use denizen::{
-    Error, Isolation, MicroVmManager, Network, RegistryError, VmExecutionGuard, VmPoolConfig,
-    VmPoolRuntimeConfig,
+    Error, EventKind, Isolation, MicroVmManager, Network, RegistryError, VmExecutionGuard,
+    VmPoolConfig, VmPoolRuntimeConfig,
 };
 use denizen_agent::Spec;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -33,8 +33,7 @@ const LONG: Duration = Duration::from_secs(600);
 /// Writes down its number, then counts for ever.
 const COUNTER: &str = "(setsid sh -c 'echo $$ > pid; while :; do echo >> count; sleep 0.02; done' > /dev/null 2>&1 &)";
 
-/// Opens the pool; waits for the tasks of an earlier one of this process to be gone.
-async fn pool(folder: &Path, network: Network, linger: Duration) -> Arc<MicroVmManager> {
+fn config(folder: &Path) -> VmPoolRuntimeConfig {
     let config = VmPoolConfig {
         enabled: true,
         volume_root: folder.join("pool"),
@@ -42,9 +41,13 @@ async fn pool(folder: &Path, network: Network, linger: Duration) -> Arc<MicroVmM
         shell_args: vec!["-c".to_owned()],
         ..VmPoolConfig::default()
     };
-    let config = VmPoolRuntimeConfig::from(&config);
+    (&config).into()
+}
+
+/// Opens the pool; waits for the tasks of an earlier one of this process to be gone.
+async fn pool(folder: &Path, network: Network, linger: Duration) -> Arc<MicroVmManager> {
     loop {
-        let builder = MicroVmManager::builder(config.clone()).isolation(Isolation::Sandbox);
+        let builder = MicroVmManager::builder(config(folder)).isolation(Isolation::Sandbox);
         let builder = builder.network(network.clone()).linger(linger).cache(cache());
         match builder.build() {
             Err(Error::Registry(RegistryError::Locked { .. })) => tokio::task::yield_now().await,
@@ -284,7 +287,11 @@ async fn who_does_not_want_it_ends_it() {
 #[tokio::test]
 async fn whoever_leaves_stops_what_is_idle_and_whoever_just_goes_ends_all() {
     let folder = tempfile::tempdir().unwrap();
-    let first = pool(folder.path(), Network::None, LONG).await;
+    let mut config = config(folder.path());
+    // It would be stopped again and again.
+    config.idle_shutdown = Duration::from_millis(50);
+    let first = MicroVmManager::builder(config).isolation(Isolation::Sandbox).linger(LONG);
+    let first = first.cache(cache()).build().unwrap();
     let [busy, idle] = [Uuid::new_v4(), Uuid::new_v4()];
     let guard = first.acquire(busy).await.unwrap();
     let pid = start_counting(&guard).await;
@@ -294,7 +301,8 @@ async fn whoever_leaves_stops_what_is_idle_and_whoever_just_goes_ends_all() {
     first.leave().await.unwrap();
     assert!(has_ended(&ends[1], DEADLINE));
     // What has been left is not this pool's any more, whatever it still does.
-    first.run_maintenance_now().await.unwrap();
+    let mut events = first.events().unwrap();
+    assert_eq!(events.next().await.unwrap().kind, EventKind::StillRunning);
     assert!(matches!(first.acquire(busy).await.unwrap_err(), Error::ShuttingDown));
     drop(first);
     let second = pool(folder.path(), Network::None, LONG).await;

@@ -210,6 +210,18 @@ async fn what_is_left_is_not_ended() {
     thread.join().unwrap();
 }
 
+/// The owner may be gone before its init looks: then nothing but a word tells that it wanted this.
+#[tokio::test]
+async fn what_is_to_end_is_told_so() {
+    let Liar { init, socket, thread } = Liar::new();
+    drop(init);
+    let mut told = [0; 100];
+    let (count, _) = receive_packet(socket.as_fd(), &mut told).unwrap();
+    assert_eq!(&told[..count], message::kill(0, false));
+    assert_eq!(receive_packet(socket.as_fd(), &mut told).unwrap().0, 0);
+    thread.join().unwrap();
+}
+
 #[test]
 fn a_first_word_is_one_or_none() {
     let mut choice = Choice(11);
