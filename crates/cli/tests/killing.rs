@@ -287,8 +287,11 @@ impl Soak {
             let _ = kill_process(Pid::from_raw(*pid).unwrap(), Signal::KILL);
         }
         self.story.push(format!("kill {kind:?} {victims:?}"));
-        // The first process within goes with the one outside, a little later.
-        let within = all.iter().filter(|it| it.depth > 1 && victims.contains(&it.parent));
+        // The first process within goes with the one outside, a little later, and all with it.
+        // What a killed command has started goes on.
+        let is_init = |pid| inits.iter().any(|init| init.pid == pid);
+        let gone = |parent| victims.contains(&parent) && is_init(parent);
+        let within = all.iter().filter(|it| it.depth > 1 && gone(it.parent));
         self.victims.extend(within.map(|process| process.pid));
         self.victims.extend(victims);
         self.kills += 1;
