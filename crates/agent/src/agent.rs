@@ -50,6 +50,21 @@ impl Agent {
         self.inner.init.lock().await.as_ref().is_some_and(Init::is_alive)
     }
 
+    /// An agent whose init an earlier owner launched in this way and has left to itself; with it
+    /// comes what the init's plan had for the owner. See [`Init::find`]. Blocks, not for long.
+    pub fn find(launch: Launch) -> Result<(Self, Option<OwnedFd>)> {
+        let (init, door) = Init::find(&launch)?;
+        let inner = Inner { init: Mutex::new(Some(init)), launch: launch.into() };
+        Ok((Self { inner: Arc::new(inner) }, door))
+    }
+
+    /// Leaves what runs to itself; see [`Init::leave`]. Cancel-safe.
+    pub async fn leave(&self) {
+        if let Some(init) = self.inner.init.lock().await.take() {
+            init.leave();
+        }
+    }
+
     /// Starts a command; launches the session's init first if there is none alive.
     ///
     /// Cancel-safe: a command whose start was not waited for to the end is killed.

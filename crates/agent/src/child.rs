@@ -190,6 +190,17 @@ impl Child {
     pub fn detach(&mut self) {
         self.spawned.detach();
     }
+
+    /// From now on, the command also goes on when this process dies or leaves the session to
+    /// itself, where sessions go on then ([`Launch::linger`](crate::Launch::linger)): nothing
+    /// reads what it prints from there on, but printing does not end it. To be called before its
+    /// outputs are taken.
+    pub fn outlive_owner(&self) -> Result<()> {
+        let outputs = [&self.stdout, &self.stderr].into_iter().flatten();
+        let outputs = outputs.filter_map(Reader::copy).collect::<io::Result<Vec<_>>>();
+        self.spawned.keep(outputs.map_err(Error::io("cannot copy a descriptor"))?);
+        Ok(())
+    }
 }
 
 /// The writing end of a command's stdin or terminal. Writes wait while the command does

@@ -98,6 +98,12 @@ pub enum Error {
         /// What the kernel said.
         source: io::Error,
     },
+    /// No instance that was left to itself can be found again.
+    #[error("nothing of the session runs on that could be found again: {source}")]
+    NotFound {
+        /// What stood in the way.
+        source: io::Error,
+    },
     /// The session's first process died, and everything it ran was killed. The next
     /// command starts a new one.
     #[error("the session's first process (denizen-init) has died, and its commands with it")]

@@ -3,10 +3,12 @@
 //! reaps it in the end, so that nothing here depends on a tokio runtime being alive. It
 //! must never wait for any process but the init itself.
 
+mod found;
+
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::ffi::OsString;
 use std::hash::{BuildHasher, RandomState};
-use std::io::{self, IoSlice, IoSliceMut};
+use std::io::{self, IoSlice, IoSliceMut, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
@@ -23,9 +25,12 @@ use rustix::net::{
     SendAncillaryMessage, SendFlags, Shutdown, SocketFlags, SocketType, recvmsg, sendmsg, shutdown,
     socketpair,
 };
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use rustix::process::{
+    Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid,
+};
 use tokio::sync::{oneshot, watch};
 
+pub use self::found::Linger;
 use crate::message::{self, Event, Stage};
 use crate::{Error, Exit, Result, Scope, program, sweep};
 
@@ -91,6 +96,8 @@ pub struct Launch {
     pub record: Option<PathBuf>,
     /// Makes it the first process of a sandbox.
     pub enter: Option<Arc<Enter>>,
+    /// Lets a sandbox go on without its owner. By default it does not.
+    pub linger: Option<Linger>,
 }
 
 /// What makes an init the first process of a sandbox.
@@ -138,6 +145,8 @@ struct Shared {
     /// It is the first process of a sandbox: all that it runs ends with it, by the kernel, and
     /// it is not trusted to keep its word. The process that was launched stays outside.
     contained: bool,
+    /// It goes on when its owner dies.
+    lingers: bool,
     /// See [`PATIENCE`].
     patience: Duration,
 }
@@ -148,6 +157,8 @@ struct State {
     dead: bool,
     /// When the owner closed its end.
     closed: Option<Instant>,
+    /// The owner has left it to itself.
+    left: bool,
     last_id: u32,
     queue: VecDeque<Packet>,
     starting: HashMap<u32, oneshot::Sender<Started>>,
@@ -193,6 +204,31 @@ impl Init {
             })
             .map_err(|source| Error::Launch { source })?;
         receiver.await.map_err(|_| Error::InitLost)?
+    }
+
+    /// Becomes the owner of the init that an earlier one launched in this way, with
+    /// [`Launch::linger`], and has left to itself; gives what its plan had for the owner. Blocks,
+    /// not for long.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`] if there is none, or none that can be used.
+    pub fn find(launch: &Launch) -> Result<(Self, Option<OwnedFd>)> {
+        let found = found::find(launch).map_err(|source| Error::NotFound { source });
+        let (shared, launched, door) = found?;
+        // From here on dropping it ends it.
+        let init = Self { remote: Remote { shared: Arc::clone(&shared) } };
+        std::thread::Builder::new()
+            .name("denizen-init".into())
+            .stack_size(256 * 1024)
+            .spawn(move || serve(&shared, launched))
+            .map_err(|source| Error::Launch { source })?;
+        Ok((init, door))
+    }
+
+    /// Leaves it to itself: what runs in the background goes on, for as long as
+    /// [`Launch::linger`] says or until [`Init::find`] finds it. Without that it ends.
+    pub fn leave(self) {
+        self.remote.shared.leave();
     }
 
     /// Its process id.
@@ -387,6 +423,15 @@ impl Remote {
         let _ = self.shared.send(&mut self.shared.state.lock(), message::drain(), vec![fd]);
     }
 
+    /// Has a command go on when its owner is gone, where the instance does. The descriptors are
+    /// copies of the ends that its outputs are read from.
+    pub(crate) fn keep(&self, id: u32, outputs: Vec<OwnedFd>) {
+        if self.shared.lingers {
+            // A dead init has nothing that could go on.
+            let _ = self.shared.send(&mut self.shared.state.lock(), message::keep(id), outputs);
+        }
+    }
+
     fn ask_end(&self, packet: Vec<u8>) -> Result<oneshot::Receiver<u32>> {
         let (sender, gone) = oneshot::channel();
         let mut state = self.shared.state.lock();
@@ -473,6 +518,10 @@ impl Spawned {
         self.kill_on_drop = false;
     }
 
+    pub(crate) fn keep(&self, outputs: Vec<OwnedFd>) {
+        self.remote.keep(self.id, outputs);
+    }
+
     pub(crate) fn exit_watch(&self) -> ExitWatch {
         self.exit.clone()
     }
@@ -538,11 +587,31 @@ impl Shared {
     /// Ends init: it sees that nobody can ask any more, kills everything, and exits.
     fn close(&self) {
         let mut state = self.state.lock();
+        if state.left {
+            return;
+        }
         state.closed.get_or_insert_with(Instant::now);
         state.queue.clear();
+        if self.lingers {
+            // This process may be gone before it has seen that only one direction was closed.
+            let _ = send_packet(self.socket.as_fd(), &message::kill(0, false), &[]);
+        }
         let _ = shutdown(&self.socket, Shutdown::Write);
         // The thread counts the time from here on.
         let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+    }
+
+    /// Closes both directions at once, as the end of this process would.
+    fn leave(&self) {
+        self.flush();
+        let mut state = self.state.lock();
+        // Otherwise its end, which dropping it is.
+        if self.lingers && state.closed.is_none() {
+            state.left = true;
+            state.dead = true;
+            state.queue.clear();
+            let _ = shutdown(&self.socket, Shutdown::Both);
+        }
     }
 
     /// Waits for an answer. The first process of a sandbox that gives none is ended.
@@ -614,7 +683,7 @@ impl Shared {
                 }
             }
             // Told once, before anybody could ask for anything.
-            Event::Entered | Event::Refused { .. } => {}
+            Event::Entered | Event::Refused { .. } | Event::Found { .. } => {}
             Event::Descriptor { id, errno } => {
                 if let Some(sender) = state.descriptors.remove(&id) {
                     let made = descriptor.ok_or_else(|| io::Error::from_raw_os_error(errno));
@@ -662,7 +731,7 @@ fn send_packet(
     }
 }
 
-fn start(launch: &Launch) -> Result<(Arc<Shared>, process::Child)> {
+fn start(launch: &Launch) -> Result<(Arc<Shared>, Launched)> {
     let was_killed = |error: &Error| match error {
         Error::Enter { source, .. } => matches!(
             Errno::from_io_error(source),
@@ -680,27 +749,33 @@ fn start(launch: &Launch) -> Result<(Arc<Shared>, process::Child)> {
     try_start(launch)
 }
 
-fn try_start(launch: &Launch) -> Result<(Arc<Shared>, process::Child)> {
+fn try_start(launch: &Launch) -> Result<(Arc<Shared>, Launched)> {
     let (shared, mut child) = run(launch).map_err(|source| Error::Launch { source })?;
     if let Some(enter) = &launch.enter
-        && let Err(error) = put_inside(&shared, enter)
+        && let Err(error) = put_inside(&shared, enter, launch.linger.as_ref())
     {
         // It has nothing yet that would have to be told.
         let _ = child.kill();
         let _ = child.wait();
         return Err(error);
     }
-    Ok((shared, child))
+    Ok((shared, Launched::Child(child)))
 }
 
 /// Has a new init become the first process of a sandbox, and waits until it is.
-fn put_inside(shared: &Shared, enter: &Enter) -> Result<()> {
+fn put_inside(shared: &Shared, enter: &Enter, linger: Option<&Linger>) -> Result<()> {
     let failed = |step: &str| {
         let step = step.to_owned();
         move |source: io::Error| Error::Enter { step, source }
     };
-    let plan = program::memory_file(&enter.plan).map_err(failed("plan"))?;
-    send_packet(shared.socket.as_fd(), &message::enter(), &[plan])
+    let mut descriptors = vec![program::memory_file(&enter.plan).map_err(failed("plan"))?];
+    if let Some(linger) = linger {
+        descriptors.push(linger.bind().map_err(failed("the socket for its next owner"))?);
+        let held = linger.held.as_ref().map(|held| held.try_clone()).transpose();
+        descriptors.extend(held.map_err(failed("hold"))?.map(OwnedFd::from));
+    }
+    let packet = message::enter(linger.map_or(0, Linger::milliseconds));
+    send_packet(shared.socket.as_fd(), &packet, &descriptors)
         .map_err(|errno| failed("plan")(errno.into()))?;
     let mut buffer = vec![0; PACKET];
     let begin = Instant::now();
@@ -781,6 +856,7 @@ fn run(launch: &Launch) -> io::Result<(Arc<Shared>, process::Child)> {
                 run(file, theirs)?
             }
         };
+    let contained = launch.enter.is_some();
     let shared = Shared {
         socket: ours,
         wake,
@@ -788,14 +864,77 @@ fn run(launch: &Launch) -> io::Result<(Arc<Shared>, process::Child)> {
         nonce,
         state: Mutex::default(),
         finished: watch::Sender::new(false),
-        contained: launch.enter.is_some(),
+        contained,
+        lingers: contained && launch.linger.is_some(),
         patience: PATIENCE,
     };
+    if let (Some(record), true) = (&launch.record, shared.lingers) {
+        // Beside the number, which must never be missing.
+        let written = std::fs::OpenOptions::new()
+            .append(true)
+            .open(record)
+            .and_then(|mut record| writeln!(record, "{}", shared.pid));
+        if let Err(error) = written {
+            tracing::warn!(?record, %error, "the session's init will not be found again");
+        }
+    }
     Ok((Arc::new(shared), child))
 }
 
+/// The process that was launched.
+#[derive(Debug)]
+enum Launched {
+    Child(process::Child),
+    /// An earlier owner's child: a descriptor of the process.
+    Found(OwnedFd),
+}
+
+impl Launched {
+    /// A descriptor of the process.
+    fn descriptor(&self) -> io::Result<OwnedFd> {
+        match self {
+            Self::Child(child) => Ok(pidfd_open(Pid::from_child(child), PidfdFlags::empty())?),
+            Self::Found(fd) => fd.try_clone(),
+        }
+    }
+
+    /// Whether it has ended and its number may be another's.
+    fn may_be_reaped(&self) -> bool {
+        match self {
+            // By us only.
+            Self::Child(_) => false,
+            Self::Found(fd) => {
+                let none = Timespec { tv_sec: 0, tv_nsec: 0 };
+                poll(&mut [PollFd::new(fd, PollFlags::IN)], Some(&none)) != Ok(0)
+            }
+        }
+    }
+
+    fn kill(&mut self) {
+        match self {
+            Self::Child(child) => drop(child.kill()),
+            Self::Found(fd) => drop(pidfd_send_signal(fd, Signal::KILL)),
+        }
+    }
+
+    /// Waits for its end; whether it is known to have been a good one.
+    fn wait(&mut self) -> bool {
+        match self {
+            Self::Child(child) => child.wait().is_ok_and(|status| status.success()),
+            Self::Found(fd) => {
+                while let Err(Errno::INTR) = poll(&mut [PollFd::new(fd, PollFlags::IN)], None) {}
+                // It is ours all the same if the earlier owner was in this process.
+                match waitid(WaitId::PidFd(fd.as_fd()), WaitIdOptions::EXITED) {
+                    Ok(Some(status)) => status.exit_status() == Some(0),
+                    _ => false,
+                }
+            }
+        }
+    }
+}
+
 /// The thread of one init: its events until it is gone, then its end.
-fn serve(shared: &Shared, mut child: process::Child) {
+fn serve(shared: &Shared, mut launched: Launched) {
     let mut buffer = vec![0; PACKET];
     let patience = loop {
         match receive_packet(shared.socket.as_fd(), &mut buffer) {
@@ -815,34 +954,43 @@ fn serve(shared: &Shared, mut child: process::Child) {
             break Duration::ZERO;
         }
     };
-    let closed = {
+    let (closed, left) = {
         let mut state = shared.state.lock();
         state.dead = true;
-        state.closed.is_some()
+        (state.closed.is_some(), state.left)
     };
-    end(&mut child, shared.contained, patience);
-    // Its own child, by its own number.
-    let status = child.wait();
-    if !closed || !status.as_ref().is_ok_and(std::process::ExitStatus::success) {
-        tracing::warn!(pid = shared.pid, ?status, "the session's init died; killing what it ran");
-        sweep::sweep(&[shared.nonce]);
+    if !left {
+        end(&mut launched, shared, patience);
+        // A child of ours, by its own number.
+        let well = launched.wait();
+        if !closed || !well {
+            if !closed || matches!(launched, Launched::Child(_)) {
+                let pid = shared.pid;
+                tracing::warn!(pid, "the session's init died; killing what it ran");
+            }
+            sweep::sweep(&[shared.nonce]);
+        }
     }
-    let state = std::mem::take(&mut *shared.state.lock());
-    shared.state.lock().dead = true;
+    let gone = State { dead: true, left, ..State::default() };
+    let state = std::mem::replace(&mut *shared.state.lock(), gone);
     for ended in state.running.values() {
         ended.send_replace(Ended::Lost);
     }
     // Dropping the other senders tells those who wait.
     drop(state);
     shared.finished.send_replace(true);
+    if left {
+        // Nobody else reaps it while this process is there.
+        launched.wait();
+    }
 }
 
 /// Waits for the end of an init that is leaving. If it does not keep its word, it is killed;
 /// a sandbox's within, so that the one outside goes when all of the sandbox has ended.
-fn end(child: &mut process::Child, contained: bool, patience: Duration) {
+fn end(launched: &mut Launched, shared: &Shared, patience: Duration) {
     if !patience.is_zero() {
         // Kernels before 5.3 have no sandboxes either.
-        let Ok(fd) = pidfd_open(Pid::from_child(child), PidfdFlags::empty()) else { return };
+        let Ok(fd) = launched.descriptor() else { return };
         let begin = Instant::now();
         while let Some(left) = patience.checked_sub(begin.elapsed()) {
             let ended = poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&timespec(left)));
@@ -851,17 +999,18 @@ fn end(child: &mut process::Child, contained: bool, patience: Duration) {
             }
         }
     }
-    let within: Vec<Pid> = if contained { children(child.id()) } else { Vec::new() };
+    let within: Vec<Pid> = if shared.contained { children(shared.pid) } else { Vec::new() };
     for pid in &within {
         // The number may be another's by now; the descriptor is one process's.
         if let Ok(fd) = pidfd_open(*pid, PidfdFlags::empty())
-            && children(child.id()).contains(pid)
+            && children(shared.pid).contains(pid)
+            && !launched.may_be_reaped()
         {
             let _ = pidfd_send_signal(fd, Signal::KILL);
         }
     }
     if within.is_empty() {
-        let _ = child.kill();
+        launched.kill();
     }
 }
 

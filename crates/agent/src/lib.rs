@@ -41,7 +41,7 @@ mod tree;
 pub use agent::Agent;
 pub use child::{Child, Exit, Scope, Spec, Stdin, Stdio};
 pub use error::Error;
-pub use init::{Door, Enter, Launch, Process};
+pub use init::{Door, Enter, Launch, Linger, Process};
 pub use output::{Chunk, Output, Reader, Stream};
 pub use sweep::{recorded, sweep};
 pub use tree::descendants;

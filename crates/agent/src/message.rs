@@ -21,6 +21,7 @@ const DRAIN: u8 = 6;
 const ENTER: u8 = 7;
 const TERMINAL: u8 = 8;
 const CONNECT: u8 = 9;
+const KEEP: u8 = 10;
 /// The bytes of one process in a listing.
 const RECORD: usize = 28;
 
@@ -105,9 +106,17 @@ pub(crate) fn drain() -> Vec<u8> {
     header(DRAIN, 0, 0)
 }
 
-/// Become the first process of a sandbox; the plan goes with it.
-pub(crate) fn enter() -> Vec<u8> {
-    header(ENTER, 0, 0)
+/// Become the first process of a sandbox; the plan goes with it. Go on for so many milliseconds
+/// without an owner.
+pub(crate) fn enter(linger: u32) -> Vec<u8> {
+    let mut packet = header(ENTER, 0, 0);
+    packet.extend(linger.to_le_bytes());
+    packet
+}
+
+/// Let a command go on without its owner; its outputs go with it.
+pub(crate) fn keep(id: u32) -> Vec<u8> {
+    header(KEEP, 0, id)
 }
 
 /// Make a terminal.
@@ -169,6 +178,11 @@ pub(crate) enum Event {
         id: u32,
         errno: i32,
     },
+    /// It has been found by a new owner.
+    Found {
+        last_id: u32,
+        version: u32,
+    },
 }
 
 /// Takes an event apart; none if it is not one.
@@ -206,6 +220,7 @@ pub(crate) fn event(packet: &[u8]) -> Option<Event> {
             step: String::from_utf8_lossy(packet.get(12..)?).into_owned(),
         },
         9 => Event::Descriptor { id, errno: signed(8)? },
+        10 => Event::Found { last_id: id, version: number(8)? },
         _ => return None,
     })
 }

@@ -64,6 +64,11 @@ impl Reader {
         self.stream
     }
 
+    /// A copy of its descriptor, before its end.
+    pub(crate) fn copy(&self) -> Option<io::Result<OwnedFd>> {
+        self.source.as_ref()?.copy()
+    }
+
     /// The next bytes, none at the end. `buffer` is scratch space, kept between calls.
     fn poll_chunk(
         &mut self,
@@ -228,6 +233,14 @@ impl Source {
         // Newly made pipes and terminals have no other flag that could get lost.
         rustix::fs::fcntl_setfl(&fd, OFlags::NONBLOCK).map_err(Error::io(what))?;
         Ok(Self(Registration::None(fd)))
+    }
+
+    fn copy(&self) -> Option<io::Result<OwnedFd>> {
+        match &self.0 {
+            Registration::None(fd) => Some(fd.try_clone()),
+            Registration::Done(registered) => Some(registered.get_ref().try_clone()),
+            Registration::Moving => None,
+        }
     }
 
     fn into_fd(self) -> Option<OwnedFd> {

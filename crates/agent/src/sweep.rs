@@ -13,7 +13,16 @@ const ROUNDS: usize = 1000;
 /// The number in a record that an init's owner wrote ([`Launch::record`](crate::Launch)); none
 /// if there is no record.
 pub fn recorded(record: &Path) -> Option<u32> {
-    std::fs::read_to_string(record).ok()?.trim().parse().ok()
+    std::fs::read_to_string(record).ok()?.lines().next()?.trim().parse().ok()
+}
+
+/// The number and the process that a record names, if it names both.
+pub(crate) fn launched(record: &Path) -> Option<(u32, Pid)> {
+    let text = std::fs::read_to_string(record).ok()?;
+    let mut lines = text.lines();
+    let nonce = lines.next()?.trim().parse().ok()?;
+    let pid = lines.next()?.trim().parse().ok().filter(|pid| *pid > 0)?;
+    Some((nonce, Pid::from_raw(pid)?))
 }
 
 /// Kills every process whose soft `RLIMIT_LOCKS` says that it descends from an init with one
@@ -53,7 +62,7 @@ fn marked(nonces: &[u32]) -> Vec<Pid> {
 }
 
 /// Zombies count as gone: their limits read as empty or they are another's to reap.
-fn has_mark(pid: Pid, nonces: &[u32]) -> bool {
+pub(crate) fn has_mark(pid: Pid, nonces: &[u32]) -> bool {
     let folder = format!("/proc/{}", pid.as_raw_nonzero());
     let Ok(limits) = std::fs::read_to_string(format!("{folder}/limits")) else {
         return false;

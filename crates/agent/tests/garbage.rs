@@ -15,7 +15,8 @@ use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
-    SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
+    SendFlags, Shutdown, SocketAddrUnix, SocketFlags, SocketType, bind, connect, recvmsg, sendmsg,
+    shutdown, socket_with, socketpair,
 };
 
 /// Longer than anything here takes.
@@ -182,7 +183,7 @@ fn packets_of_garbage_start_nothing() {
         garbage.send(&packet(1, 0, 1, &spawn), &[]);
         garbage.await_event(2);
         for _ in 0..2000 {
-            let kind = u8::try_from(choice.below(10)).unwrap();
+            let kind = u8::try_from(choice.below(12)).unwrap();
             let id = u32::try_from(choice.below(4)).unwrap();
             let rest = match kind {
                 1 => spawn.clone(),
@@ -232,6 +233,63 @@ fn a_file_too_big_is_refused() {
     assert_eq!(garbage.end(), Some(1));
 }
 
+/// The words of a plan that makes a sandbox of this user's.
+fn plan(words: &[&str]) -> Vec<u8> {
+    words.iter().flat_map(|word| [word.as_bytes(), &[0]].concat()).collect()
+}
+
+/// Owners come and go: none of them can do more than one that was there from the start, and none
+/// that only hangs up ends anything.
+#[test]
+fn owners_of_garbage_come_and_go() {
+    let (folder, program) = program();
+    let (user, group) = (rustix::process::geteuid(), rustix::process::getegid());
+    let maps = [user.as_raw(), group.as_raw()].map(|id| format!("0 {id} 1"));
+    let words = ["alone", "map", &maps[0], &maps[1], "fs", "/usr", "0", "tmpfs", "1", "mode=755"];
+    let more = ["dir", "/proc", "555", "fs", "/proc", "14", "proc", "0"];
+    let plan = file(&plan(&[&words[..], &more].concat()));
+    let name = SocketAddrUnix::new(folder.path().join("socket")).unwrap();
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = || socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
+    let listener = socket();
+    bind(&listener, &name).unwrap();
+    let mut garbage = Garbage::new(&program);
+    let time = 60_000u32.to_le_bytes();
+    garbage.send(&packet(7, 0, 0, &time), &[plan.as_fd(), listener.as_fd(), listener.as_fd()]);
+    garbage.await_event(7);
+    drop(listener);
+    let mut choice = Choice(5);
+    for round in 0..60u32 {
+        // Hung up in the middle of whatever.
+        garbage.socket = socket();
+        connect(&garbage.socket, &name).unwrap();
+        let word = garbage.await_event(10);
+        assert_eq!(word, packet(10, 0, 0, &1u32.to_le_bytes()), "round {round}");
+        for _ in 0..choice.below(50) {
+            // All but what ends everything.
+            let kind = [1, 2, 4, 6, 7, 8, 9, 10, 11][choice.below(9)];
+            let length = choice.below(40);
+            let rest: Vec<u8> = (0..length).map(|_| choice.byte()).collect();
+            let packet = packet(kind, choice.byte(), choice.below(3).try_into().unwrap(), &rest);
+            let fds = [plan.as_fd(); 3];
+            garbage.send(&packet, &fds[..choice.below(4)]);
+        }
+    }
+    garbage.socket = socket();
+    connect(&garbage.socket, &name).unwrap();
+    garbage.await_event(10);
+    garbage.send(&packet(4, 0, 77, &[]), &[]);
+    assert_eq!(garbage.await_event(6).len(), 8, "something runs");
+    // A word first, or one direction only: this one does not come back, and wants no other.
+    shutdown(&garbage.socket, Shutdown::Write).unwrap();
+    let begin = Instant::now();
+    while garbage.child.try_wait().unwrap().is_none() {
+        assert!(begin.elapsed() < Duration::from_secs(20), "it does not end");
+        std::thread::yield_now();
+    }
+    assert_eq!(connect(socket(), &name), Err(Errno::CONNREFUSED));
+}
+
 #[test]
 fn a_plan_that_is_none_is_refused() {
     let (folder, program) = program();
@@ -248,9 +306,6 @@ fn a_plan_that_is_none_is_refused() {
         ["calls", "7fff000000000006"].to_vec(),
     ];
     let words = words.concat();
-    let plan = |words: &[&str]| -> Vec<u8> {
-        words.iter().flat_map(|word| [word.as_bytes(), &[0]].concat()).collect()
-    };
     // Whether the sandbox was entered.
     let enter = |plan: &[u8]| {
         let garbage = Garbage::new(&program);

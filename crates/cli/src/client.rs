@@ -71,7 +71,11 @@ impl Client {
         if UnixStream::connect(&client.socket).await.is_err() {
             return Ok(());
         }
-        client.json("POST", "/v1/shutdown").await.map(drop)
+        match client.json("POST", "/v1/shutdown").await {
+            // Gone before it could answer.
+            Err(_) if UnixStream::connect(&client.socket).await.is_err() => Ok(()),
+            answer => answer.map(drop),
+        }
     }
 
     /// A client of sessions' processes.

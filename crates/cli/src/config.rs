@@ -85,6 +85,16 @@ pub struct Options {
         hide_short_help = true
     )]
     limits: Option<Toml<Limits>>,
+    /// Seconds that a sandbox in which something runs goes on without a daemon, until the next
+    /// one finds it; 0 ends all with the daemon [default: 300]
+    #[arg(
+        long,
+        global = true,
+        env = "DENIZEN_LINGER_SECONDS",
+        value_name = "SECONDS",
+        hide_short_help = true
+    )]
+    linger_seconds: Option<u64>,
     /// The folder that holds all sessions
     #[arg(
         long,
@@ -221,6 +231,7 @@ struct FileConfig {
     sleep: Option<Sleep>,
     background_is_use: Option<bool>,
     limits: Option<Limits>,
+    linger_seconds: Option<u64>,
     pool: toml::Table,
 }
 
@@ -236,6 +247,9 @@ pub struct Settings {
     /// How long callers wait in line.
     #[serde(rename = "acquire_timeout_seconds", serialize_with = "seconds")]
     pub acquire_timeout: Duration,
+    /// How long sandboxes go on without a daemon.
+    #[serde(rename = "linger_seconds", serialize_with = "seconds")]
+    pub linger: Duration,
     /// How far sessions are kept from this machine.
     pub isolation: Isolation,
     /// How many sandboxes are kept ready for sessions to come.
@@ -318,9 +332,11 @@ pub fn load(options: &Options) -> Result<Settings> {
     limits.disk_bytes.get_or_insert(DISK);
     let socket = options.socket.clone().or(given.socket);
     let wait = options.acquire_timeout_seconds.or(given.acquire_timeout_seconds).unwrap_or(30);
+    let linger = options.linger_seconds.or(given.linger_seconds).unwrap_or(300);
     Ok(Settings {
         socket: absolute(&socket.unwrap_or_else(|| state.join("denizen.sock")))?,
         acquire_timeout: Duration::from_secs(wait),
+        linger: Duration::from_secs(linger),
         isolation: options.isolation.or(given.isolation).unwrap_or(Isolation::Sandbox),
         spares: options.spares.or(given.spares).unwrap_or(2),
         image: options.image.clone().or(given.image),

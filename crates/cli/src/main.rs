@@ -371,6 +371,7 @@ async fn serve(
     idle_exit: Option<u64>,
     background: bool,
 ) -> Result<()> {
+    use denizen_server::{Daemon, Ending, ServeError};
     use tokio::signal::unix::{SignalKind, signal};
     tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
@@ -411,6 +412,7 @@ async fn serve(
         .sleep(settings.sleep)
         .background_is_use(settings.background_is_use)
         .limits(settings.limits)
+        .linger(settings.linger)
         .acquire_timeout(settings.acquire_timeout)
         .spares(settings.spares)
         .build()
@@ -422,13 +424,18 @@ async fn serve(
             failed(&error)
         })?;
     let idle_exit = idle_exit.map(std::time::Duration::from_secs);
-    let daemon = denizen_server::Daemon::bind(pool, &settings.socket, idle_exit);
-    let daemon = daemon.map_err(|error| {
-        if let denizen_server::ServeError::Taken { .. } = error {
-            tell(client::TAKEN);
+    let daemon = match Daemon::bind(pool.clone(), &settings.socket, idle_exit) {
+        Ok(daemon) => daemon,
+        Err(error) => {
+            if let ServeError::Taken { .. } = error {
+                tell(client::TAKEN);
+            }
+            // What it has found running is no worse for it.
+            pool.leave().await.map_err(|error| failed(&error))?;
+            return Err(failed(&error));
         }
-        failed(&error)
-    })?;
+    };
+    drop(pool);
     let mut terminate = signal(SignalKind::terminate()).map_err(|error| failed(&error))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(|error| failed(&error))?;
     tell(client::READY);
@@ -437,8 +444,10 @@ async fn serve(
     }
     let stop = async move {
         tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
+            // What a service manager sends, also when it starts the daemon anew.
+            _ = terminate.recv() => Ending::Leave,
+            // Somebody at a terminal.
+            _ = interrupt.recv() => Ending::Stop,
         }
     };
     daemon.serve(stop).await.map_err(|error| failed(&error))

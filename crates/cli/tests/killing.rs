@@ -231,7 +231,8 @@ impl Soak {
     fn inits(homes: &[PathBuf]) -> BTreeSet<String> {
         let records = homes.iter().map(|home| fs::read_to_string(home.join("init")));
         let records = records.filter_map(Result::ok);
-        records.map(|record| format!("denizen-init {} ", record.trim())).collect()
+        let numbers = records.filter_map(|record| record.lines().next().map(str::to_owned));
+        numbers.map(|number| format!("denizen-init {number} ")).collect()
     }
 
     /// All that were started for this user, whatever they believe.
@@ -286,7 +287,8 @@ impl Soak {
             let _ = kill_process(Pid::from_raw(*pid).unwrap(), Signal::KILL);
         }
         self.story.push(format!("kill {kind:?} {victims:?}"));
-        // The first process within goes with the one outside, a little later.
+        // The first process within goes with the one outside, a little later. What a killed
+        // command has started goes on.
         let killed = |it: &&&Process| outer.contains(&it.parent) && victims.contains(&it.parent);
         self.victims.extend(inits.iter().filter(killed).map(|process| process.pid));
         self.victims.extend(victims);
@@ -472,8 +474,9 @@ fn a_daemon_in_another_group_clears_up_after_the_one_before() {
     let daemon = soak.user.daemon_pid().unwrap();
     kill_process(Pid::from_raw(daemon).unwrap(), Signal::KILL).unwrap();
     until("the daemon has ended", || has_ended(daemon));
-    // Any command of the next daemon, which is in the test's own group.
-    assert!(soak.user.run(&["inspect", "a"]).status.success());
+    // The next daemon, which is in the test's own group, has found it.
+    assert_eq!(soak.user.json(&["inspect", "a"])["state"], "active");
+    assert!(soak.user.run(&["stop", "a"]).status.success());
     soak.nothing_stays();
     fs::remove_dir(group.join("denizen")).unwrap();
     fs::remove_dir(&group).unwrap();

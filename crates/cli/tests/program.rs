@@ -158,6 +158,36 @@ fn kill_9_of_the_daemon_leaves_no_process_and_loses_no_session() {
     assert_eq!(text(&user.exec("a", "cat file").stdout), "kept\n");
 }
 
+#[test]
+fn what_runs_in_the_background_outlives_its_daemon() {
+    use rustix::process::{Pid, Signal, kill_process};
+    let user = User::new();
+    let line = "echo $$ > pid; while :; do echo; echo >> count; sleep 0.0271834; done";
+    let started = user.run(&["exec", "-d", "--tag", "job", "a", "--", "sh", "-c", line]);
+    assert!(started.status.success(), "{started:?}");
+    let show = |line: &str| text(&user.exec("a", line).stdout);
+    until("it counts", || show("test -s count && cat pid") != "");
+    let pid = show("cat pid");
+    for signal in [Signal::KILL, Signal::TERM] {
+        user.exec("idle", "true");
+        let daemon = user.daemon_pid().unwrap();
+        kill_process(Pid::from_raw(daemon).unwrap(), signal).unwrap();
+        let line = format!("/proc/{daemon}/cmdline");
+        until("the daemon has ended", || std::fs::read(&line).unwrap_or_default().is_empty());
+        assert_eq!(user.json(&["inspect", "a"])["state"], "active", "{signal:?}");
+        let idle = if signal == Signal::TERM { "stopped" } else { "active" };
+        assert_eq!(user.json(&["inspect", "idle"])["state"], idle, "{signal:?}");
+        let before = show("cat count");
+        until("it counts on", || show("cat count") != before);
+        assert_eq!(show("cat pid; kill -0 $(cat pid) && echo there"), format!("{pid}there\n"));
+        assert_eq!(user.run(&["stop", "a"]).status.code(), Some(125), "{signal:?}");
+    }
+    // Asked to stop, it takes everything along.
+    assert!(user.run(&["shutdown"]).status.success());
+    until("all is gone", || running("sleep 0.0271834").is_empty());
+    assert_eq!(user.json(&["inspect", "a"])["state"], "stopped");
+}
+
 /// The worst that can happen to a session's processes: nobody is left who knows of them.
 #[test]
 fn kill_9_of_daemon_and_init_is_swept_up_by_the_next_start() {

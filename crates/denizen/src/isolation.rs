@@ -13,6 +13,7 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use denizen_agent::{Agent, Launch};
 use denizen_image::{Image, Store};
@@ -172,6 +173,8 @@ pub(crate) struct Options {
     pub(crate) agent_program: Option<PathBuf>,
     /// What new sessions' roots are: an image's name or a folder's path.
     pub(crate) image: Option<String>,
+    /// How long instances that can do so go on without an owner.
+    pub(crate) linger: Duration,
 }
 
 /// What is said where an image is asked for and cannot be had.
@@ -245,6 +248,11 @@ impl Site {
         denizen_agent::recorded(&self.record())
     }
 
+    /// Where an init that goes on without its owner is found again.
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.home.join("init.sock")
+    }
+
     fn record(&self) -> PathBuf {
         self.home.join("init")
     }
@@ -258,6 +266,13 @@ pub(crate) trait Driver: Send + Sync {
 
     /// Goes on with an instance whose session's folder and name are now others. May block.
     fn moved(&self, instance: Instance, from: &Site, to: &Site) -> Result<Instance>;
+
+    /// The instance of a session whose volume is whole, if an earlier pool has left it running
+    /// and it can be used as it is. Makes none. Called as `start`.
+    fn resume(&self, site: &Site) -> Option<Instance>;
+
+    /// Lets go of an instance that goes on without this process: nothing here serves it any more.
+    fn leave(&self, site: &Site);
 
     /// Clears away what an instance leaves outside of its session's folder. Nothing runs in it,
     /// or what does is dying, perhaps frozen. May block.

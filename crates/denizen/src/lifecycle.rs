@@ -353,6 +353,8 @@ pub enum Found {
     Half,
     /// A volume.
     Whole,
+    /// A volume, and the session's instance, which still runs.
+    Running,
 }
 
 #[derive(Clone, Debug)]
@@ -493,6 +495,8 @@ enum Fault {
     BrokenGranted,
     /// A frozen session whose volume has vanished is forgotten with its processes.
     VanishedLeftFrozen,
+    /// A session whose instance has outlived its pool counts as stopped.
+    RunningCountsAsStopped,
 }
 
 impl Lifecycle {
@@ -620,8 +624,11 @@ impl Lifecycle {
             (Phase::Creating, Found::Whole) => Phase::Stopped,
             // Nobody was granted what was still being made, so nothing is lost with it.
             (Phase::Absent | Phase::Creating | Phase::Removing, _) => Phase::Removing,
-            (Phase::Pruning, Found::Whole | Found::Half) => Phase::Pruning,
-            (_, Found::Whole | Found::Half) => Phase::Stopped,
+            (Phase::Active, Found::Running) if !self.has(Fault::RunningCountsAsStopped) => {
+                Phase::Active
+            }
+            (Phase::Pruning, Found::Whole | Found::Half | Found::Running) => Phase::Pruning,
+            (_, Found::Whole | Found::Half | Found::Running) => Phase::Stopped,
             (Phase::Pruning, Found::Nothing) if row.backup.is_none() => Phase::Removing,
             (Phase::Restoring | Phase::Pruning | Phase::Archived, Found::Nothing) => {
                 Phase::Archived
@@ -641,6 +648,10 @@ impl Lifecycle {
             Phase::Active | Phase::Creating | Phase::Frozen => {
                 row.unsaved = !self.has(Fault::CrashCountsAsSaved) || row.backup.is_none();
                 row.stopped_at = self.now;
+                if row.phase == Phase::Active {
+                    // It has been running until now.
+                    row.last_used = self.now;
+                }
             }
             // A volume that reappeared holds who knows what.
             Phase::Archived | Phase::Missing if row.phase == Phase::Stopped => {

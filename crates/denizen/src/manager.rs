@@ -27,7 +27,7 @@ use crate::time::{Clock, SystemClock};
 ///
 /// Dropping the manager stops its tasks. Guards still held stay usable until they are dropped;
 /// after the last one nothing of the pool runs any more. [`MicroVmManager::shutdown`] is the
-/// gentle way.
+/// gentle way; [`MicroVmManager::leave`] lets what runs go on.
 pub struct MicroVmManager {
     config: Arc<VmPoolRuntimeConfig>,
     /// None if the pool is disabled.
@@ -92,6 +92,16 @@ impl Builder {
     /// what [`VmExecutionGuard::agent_command`] says. Default: none.
     pub fn agent_program(mut self, program: impl Into<PathBuf>) -> Self {
         self.settings.instances.agent_program = Some(program.into());
+        self
+    }
+
+    /// How long a session in which something runs goes on when this process dies, or leaves it by
+    /// [`MicroVmManager::leave`]: the next pool over the same folder finds it, and it ends if
+    /// none comes. Commands in the foreground end all the same. Only where sessions have
+    /// namespaces of their own: [`Isolation::Sandbox`]. Default: not at all, everything
+    /// ends at once.
+    pub fn linger(mut self, time: Duration) -> Self {
+        self.settings.instances.linger = time;
         self
     }
 
@@ -457,7 +467,22 @@ impl MicroVmManager {
     /// [`Error::Registry`] if the last state could not be written; nothing is lost then.
     pub async fn shutdown(&self) -> Result<()> {
         match &self.pool {
-            Some(pool) => pool.shutdown().await,
+            Some(pool) => pool.shutdown(false).await,
+            None => Ok(()),
+        }
+    }
+
+    /// As [`MicroVmManager::shutdown`], but what runs in the background goes on for as long as
+    /// [`Builder::linger`] says, or until the next pool over the same folder takes it up. Drop
+    /// the manager then: it does nothing more.
+    ///
+    /// Cancel-safe: dropped, the pool stays closed and what has begun goes on.
+    ///
+    /// # Errors
+    /// As [`MicroVmManager::shutdown`].
+    pub async fn leave(&self) -> Result<()> {
+        match &self.pool {
+            Some(pool) => pool.shutdown(true).await,
             None => Ok(()),
         }
     }

@@ -33,7 +33,8 @@ use crate::event::{
 };
 use crate::isolation::{self, Driver, Instance, Isolation, Options, Site, no_roots};
 use crate::lifecycle::{
-    Change, Effect, Lifecycle, Op, Phase, Policy, PoolTime, Refusal, Seq, View, WaiterId, Want,
+    Change, Effect, Found, Lifecycle, Op, Phase, Policy, PoolTime, Refusal, Row, Seq, View,
+    WaiterId, Want,
 };
 use crate::name::SessionName;
 use crate::registry::{Registry, Write, phase_name};
@@ -185,6 +186,8 @@ struct State {
     /// When the timer will look next.
     armed: Option<PoolTime>,
     closing: bool,
+    /// What still runs has been left to the next pool.
+    left: bool,
     /// How many callers wait in [`Pool::until`].
     watching: usize,
 }
@@ -236,22 +239,9 @@ impl Pool {
         }
         let volumes = Volumes::open(&config.volume_root)?;
         let (mut registry, remembered) = Registry::open(volumes.root(), volumes.own())?;
-        // Of sessions whose owner and init were both killed, processes may be alive; of those
-        // that were frozen, they are. These can see that their owner is gone, or die of being
-        // killed, only when they are thawed.
-        let left = remembered.rows.iter().filter(|row| may_run(row.phase));
-        let left = left.map(|row| volumes.site(row.id)).chain(volumes.spares());
-        let left: Vec<Site> = left.collect();
-        for site in &left {
-            isolation::let_go(site);
-        }
-        denizen_agent::sweep(&left.iter().filter_map(Site::recorded_init).collect::<Vec<_>>());
         let (denials, denied) = mpsc::channel(1024);
         let options = Options { denials: Some(denials), ..settings.instances.clone() };
         let driver = settings.isolation.driver(volumes.own(), options)?;
-        for site in &left {
-            driver.ended(site);
-        }
         let clock = PoolClock::resume(settings.clock.clone(), remembered.time.as_ref());
         let known: HashSet<Uuid> = remembered.rows.iter().map(|row| row.id).collect();
         let stray_names = remembered.names.iter().filter(|(_, id)| !known.contains(id));
@@ -264,8 +254,12 @@ impl Pool {
             .filter(|id| !known.contains(id))
             .map(|id| (*id, volumes.found(*id)))
             .collect();
+        let mut resumed = left_running(&remembered.rows, &orphans, &volumes, &*driver);
         let rows = remembered.rows.into_iter().map(|row| {
-            let found = volumes.found(row.id);
+            let found = match volumes.found(row.id) {
+                Found::Whole if resumed.contains_key(&row.id) => Found::Running,
+                found => found,
+            };
             (row, found)
         });
         let rows = rows.collect();
@@ -301,6 +295,7 @@ impl Pool {
             failures: HashMap::new(),
             armed: None,
             closing: false,
+            left: false,
             watching: 0,
         };
         let pool = Arc::new(Self {
@@ -318,6 +313,13 @@ impl Pool {
             changed: Notify::new(),
             announcer: Announcer::new(),
         });
+        for (id, instance) in resumed.drain() {
+            tracing::info!(session = %id, "found running");
+            let place = pool.place(&mut pool.state.lock(), id);
+            let seen = pool.driver.out_of_memory(&place.site);
+            place.out_of_memory.store(seen, Ordering::Relaxed);
+            *place.instance.lock() = Some(instance);
+        }
         pool.sweep();
         pool.apply(|state, now, out| state.core.recover(now, rows, &orphans, out));
         let mut tasks = JoinSet::new();
@@ -818,8 +820,11 @@ impl Pool {
         self.until(|state| state.core.view(id).is_none_or(|view| !view.held)).await;
     }
 
-    /// Lets nobody in any more, waits for guards and operations, ends all instances.
-    pub(crate) async fn shutdown(self: &Arc<Self>) -> Result<()> {
+    /// Lets nobody in any more, waits for guards and operations, ends all instances; with
+    /// `leave` not those in which something runs, if they can go on.
+    pub(crate) async fn shutdown(self: &Arc<Self>, leave: bool) -> Result<()> {
+        let lingers = !self.settings.instances.linger.is_zero();
+        let leave = leave && lingers && self.settings.isolation != Isolation::Host;
         let waiting: Vec<_> = {
             let mut state = self.state.lock();
             state.closing = true;
@@ -832,23 +837,39 @@ impl Pool {
         self.until(quiet).await;
         self.apply(|state, now, out| {
             state.core.end_spares(now, out);
-            let active: Vec<Uuid> = state
-                .core
-                .views()
-                .filter(|view| matches!(view.row.phase, Phase::Active | Phase::Frozen))
-                .map(|view| view.row.id)
-                .collect();
-            for id in active {
+            for id in state.active() {
                 let waiter = state.next_waiter;
                 state.next_waiter += 1;
-                state.core.acquire(now, id, waiter, Want::Stopped { force: true }, out);
+                let want = Want::Stopped { force: !leave };
+                state.core.acquire(now, id, waiter, want, out);
             }
         });
         self.until(quiet).await;
         self.until(|state| state.preparing == 0 && state.discarding == 0).await;
+        if leave {
+            self.leave().await;
+        }
         // The driver has written what the operations left; save the time last.
         let pool = self.clone();
         blocking(move || Ok(pool.registry.lock().commit(&[], &pool.clock.save())?)).await
+    }
+
+    /// Leaves to the next pool what still runs.
+    async fn leave(&self) {
+        let places: Vec<_> = {
+            let mut state = self.state.lock();
+            state.left = true;
+            // What is frozen cannot hear of it, and would not see its time pass.
+            let active = state.core.views().filter(|view| view.row.phase == Phase::Active);
+            active.filter_map(|view| state.places.get(&view.row.id).cloned()).collect()
+        };
+        for place in places {
+            let instance = place.instance.lock().take();
+            if let Some(Instance { agent, .. }) = instance {
+                self.driver.leave(&place.site);
+                agent.leave().await;
+            }
+        }
     }
 
     fn prepared(self: &Arc<Self>, spare: Result<Spare>) {
@@ -883,6 +904,56 @@ impl Pool {
 /// Whether something may have been running in a session when the process before this one ended.
 fn may_run(phase: Phase) -> bool {
     matches!(phase, Phase::Active | Phase::Frozen | Phase::Creating | Phase::Removing)
+}
+
+impl State {
+    fn active(&self) -> Vec<Uuid> {
+        let active = |phase| matches!(phase, Phase::Active | Phase::Frozen);
+        let active = self.core.views().filter(|view| active(view.row.phase));
+        active.map(|view| view.row.id).collect()
+    }
+}
+
+/// Takes up the instances that an earlier pool has left running, and ends and clears away what
+/// else it has left. Must be called within a runtime; blocks.
+fn left_running(
+    rows: &[Row],
+    orphans: &[(Uuid, Found)],
+    volumes: &Volumes,
+    driver: &dyn Driver,
+) -> HashMap<Uuid, Instance> {
+    // One that does not answer holds up those beside it only.
+    const AT_ONCE: usize = 16;
+    let runtime = tokio::runtime::Handle::current();
+    let active = rows.iter().filter(|row| row.phase == Phase::Active).map(|row| row.id);
+    let whole: Vec<Uuid> = active.filter(|id| volumes.found(*id) == Found::Whole).collect();
+    let mut resumed = HashMap::new();
+    for some in whole.chunks(AT_ONCE) {
+        std::thread::scope(|scope| {
+            let resume = |id: Uuid| {
+                let _within = runtime.enter();
+                Some((id, driver.resume(&volumes.site(id))?))
+            };
+            let threads: Vec<_> = some.iter().map(|id| scope.spawn(move || resume(*id))).collect();
+            resumed.extend(threads.into_iter().filter_map(|thread| thread.join().ok()?));
+        });
+    }
+    let unsettled = rows.iter().filter(|row| may_run(row.phase));
+    let unsettled = unsettled.map(|row| row.id).chain(orphans.iter().map(|(id, _)| *id));
+    let unsettled = unsettled.filter(|id| !resumed.contains_key(id)).map(|id| volumes.site(id));
+    let sites: Vec<Site> = unsettled.chain(volumes.spares()).collect();
+    // What was frozen can see that its owner is gone, or die of being killed, only when it is
+    // thawed.
+    for site in &sites {
+        isolation::let_go(site);
+    }
+    // Its init too, if it goes on, or owner and init were both killed.
+    let numbers: Vec<u32> = sites.iter().filter_map(Site::recorded_init).collect();
+    denizen_agent::sweep(&numbers);
+    for site in &sites {
+        driver.ended(site);
+    }
+    resumed
 }
 
 /// What is known of a session.

@@ -58,15 +58,22 @@ type Result<T> = std::result::Result<T, Refusal>;
 
 /// What has become of this process.
 pub enum Entered {
-    /// It is the first process of the sandbox, with what the owner is to get, and the key to
-    /// set marks with.
-    Inside(Option<OwnedFd>, [u64; 2]),
+    /// It is the first process of the sandbox.
+    Inside {
+        /// What the owner is to get.
+        door: Option<OwnedFd>,
+        /// Where other owners come in.
+        listener: Option<OwnedFd>,
+        /// To set marks with.
+        key: [u64; 2],
+    },
     /// It has stayed outside, the sandbox has ended, with this status.
     Ended(i32),
 }
 
-/// Follows the plan. One process becomes two here; see [`Entered`].
-pub fn enter(plan: &[u8]) -> Result<Entered> {
+/// Follows the plan. One process becomes two here; see [`Entered`]. The one that stays outside
+/// keeps `outside` open until the sandbox has ended.
+pub fn enter(plan: &[u8], listener: Option<OwnedFd>, outside: Vec<OwnedFd>) -> Result<Entered> {
     let steps = parse(plan)?;
     let io = |what: &str| {
         let what = what.to_owned();
@@ -103,20 +110,27 @@ pub fn enter(plan: &[u8]) -> Result<Entered> {
             go.write_all(&[1]).map_err(io("go"))?;
             // The one inside holds it, and its end shall be seen.
             sys::close_control();
-            Ok(Entered::Ended(kernel::wait_for(pid)))
+            drop(listener);
+            let status = kernel::wait_for(pid);
+            drop(outside);
+            Ok(Entered::Ended(status))
         }
         kernel::Side::Child => {
-            drop(go);
+            drop((go, outside));
             // Nothing comes if the maps could not be written, and nobody is left to tell.
             if wait.read_exact(&mut [0]).is_err() {
                 std::process::exit(1);
+            }
+            if let Some(listener) = &listener {
+                // Here, so that who connects is told this process's number (unix(7)).
+                kernel::wait_for_owners(listener).map_err(|error| ("owners".into(), error))?;
             }
             let key = steps.iter().find_map(|step| match step {
                 Step::Key { key } => Some(*key),
                 _ => None,
             });
             let key = key.unwrap_or_default();
-            inside(&steps, shifted).map(|door| Entered::Inside(door, key))
+            inside(&steps, shifted).map(|door| Entered::Inside { door, listener, key })
         }
     }
 }

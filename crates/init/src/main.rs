@@ -3,8 +3,9 @@
 //! It is the child subreaper (prctl(2)) of everything a session runs, so that no process
 //! can leave it: it starts commands on request, reaps whatever ends, tells the owner, and
 //! kills trees. When its control socket closes, because the owner closed it or died, it
-//! kills all it has and exits. It must never start anything by itself, hold a descriptor
-//! that is not its own, block on its owner, or panic (its processes would be orphans).
+//! kills all it has and exits; in a sandbox that may go on without its owner, see below. It
+//! must never start anything by itself, hold a descriptor that is not its own, block on its
+//! owner, or panic (its processes would be orphans).
 //!
 //! Run as `denizen-init NONCE`, with the control socket (`AF_UNIX`, `SOCK_SEQPACKET`) as
 //! descriptor 0. One packet is one message; numbers are little-endian. A message begins
@@ -20,7 +21,8 @@
 //! | 6 | drain | one descriptor, to be read to its end and thrown away |
 //! | 8 | terminal | – ; make a terminal, give its master end |
 //! | 9 | connect | port u32; connect to it on 127.0.0.1, give the socket |
-//! | 7 | enter | one descriptor, a file with a plan ([`enter`]): become the first process of a sandbox; before anything else |
+//! | 7 | enter | milliseconds u32, or nothing; a descriptor, a file with a plan ([`enter`]): become the first process of a sandbox; before anything else. Further descriptors: a socket that is bound, then what is to stay open outside, for as long as the sandbox is there |
+//! | 10 | keep | descriptors, copies of the ends that the outputs of `id` are read from; it goes on without its owner |
 //!
 //! Events: 1 spawned (pid u32); 2 failed (errno u32; flags is the stage: 0 to start it,
 //! 1 the directory, 2 the program, 3 its interpreter); 3 exited (u32; flags 0 code, 1
@@ -28,10 +30,17 @@
 //! 6 a part of the list (28 bytes each: pid, parent, command, 16 bytes of name; flag 1:
 //! more parts follow); 7 entered; 8 refused (errno u32, then the
 //! step in words); 9 what was asked for (errno u32; one descriptor, or
-//! none if the errno is not 0). With 7 comes what the plan has for the owner.
+//! none if the errno is not 0); 10 found (the way of speaking u32; id is the last that a
+//! command had). With 7 and 10 comes what the plan has for the owner.
 //!
 //! In a sandbox it is process 1, process ids are those of its namespace, and the process that
 //! was launched waits outside, for the owner to reap.
+//!
+//! An owner that gave a socket and a time with its plan may die, or leave by closing its own
+//! without a word: then commands end as if their handles had been dropped, all but those to be
+//! kept and what others have left running, and for that time the next owner may connect to the
+//! socket ([`linger`]). It is told 10 first. One that half-closes its socket, or has asked for
+//! the end of everything before, is not waited for.
 //!
 //! To know which command a process comes from, even when it has become a daemon with an
 //! empty environment, a command is started with a soft `RLIMIT_LOCKS` of
@@ -46,6 +55,7 @@
 compile_error!("denizen-init is for 64-bit little-endian Linux");
 
 mod enter;
+mod linger;
 mod processes;
 mod start;
 #[allow(unsafe_code, reason = "system calls; see there")]
@@ -57,7 +67,9 @@ use std::fs::{File, OpenOptions};
 use std::io::{Error, ErrorKind};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::time::Duration;
 
+use linger::Linger;
 use processes::{MARK, Process};
 use start::Failure;
 use sys::{CONTROL, PollFd};
@@ -85,6 +97,8 @@ fn main() {
 struct Command {
     pid: i32,
     running: bool,
+    /// Goes on without its owner.
+    kept: bool,
     /// When it was started, in clock ticks since boot, as in /proc/PID/stat.
     since: u64,
 }
@@ -103,6 +117,14 @@ struct Kill {
     clean: u8,
     /// Milliseconds until the next look.
     pause: i32,
+}
+
+/// What poll(2) found.
+struct Ready {
+    control: i16,
+    signals: i16,
+    drains: Vec<i16>,
+    linger: Vec<i16>,
 }
 
 #[derive(PartialEq, Eq)]
@@ -126,7 +148,12 @@ struct Init {
     phase: Phase,
     /// The owner wants to know when the last process is gone.
     awaited: bool,
+    /// The owner is gone, and no other is waited for.
     owner_gone: bool,
+    /// How other owners come in.
+    linger: Option<Linger>,
+    /// The last command's number.
+    last_id: u32,
 }
 
 impl Init {
@@ -143,6 +170,8 @@ impl Init {
             phase: Phase::Fresh,
             awaited: false,
             owner_gone: false,
+            linger: None,
+            last_id: 0,
         }
     }
 
@@ -150,49 +179,96 @@ impl Init {
     fn run(&mut self) {
         loop {
             let ready = self.wait();
-            if ready[0] & !sys::POLLOUT != 0 {
-                self.receive();
+            if ready.control & !sys::POLLOUT != 0 {
+                self.receive(ready.control & sys::POLLHUP == 0);
             }
-            if ready[1] != 0 {
+            if ready.signals != 0 {
                 self.acknowledge();
                 self.reap();
             }
-            self.drain(&ready[2..]);
+            self.drain(&ready.drains);
+            if self.linger.as_mut().is_some_and(|it| it.seen(&ready.linger)) {
+                self.be_found();
+            }
             self.kill_step();
             self.flush();
+            if self.linger.as_ref().and_then(Linger::time_left) == Some(Duration::ZERO) {
+                self.linger = None;
+                self.end();
+            }
             if self.owner_gone && self.kills.is_empty() {
                 return;
             }
         }
     }
 
-    /// Waits for something to do; gives what poll(2) found for the control socket, the
-    /// signals, and each drain.
-    fn wait(&self) -> Vec<i16> {
+    /// Waits for something to do.
+    fn wait(&self) -> Ready {
         let out = if self.outbox.is_empty() { 0 } else { sys::POLLOUT };
         let entry = |fd, events| PollFd { fd, events, revents: 0 };
         // A negative descriptor is skipped.
-        let control = if self.owner_gone { -1 } else { CONTROL };
+        let alone = self.linger.as_ref().is_some_and(Linger::is_alone);
+        let control = if self.owner_gone || alone { -1 } else { CONTROL };
         let mut fds =
             vec![entry(control, sys::POLLIN | out), entry(self.signals.as_raw_fd(), sys::POLLIN)];
         fds.extend(self.drains.iter().map(|fd| entry(fd.as_raw_fd(), sys::POLLIN)));
-        let timeout = self.kills.iter().map(|kill| kill.pause).min().unwrap_or(-1);
+        if let Some(linger) = &self.linger {
+            linger.look_at(&mut fds);
+        }
+        let left = self.linger.as_ref().and_then(Linger::time_left);
+        let left = left.map(|left| i32::try_from(left.as_millis() + 1).unwrap_or(i32::MAX));
+        let timeout = self.kills.iter().map(|kill| kill.pause).chain(left).min().unwrap_or(-1);
         sys::wait_ready(&mut fds, timeout);
-        fds.iter().map(|fd| fd.revents).collect()
+        let mut found = fds.iter().map(|fd| fd.revents);
+        Ready {
+            control: found.next().unwrap_or(0),
+            signals: found.next().unwrap_or(0),
+            drains: found.by_ref().take(self.drains.len()).collect(),
+            linger: found.collect(),
+        }
     }
 
-    /// Takes one request; poll(2) tells of more.
-    fn receive(&mut self) {
+    /// Takes one request; poll(2) tells of more. At its end, `half` says that the socket is
+    /// closed in one direction only.
+    fn receive(&mut self, half: bool) {
         match sys::receive(&mut self.buffer) {
             Ok((count @ 1.., descriptors)) => {
                 let packet = self.buffer.get(..count).unwrap_or_default().to_vec();
                 self.request(&packet, descriptors);
             }
-            Err(sys::EINTR | sys::EAGAIN) => {}
-            _ => {
-                self.owner_gone = true;
-                self.begin_kill(0, false, false);
-            }
+            // The last is told once, before what an owner that is gone has sent.
+            Err(sys::EINTR | sys::EAGAIN | sys::ECONNRESET) => {}
+            _ if half || self.phase != Phase::Serving => self.end(),
+            _ => self.be_alone(),
+        }
+    }
+
+    /// Ends everything, and then itself.
+    fn end(&mut self) {
+        self.owner_gone = true;
+        self.begin_kill(0, false, false);
+    }
+
+    /// Goes on without an owner, if that is wanted.
+    fn be_alone(&mut self) {
+        let Some(linger) = &mut self.linger else { return self.end() };
+        self.drains.append(&mut linger.be_alone());
+        self.outbox.clear();
+        let orphans = self.commands.iter().filter(|(_, command)| command.running && !command.kept);
+        let orphans: Vec<u32> = orphans.map(|(id, _)| *id).collect();
+        for id in orphans {
+            self.begin_kill(id, false, false);
+        }
+    }
+
+    /// Lets a new owner in.
+    fn be_found(&mut self) {
+        if let Some(Ok(door)) = self.linger.as_mut().map(Linger::let_in) {
+            // What nobody was there to hear is of no use to it.
+            self.outbox.clear();
+            let mut event = header(10, 0, self.last_id);
+            event.extend(linger::VERSION.to_le_bytes());
+            self.outbox.push_back((event, door));
         }
     }
 
@@ -223,11 +299,19 @@ impl Init {
                 self.reap();
             }
             6 => self.drains.append(&mut descriptors),
-            7 => self.enter(&descriptors),
+            7 => self.enter(packet, descriptors),
             8 => self.give(id, terminal()),
             9 => {
                 let port = number(packet, 8).and_then(|port| u16::try_from(port).ok());
                 self.give(id, port.ok_or(sys::EINVAL).and_then(sys::sandbox::connect));
+            }
+            10 => {
+                if let (Some(linger), Some(command)) =
+                    (&mut self.linger, self.commands.get_mut(&id))
+                {
+                    command.kept = true;
+                    linger.keep(descriptors);
+                }
             }
             _ => {}
         }
@@ -244,16 +328,23 @@ impl Init {
     }
 
     /// Goes on as the first process of a sandbox, or not at all.
-    fn enter(&mut self, descriptors: &[OwnedFd]) {
+    fn enter(&mut self, packet: &[u8], descriptors: Vec<OwnedFd>) {
         if self.phase != Phase::Fresh {
             return self.refuse("enter", sys::EINVAL);
         }
         self.phase = Phase::Serving;
-        let plan = descriptors.first().ok_or(sys::EMFILE).and_then(contents);
+        let mut descriptors = descriptors.into_iter();
+        let plan = descriptors.next().ok_or(sys::EMFILE).and_then(|plan| contents(&plan));
         let entered = plan.map_err(|error| ("plan".to_owned(), error));
-        match entered.and_then(|plan| enter::enter(&plan)) {
-            Ok(enter::Entered::Inside(door, key)) => {
+        let (listener, outside) = (descriptors.next(), descriptors.collect());
+        match entered.and_then(|plan| enter::enter(&plan, listener, outside)) {
+            Ok(enter::Entered::Inside { door, listener, key }) => {
                 self.spawner.use_key(key);
+                if let Some(listener) = listener {
+                    let time = Duration::from_millis(number(packet, 8).unwrap_or(0).into());
+                    let copy = door.as_ref().and_then(|door| door.try_clone().ok());
+                    self.linger = Some(Linger::new(listener, time, copy));
+                }
                 self.outbox.push_back((header(7, 0, 0), door));
                 self.flush();
             }
@@ -342,7 +433,8 @@ impl Init {
                 self.commands.remove(&oldest);
             }
         }
-        self.commands.insert(id, Command { pid, running: true, since: sys::now() });
+        self.commands.insert(id, Command { pid, running: true, kept: false, since: sys::now() });
+        self.last_id = id;
         Ok(pid)
     }
 

@@ -24,6 +24,7 @@ pub const EISDIR: i32 = 21;
 pub const EINVAL: i32 = 22;
 pub const EMFILE: i32 = 24;
 pub const ENOSYS: i32 = 38;
+pub const ECONNRESET: i32 = 104;
 pub const ESHUTDOWN: i32 = 108;
 
 pub const SIGKILL: c_int = 9;
@@ -37,6 +38,7 @@ const SIG_IGN: usize = 1;
 
 pub const POLLIN: c_short = 1;
 pub const POLLOUT: c_short = 4;
+pub const POLLHUP: c_short = 16;
 /// `O_NOCTTY`.
 pub const NO_TERMINAL: c_int = 0x100;
 const MSG_DONTWAIT: c_int = 0x40;
@@ -112,6 +114,7 @@ unsafe extern "C" {
     fn kill(pid: c_int, number: c_int) -> c_int;
     fn syscall(number: c_long, ...) -> c_long;
     fn chdir(path: *const c_char) -> c_int;
+    fn dup3(old: c_int, new: c_int, flags: c_int) -> c_int;
     fn access(path: *const c_char, mode: c_int) -> c_int;
     fn clock_gettime(clock: c_int, time: *mut TimeSpec) -> c_int;
     fn sched_setscheduler(pid: c_int, policy: c_int, priority: *const c_int) -> c_int;
@@ -354,6 +357,14 @@ pub fn may_enter(folder: &CStr) -> i32 {
 pub fn close_control() {
     // SAFETY: descriptor 0 is the control socket's from the start, and is not used after this.
     drop(unsafe { OwnedFd::from_raw_fd(CONTROL) });
+}
+
+/// Puts another socket in the place of the control socket.
+pub fn replace_control(socket: &OwnedFd) -> Result<(), i32> {
+    // SAFETY: the socket is open, and descriptor 0 is the control socket's: what takes its
+    // place is used in the same way. O_CLOEXEC.
+    let made = unsafe { dup3(socket.as_raw_fd(), CONTROL, 0x8_0000) };
+    if made == CONTROL { Ok(()) } else { Err(errno()) }
 }
 
 /// New files can be written by their owner only, and read by all.

@@ -15,8 +15,8 @@ use parking_lot::Mutex;
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use crate::SESSION;
 use crate::files::Within;
+use crate::{Ending, SESSION};
 
 /// A guard that is shared.
 pub(crate) struct Lease {
@@ -100,18 +100,15 @@ impl Leases {
     pub(crate) async fn kill(&self, id: Uuid) {
         let slot = self.slots.lock().get(&id).cloned();
         if let Some(slot) = slot {
-            slot.watchers.clear();
-            let jobs = slot.jobs.lock().clone();
-            if let Some(jobs) = jobs {
-                jobs.kill_all().await;
-            }
+            slot.kill(Ending::Stop).await;
         }
     }
 
-    pub(crate) async fn kill_all(&self) {
-        let all: Vec<_> = self.slots.lock().keys().copied().collect();
-        for id in all {
-            self.kill(id).await;
+    /// As [`Leases::kill`], in all sessions; what runs in the background may be left.
+    pub(crate) async fn kill_all(&self, ending: Ending) {
+        let all: Vec<_> = self.slots.lock().values().cloned().collect();
+        for slot in all {
+            slot.kill(ending).await;
         }
     }
 
@@ -132,6 +129,16 @@ impl Leases {
 }
 
 impl Slot {
+    async fn kill(&self, ending: Ending) {
+        self.watchers.clear();
+        let jobs = self.jobs.lock().clone();
+        match (jobs, ending) {
+            (Some(jobs), Ending::Stop) => jobs.kill_all().await,
+            (Some(jobs), Ending::Leave) => jobs.kill_foreground().await,
+            (None, _) => {}
+        }
+    }
+
     fn is_used(&self) -> bool {
         let leased = self.lease.try_lock().map_or(true, |lease| lease.strong_count() > 0);
         leased || self.jobs.lock().as_ref().is_some_and(|jobs| !jobs.is_empty())

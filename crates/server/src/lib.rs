@@ -47,6 +47,15 @@ pub enum ServeError {
     Pool(#[from] denizen::Error),
 }
 
+/// What becomes of what runs in sessions when the daemon ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// It ends too.
+    Stop,
+    /// What runs in the background goes on, where it can, for the next daemon to find.
+    Leave,
+}
+
 /// A daemon that has not begun to serve.
 pub struct Daemon {
     pool: Arc<MicroVmManager>,
@@ -71,13 +80,13 @@ impl Daemon {
     }
 
     /// Serves until `stop` is ready, somebody asks over the API, or the daemon has been idle
-    /// for long enough; then ends what runs and closes the pool.
+    /// for long enough; then ends what runs, unless `stop` says otherwise, and closes the pool.
     ///
     /// Not cancel-safe: dropped, it leaves the socket file behind and the pool open.
     ///
     /// # Errors
     /// [`ServeError`].
-    pub async fn serve(self, stop: impl Future<Output = ()> + Send) -> Result<(), ServeError> {
+    pub async fn serve(self, stop: impl Future<Output = Ending> + Send) -> Result<(), ServeError> {
         let Self { pool, listener, leases, idle_exit } = self;
         let path = listener.path().to_owned();
         let asked = Arc::new(tokio::sync::Notify::new());
@@ -90,17 +99,29 @@ impl Daemon {
         };
         let app = api::router(pool.clone(), leases.clone(), asked.clone()).merge(envd);
         let server = tokio::spawn(async move { axum::serve(listener, app).await });
-        tokio::select! {
-            () = stop => tracing::info!("asked to stop"),
-            () = asked.notified() => tracing::info!("asked to stop by a client"),
-            () = idle(&pool, &leases, idle_exit) => tracing::info!("nothing to do: leaving"),
-        }
+        let ending = tokio::select! {
+            ending = stop => {
+                tracing::info!(?ending, "asked to stop");
+                ending
+            }
+            () = asked.notified() => {
+                tracing::info!("asked to stop by a client");
+                Ending::Stop
+            }
+            () = idle(&pool, &leases, idle_exit) => {
+                tracing::info!("nothing to do: leaving");
+                Ending::Stop
+            }
+        };
         // Nobody new; then nothing that runs in the foreground; then the pool.
         server.abort();
         let _ = std::fs::remove_file(&path);
-        leases.kill_all().await;
+        leases.kill_all(ending).await;
         drop(leases);
-        pool.shutdown().await?;
+        match ending {
+            Ending::Stop => pool.shutdown().await?,
+            Ending::Leave => pool.leave().await?,
+        }
         Ok(())
     }
 }

@@ -40,6 +40,8 @@ struct Job {
     config: wire::ProcessConfig,
     tag: Option<String>,
     child: Child,
+    /// Ends with the request that started it.
+    foreground: bool,
     terminal: bool,
     stdin: tokio::sync::Mutex<Option<Stdin>>,
     readers: Mutex<Vec<mpsc::Sender<Event>>>,
@@ -77,7 +79,16 @@ impl Jobs {
 
     /// Kills all that runs in the foreground or was started through this service.
     pub async fn kill_all(&self) {
-        let all: Vec<_> = self.running.lock().values().cloned().collect();
+        self.kill(|_| true).await;
+    }
+
+    /// Kills what runs in the foreground.
+    pub async fn kill_foreground(&self) {
+        self.kill(|job| job.foreground).await;
+    }
+
+    async fn kill(&self, which: impl Fn(&Job) -> bool) {
+        let all: Vec<_> = self.running.lock().values().filter(|job| which(job)).cloned().collect();
         for job in all {
             // One that ends by itself meanwhile is what was wanted.
             let _ = job.child.kill_tree().await;
@@ -168,6 +179,11 @@ async fn start(
     })?;
     // From here on the table owns it, not this request.
     child.detach();
+    if mode != Mode::Foreground
+        && let Err(error) = child.outlive_owner()
+    {
+        tracing::warn!(pid, %error, "will end with this process");
+    }
     let stdin = child.take_stdin();
     let Some(output) = child.take_output() else {
         return Err(ConnectError::internal("a new command has no output"));
@@ -177,6 +193,7 @@ async fn start(
         config,
         tag,
         child,
+        foreground: mode == Mode::Foreground,
         terminal: matches!(stdio, Stdio::Pty { .. }),
         stdin: tokio::sync::Mutex::new(stdin),
         readers: Mutex::new(vec![sender]),

@@ -33,6 +33,18 @@ struct Liar {
 
 impl Liar {
     fn new() -> Self {
+        Self::of(Launched::Child)
+    }
+
+    /// One that another owner has launched.
+    fn found() -> Self {
+        Self::of(|child| {
+            let fd = pidfd_open(Pid::from_child(&child), PidfdFlags::empty()).unwrap();
+            Launched::Found(fd)
+        })
+    }
+
+    fn of(launched: impl FnOnce(process::Child) -> Launched) -> Self {
         let (ours, socket) =
             socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
                 .unwrap();
@@ -46,10 +58,12 @@ impl Liar {
             state: Mutex::default(),
             finished: watch::Sender::new(false),
             contained: true,
+            lingers: true,
             patience: Duration::from_millis(200),
         });
         let remote = Remote { shared: Arc::clone(&shared) };
-        let thread = std::thread::spawn(move || serve(&shared, child));
+        let launched = launched(child);
+        let thread = std::thread::spawn(move || serve(&shared, launched));
         Self { init: Init { remote }, socket, thread }
     }
 
@@ -92,7 +106,7 @@ fn some_spawn() -> Spawn {
 async fn whatever_it_tells_it_harms_nobody() {
     for seed in 0..20 {
         let mut choice = Choice(seed);
-        let liar = Liar::new();
+        let liar = if seed % 2 == 0 { Liar::new() } else { Liar::found() };
         let remote = liar.init.remote();
         let mut asked = tokio::task::JoinSet::new();
         for _ in 0..8 {
@@ -160,18 +174,124 @@ async fn a_list_without_end_is_its_end() {
 
 #[tokio::test]
 async fn silence_is_its_end() {
-    let liar = Liar::new();
-    assert!(matches!(liar.init.list().await, Err(Error::InitLost)));
-    let Liar { init, socket, thread } = liar;
-    // Its socket stays open: only the thread can have ended it.
-    thread.join().unwrap();
-    assert!(!init.is_alive());
-    drop(socket);
+    for new in [Liar::new, Liar::found] {
+        let liar = new();
+        assert!(matches!(liar.init.list().await, Err(Error::InitLost)));
+        let Liar { init, socket, thread } = liar;
+        // Its socket stays open: only the thread can have ended it.
+        thread.join().unwrap();
+        assert!(!init.is_alive());
+        drop(socket);
 
-    let Liar { init, socket, thread } = Liar::new();
-    init.shutdown(Duration::from_millis(10)).await.unwrap();
+        let Liar { init, socket, thread } = new();
+        init.shutdown(Duration::from_millis(10)).await.unwrap();
+        thread.join().unwrap();
+        drop(socket);
+    }
+}
+
+#[tokio::test]
+async fn what_is_left_is_not_ended() {
+    let Liar { init, socket, thread } = Liar::found();
+    let process = pidfd_open(Pid::from_raw(init.pid().cast_signed()).unwrap(), PidfdFlags::empty());
+    let remote = init.remote();
+    init.leave();
+    assert!(matches!(remote.list().await, Err(Error::InitLost)));
+    // Both directions are closed, and not a word was said.
+    let mut hung_up = [PollFd::new(&socket, PollFlags::IN)];
+    poll(&mut hung_up, Some(&timespec(Duration::from_secs(20)))).unwrap();
+    assert!(hung_up[0].revents().contains(PollFlags::HUP));
+    assert_eq!(receive_packet(socket.as_fd(), &mut [0; 100]).unwrap().0, 0);
+    let process = process.unwrap();
+    let none = Timespec { tv_sec: 0, tv_nsec: 0 };
+    assert_eq!(poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(&none)), Ok(0));
+    pidfd_send_signal(process, Signal::KILL).unwrap();
+    // It has waited to reap it.
     thread.join().unwrap();
-    drop(socket);
+}
+
+/// The owner may be gone before its init looks: then nothing but a word tells that it wanted this.
+#[tokio::test]
+async fn what_is_to_end_is_told_so() {
+    let Liar { init, socket, thread } = Liar::new();
+    drop(init);
+    let mut told = [0; 100];
+    let (count, _) = receive_packet(socket.as_fd(), &mut told).unwrap();
+    assert_eq!(&told[..count], message::kill(0, false));
+    assert_eq!(receive_packet(socket.as_fd(), &mut told).unwrap().0, 0);
+    thread.join().unwrap();
+}
+
+#[test]
+fn a_first_word_is_one_or_none() {
+    let mut choice = Choice(11);
+    let wait = Duration::from_millis(20);
+    let pair = || {
+        socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap()
+    };
+    let (reading, writing) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
+    let writing = [writing];
+    for round in 0..2000 {
+        let (ours, theirs) = pair();
+        let length = choice.below(40).max(1);
+        let mut told = choice.bytes(length);
+        // Mostly of the right kind.
+        if round % 3 > 0 {
+            told[0] = 10;
+        }
+        let count = choice.below(2);
+        send_packet(theirs.as_fd(), &told, &writing[..count]).unwrap();
+        let is_one = told[0] == 10 && told.get(8..12) == Some(&[1, 0, 0, 0]);
+        assert_eq!(found::await_word(&ours, wait).is_ok(), is_one, "{told:?}");
+    }
+    let (ours, theirs) = pair();
+    let word = packet(10, 0, 77, &1u32.to_le_bytes());
+    send_packet(theirs.as_fd(), &word, &writing).unwrap();
+    let (last_id, door) = found::await_word(&ours, wait).unwrap();
+    assert_eq!((last_id, door.is_some()), (77, true));
+    // Of another version, silent, or gone.
+    send_packet(theirs.as_fd(), &packet(10, 0, 77, &2u32.to_le_bytes()), &writing).unwrap();
+    assert!(found::await_word(&ours, wait).is_err());
+    let silent = found::await_word(&ours, wait).unwrap_err();
+    assert_eq!(silent.kind(), io::ErrorKind::TimedOut);
+    drop(theirs);
+    assert!(found::await_word(&ours, wait).is_err());
+    // Nobody has kept what came along.
+    drop((door, writing));
+    let mut hung_up = [PollFd::new(&reading, PollFlags::IN)];
+    poll(&mut hung_up, Some(&timespec(Duration::from_secs(20)))).unwrap();
+    assert!(hung_up[0].revents().contains(PollFlags::HUP));
+}
+
+/// Somebody answers on the socket, but the process that the record names is not of the session.
+#[test]
+fn only_what_was_launched_is_found() {
+    let folder = tempfile::tempdir().unwrap();
+    let record = folder.path().join("init");
+    let long = folder.path().join("a".repeat(120));
+    std::fs::create_dir(&long).unwrap();
+    let linger = Linger { socket: long.join("init.sock"), time: Duration::MAX, held: None };
+    let listener = linger.bind().unwrap();
+    rustix::net::listen(&listener, 8).unwrap();
+    let launch =
+        Launch { record: Some(record.clone()), linger: Some(linger.clone()), ..Launch::default() };
+    let refused = |launch: &Launch| {
+        let error = Init::find(launch).map(drop).unwrap_err();
+        assert!(matches!(error, Error::NotFound { .. }), "{error}");
+    };
+    refused(&launch);
+    for text in ["", "7\n", "7\nx\n", &format!("7\n{}\n", std::process::id()), "7\n-1\n", "7\n0\n"]
+    {
+        std::fs::write(&record, text).unwrap();
+        refused(&launch);
+        if !text.is_empty() {
+            assert_eq!(sweep::recorded(&record), Some(7), "{text:?}");
+        }
+    }
+    refused(&Launch { linger: None, ..launch.clone() });
+    drop(listener);
+    refused(&launch);
+    assert_eq!(linger.milliseconds(), u32::MAX);
 }
 
 #[tokio::test]

@@ -26,6 +26,13 @@ impl Driver for Host {
         self.start(to)
     }
 
+    /// Nothing goes on without its owner here: no kernel would end it together.
+    fn resume(&self, _: &Site) -> Option<Instance> {
+        None
+    }
+
+    fn leave(&self, _: &Site) {}
+
     fn ended(&self, _: &Site) {}
 
     fn can_freeze(&self) -> bool {

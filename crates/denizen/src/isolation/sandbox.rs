@@ -23,8 +23,9 @@ use std::fs::{self, DirBuilder};
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
-use denizen_agent::{Agent, Enter, Launch};
+use denizen_agent::{Agent, Door, Enter, Launch, Linger};
 use denizen_image::{Owners, Store};
 use rustix::process::Resource;
 use uuid::Uuid;
@@ -90,6 +91,7 @@ pub(super) struct Sandbox {
     limits: Limits,
     networks: Networks,
     carried: Option<Carried>,
+    linger: Duration,
     /// The filter of calls, the same for all, and the key that is for their first processes.
     calls: String,
     key: [u64; 2],
@@ -126,7 +128,8 @@ impl Sandbox {
         }
         let key = [Uuid::new_v4(), Uuid::new_v4()].map(|random| random.as_u64_pair().1);
         let calls = calls::digits(users.is_alone(), key);
-        Ok(Self { users, groups, roots, limits, networks, carried, calls, key })
+        let linger = options.linger;
+        Ok(Self { users, groups, roots, limits, networks, carried, linger, calls, key })
     }
 
     /// Makes the folders that a sandbox writes to, in the order of what is below them.
@@ -202,7 +205,12 @@ impl Sandbox {
     ) -> Launch {
         let plan = self.plan(site, groups, overlays, below).finish();
         let door = self.networks.door(site.id, &tokio::runtime::Handle::current());
-        Launch { enter: Some(Arc::new(Enter { plan, door })), ..site.launch() }
+        let linger = (!self.linger.is_zero()).then(|| Linger {
+            socket: site.socket(),
+            time: self.linger,
+            held: Some(self.roots.host.lock.clone()),
+        });
+        Launch { enter: Some(Arc::new(Enter { plan, door })), linger, ..site.launch() }
     }
 
     fn plan(&self, site: &Site, groups: &[PathBuf], overlays: &[Folders], below: &[Below]) -> Plan {
@@ -360,9 +368,44 @@ impl Driver for Sandbox {
         Ok(instance)
     }
 
+    fn resume(&self, site: &Site) -> Option<Instance> {
+        if self.linger.is_zero() {
+            return None;
+        }
+        let base = self.roots.of(site).ok()?;
+        let below = self.roots.below(&base).ok()?;
+        // Should its first process be killed, the next command starts it anew.
+        let groups = self.groups.joined(&site.home);
+        let launch = self.launch(site, &groups, &overlays(site, &below), &below);
+        let door = launch.enter.as_ref().and_then(|enter| enter.door.clone());
+        let (agent, way) = match Agent::find(launch) {
+            Ok(found) => found,
+            Err(error) => {
+                tracing::debug!(session = %site.id, %error, "not found again");
+                return None;
+            }
+        };
+        if !self.networks.fits(way.as_ref()) {
+            tracing::info!(session = %site.id, "ended: it was started with another network");
+            return None;
+        }
+        if let (Some(Door(take)), Some(way)) = (door, way) {
+            take(way);
+        }
+        let mut env = self.networks.env();
+        env.extend(base.env());
+        Some(Instance { agent, env })
+    }
+
+    fn leave(&self, site: &Site) {
+        self.networks.close(site.id);
+    }
+
     fn ended(&self, site: &Site) {
         self.networks.close(site.id);
         self.groups.remove(site.id, &site.home);
+        // Nobody waits on it any more.
+        let _ = fs::remove_file(site.socket());
     }
 
     fn can_freeze(&self) -> bool {

@@ -289,6 +289,10 @@ async fn start(pool: &Arc<Pool>, place: &Arc<Place>) -> Result {
 }
 
 async fn stop(pool: &Pool, place: &Place, force: bool) -> Ended {
+    if pool.state.lock().left {
+        // What runs there is the next pool's.
+        return Ok(Outcome::Busy).into();
+    }
     let Some(agent) = place.agent() else { return Ok(Outcome::Done).into() };
     // Whoever stands still hears nothing, neither a question nor that it shall end.
     match thaw(pool, place).await {

@@ -6,7 +6,7 @@ use std::ffi::{CStr, c_char, c_int, c_long, c_void};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr::{null, null_mut};
 
-use super::{EINVAL, errno, prctl, syscall};
+use super::{EINVAL, EPERM, errno, prctl, syscall};
 
 #[cfg(target_arch = "x86_64")]
 mod number {
@@ -149,6 +149,14 @@ unsafe extern "C" {
     fn listen_on(fd: c_int, backlog: c_int) -> c_int;
     #[link_name = "connect"]
     fn connect_to(fd: c_int, address: *const InternetAddress, length: u32) -> c_int;
+    fn accept4(fd: c_int, address: *mut c_void, length: *mut u32, flags: c_int) -> c_int;
+    fn getsockopt(
+        fd: c_int,
+        level: c_int,
+        name: c_int,
+        value: *mut c_void,
+        length: *mut u32,
+    ) -> c_int;
     fn ioctl(fd: c_int, request: u64, ...) -> c_int;
     fn setrlimit(what: c_int, limit: *const [u64; 2]) -> c_int;
     fn waitpid(pid: c_int, status: *mut c_int, options: c_int) -> c_int;
@@ -420,6 +428,30 @@ pub fn connect(port: u16) -> Result<OwnedFd> {
             Err(error) if error != EINPROGRESS => Err(error),
             _ => Ok(socket),
         }
+    }
+}
+
+/// Lets others connect to a socket that is bound to a name. Few are in line: there is one owner.
+pub fn wait_for_owners(socket: &OwnedFd) -> Result<()> {
+    // SAFETY: plain numbers.
+    done(unsafe { listen_on(socket.as_raw_fd(), 8) }.into())
+}
+
+/// The next that has connected, if there is one, and it is none of this process's namespace:
+/// what is outside has no number there (unix(7), `SO_PEERCRED`).
+pub fn accept(listener: &OwnedFd) -> Result<OwnedFd> {
+    const SOL_SOCKET: c_int = 1;
+    const SO_PEERCRED: c_int = 17;
+    let mut credentials = [-1i32; 3];
+    let mut size = 12u32;
+    // SAFETY: an open descriptor; no address is asked for; the credentials are three numbers
+    // (`struct ucred`) that live over the call.
+    unsafe {
+        let socket =
+            owned(accept4(listener.as_raw_fd(), null_mut(), null_mut(), O_CLOEXEC).into())?;
+        let to = credentials.as_mut_ptr().cast();
+        done(getsockopt(socket.as_raw_fd(), SOL_SOCKET, SO_PEERCRED, to, &raw mut size).into())?;
+        if credentials[0] == 0 { Ok(socket) } else { Err(EPERM) }
     }
 }
 

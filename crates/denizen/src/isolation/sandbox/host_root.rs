@@ -21,6 +21,7 @@ use std::fs::{self, DirBuilder, File, FileType, Metadata};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use rustix::fs::FlockOperation;
 use uuid::Uuid;
@@ -155,7 +156,7 @@ pub(super) struct HostRoot {
     /// Paths in the root, without their slash, of folders with the host's below the copy's.
     pub(super) merged: Vec<&'static str>,
     /// Locked, shared with others who use the copy, so that nobody deletes it.
-    _lock: File,
+    pub(super) lock: Arc<File>,
 }
 
 impl HostRoot {
@@ -192,7 +193,7 @@ impl HostRoot {
             }
         }
         delete(old);
-        Ok(Self { copy, merged, _lock: held })
+        Ok(Self { copy, merged, lock: Arc::new(held) })
     }
 }
 

@@ -11,6 +11,8 @@ use std::sync::Arc;
 use denizen_agent::Door;
 use denizen_network::{DNS, Egress, Event, GATEWAY, Gateway, HostResolver, MTU, Rules};
 use parking_lot::Mutex;
+use rustix::fs::FileType;
+use rustix::net::sockopt::socket_acceptconn;
 use tokio::runtime::Handle;
 use tokio::task::AbortHandle;
 use uuid::Uuid;
@@ -115,6 +117,18 @@ impl Networks {
         if let Some(way) = served.remove(&from) {
             *way.owner.lock() = to;
             served.insert(to, way);
+        }
+    }
+
+    /// Whether a way that a sandbox has had before is what the network wants. The sandbox's first
+    /// process has given it, so it may be anything.
+    pub(super) fn fits(&self, way: Option<&OwnedFd>) -> bool {
+        match (&self.network, way) {
+            (Network::None, way) => way.is_none(),
+            (Network::Filtered(_), Some(way)) => socket_acceptconn(way) == Ok(true),
+            (Network::Full(_), Some(way)) => rustix::fs::fstat(way)
+                .is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode).is_char_device()),
+            (_, None) => false,
         }
     }
 
