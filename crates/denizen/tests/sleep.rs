@@ -9,8 +9,8 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use denizen::{
-    Clock, Error, EventKind, Events, Isolation, MicroVmManager, Sleep, VmExecutionGuard,
-    VmPoolConfig, VmPoolRuntimeConfig,
+    Clock, Error, EventKind, Events, Isolation, MicroVmManager, RegistryError, Sleep,
+    VmExecutionGuard, VmPoolConfig, VmPoolRuntimeConfig,
 };
 use parking_lot::Mutex;
 use tempfile::TempDir;
@@ -82,9 +82,13 @@ impl World {
     }
 
     fn open(&self) -> Arc<MicroVmManager> {
+        self.try_open().unwrap()
+    }
+
+    fn try_open(&self) -> denizen::Result<Arc<MicroVmManager>> {
         let builder = MicroVmManager::builder(self.config.clone()).clock(self.clock.clone());
         let builder = builder.isolation(Isolation::Sandbox).sleep(Sleep::Freeze);
-        builder.background_is_use(self.background_is_use).cache(cache()).build().unwrap()
+        builder.background_is_use(self.background_is_use).cache(cache()).build()
     }
 
     /// Lets time pass, and what is due then be done.
@@ -334,8 +338,13 @@ async fn a_pool_that_is_dropped_leaves_nothing_frozen() {
         all.flatten().filter(|it| !it.is_empty()).collect()
     };
     until("its processes are gone", || members().is_empty()).await;
-    // The next one finds the session.
-    let pool = world.open();
+    // The next one finds the session, as soon as what the first was writing is written.
+    let pool = loop {
+        match world.try_open() {
+            Err(Error::Registry(RegistryError::Locked { .. })) => tokio::task::yield_now().await,
+            opened => break opened.unwrap(),
+        }
+    };
     assert!(count(&pool, id) > 0);
     assert_eq!(pool.inspect(id).unwrap().state, "stopped");
     assert_eq!(world.groups(id), Vec::<PathBuf>::new());

@@ -451,7 +451,7 @@ impl Driver for Sandbox {
     }
 
     fn image(&self, site: &Site) -> Option<String> {
-        self.roots.image_of(site)
+        Roots::image_of(site)
     }
 
     fn owners(&self) -> Option<denizen_archive::Owners> {

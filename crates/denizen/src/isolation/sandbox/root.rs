@@ -80,7 +80,7 @@ impl Roots {
     }
 
     /// The name of the image that is a session's base.
-    pub(super) fn image_of(&self, site: &Site) -> Option<String> {
+    pub(super) fn image_of(site: &Site) -> Option<String> {
         match read(&site.root_changes().join(RECORD)) {
             Ok(Some(Base::Image { name, .. })) => Some(name),
             _ => None,
