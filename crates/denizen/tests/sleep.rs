@@ -348,6 +348,16 @@ async fn a_pool_that_is_dropped_leaves_nothing_frozen() {
     assert!(count(&pool, id) > 0);
     assert_eq!(pool.inspect(id).unwrap().state, "stopped");
     assert_eq!(world.groups(id), Vec::<PathBuf>::new());
+    // Also where its folder has vanished, with what is on record there.
+    let id = world.frozen(&pool).await;
+    std::fs::remove_dir_all(pool.session_folder(id).unwrap()).unwrap();
+    drop(pool);
+    let members = || -> Vec<String> {
+        let all = world.groups(id).into_iter();
+        let all = all.map(|it| std::fs::read_to_string(it.join("cgroup.procs")));
+        all.flatten().filter(|it| !it.is_empty()).collect()
+    };
+    until("its processes are gone", || members().is_empty()).await;
 }
 
 #[tokio::test]

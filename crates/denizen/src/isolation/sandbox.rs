@@ -362,6 +362,7 @@ impl Driver for Sandbox {
 
     fn moved(&self, instance: Instance, from: &Site, to: &Site) -> Result<Instance> {
         let below = self.roots.below(&self.roots.of(to)?)?;
+        self.groups.moved(&from.home, &to.home);
         let groups = self.groups.joined(&to.home);
         instance.agent.relaunch_by(self.launch(to, &groups, &overlays(to, &below), &below));
         self.networks.rename(from.id, to.id);

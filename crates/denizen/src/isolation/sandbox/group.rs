@@ -3,12 +3,13 @@
 //! this process is granted one; where it is not, limits of single processes have to do, and
 //! `denizen doctor` says so.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
 use rustix::fs::Access;
 use rustix::io::Errno;
 use uuid::Uuid;
@@ -23,12 +24,15 @@ const DYING: Duration = Duration::from_secs(5);
 const CONTROLLERS: [&str; 3] = ["memory", "pids", "cpu"];
 
 /// Where the groups of this process's sandboxes can be made.
-#[derive(Clone, Debug, Default)]
+#[derive(Debug, Default)]
 pub(super) struct Groups {
     /// Each controller with the folder that the sessions' folders go into.
     places: Vec<Place>,
     /// The folder for groups that can be frozen, if they shall be; perhaps one of the above.
     freezer: Option<PathBuf>,
+    /// The groups of each instance made here, by its session's folder: that may vanish, and the
+    /// record in it.
+    known: Mutex<HashMap<PathBuf, Vec<PathBuf>>>,
 }
 
 #[derive(Clone, Debug)]
@@ -74,7 +78,7 @@ impl Groups {
                 places.push(Place { controllers, folder, unified });
             }
         }
-        Self { places, freezer: None }
+        Self { places, ..Self::default() }
     }
 
     /// The folder for groups that can be frozen, if any is granted.
@@ -102,7 +106,7 @@ impl Groups {
 
     fn freezer_of(&self, home: &Path) -> Option<PathBuf> {
         let freezer = self.freezer.as_deref()?;
-        recorded(home).find(|group| group.parent() == Some(freezer))
+        self.of(home).into_iter().find(|group| group.parent() == Some(freezer))
     }
 
     /// The controllers that hold.
@@ -115,8 +119,10 @@ impl Groups {
     /// may be in a group itself that is granted others.
     pub(super) fn make(&self, id: Uuid, home: &Path, limits: &Limits) -> io::Result<Vec<PathBuf>> {
         self.remove(id, home);
-        let folders: Vec<_> = self.folders(id).map(|path| path.display().to_string()).collect();
-        fs::write(home.join(RECORD), folders.join("\n"))?;
+        let folders: Vec<PathBuf> = self.folders(id).collect();
+        let lines: Vec<_> = folders.iter().map(|path| path.display().to_string()).collect();
+        fs::write(home.join(RECORD), lines.join("\n"))?;
+        self.known.lock().insert(home.to_owned(), folders);
         for place in &self.places {
             let folder = place.folder.join(id.to_string());
             match fs::create_dir(&folder) {
@@ -142,12 +148,26 @@ impl Groups {
         Ok(self.joined(home))
     }
 
+    /// The groups of an instance.
+    fn of(&self, home: &Path) -> Vec<PathBuf> {
+        let known = self.known.lock().get(home).cloned();
+        known.unwrap_or_else(|| recorded(home).collect())
+    }
+
+    /// An instance's session now has another folder.
+    pub(super) fn moved(&self, from: &Path, to: &Path) {
+        let mut known = self.known.lock();
+        if let Some(groups) = known.remove(from) {
+            known.insert(to.to_owned(), groups);
+        }
+    }
+
     /// What a plan names the groups of a session by that has some.
     pub(super) fn joined(&self, home: &Path) -> Vec<PathBuf> {
         let places = self.places.iter().map(|place| &place.folder).chain(self.own_freezer());
         let places: Vec<_> = places.collect();
         let ours = |group: &PathBuf| places.iter().any(|place| group.parent() == Some(place));
-        let named = recorded(home).filter(ours).map(|group| {
+        let named = self.of(home).into_iter().filter(ours).map(|group| {
             // Only version 1 has this.
             let tasks = group.join("tasks");
             if tasks.exists() { tasks } else { group }
@@ -170,7 +190,9 @@ impl Groups {
     /// Removes a session's groups, in which nothing may run any more. Blocks for as long as
     /// dying takes.
     pub(super) fn remove(&self, id: Uuid, home: &Path) {
-        let folders: BTreeSet<PathBuf> = recorded(home).chain(self.folders(id)).collect();
+        let known = self.known.lock().remove(home).unwrap_or_default().into_iter();
+        let folders: BTreeSet<PathBuf> =
+            known.chain(recorded(home)).chain(self.folders(id)).collect();
         for folder in folders {
             // Frozen, a killed process may stay (version 1), and so would one that only has to
             // see that its owner is gone.
@@ -198,7 +220,8 @@ impl Groups {
         let memory = self.places.iter().find(|place| place.controllers.contains(&"memory"));
         let Some(place) = memory else { return 0 };
         let file = if place.unified { "memory.events" } else { "memory.oom_control" };
-        let group = recorded(home).find(|group| group.parent() == Some(&place.folder));
+        let mut groups = self.of(home).into_iter();
+        let group = groups.find(|group| group.parent() == Some(&place.folder));
         let text = group.and_then(|group| fs::read_to_string(group.join(file)).ok());
         let text = text.unwrap_or_default();
         let count = text.lines().find_map(|line| line.strip_prefix("oom_kill "));
