@@ -21,6 +21,10 @@ use crate::{backup, bootstrap};
 /// How long processes have between being asked to end and being ended.
 const GRACE: Duration = Duration::from_secs(5);
 
+/// How long the making of a spare waits for whoever has just taken one to have a first answer:
+/// it would be in the way of that.
+const AFTER_YOU: Duration = Duration::from_millis(20);
+
 /// How long an instance that could not be thawed has to be gone once it is killed.
 const STUCK: Duration = Duration::from_secs(10);
 
@@ -200,6 +204,7 @@ pub(super) async fn prepare(pool: Arc<Pool>) {
         }
     }
     let mut report = Report(pool.clone(), None);
+    tokio::time::sleep(AFTER_YOU).await;
     pool.until(|state| state.discarding == 0).await;
     let spare = blocking({
         let pool = pool.clone();
