@@ -2,15 +2,19 @@
 //! to do to whoever runs sandboxes.
 #![allow(clippy::unwrap_used)]
 
+mod common;
+
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use denizen::{Isolation, MicroVmManager, VmExecutionGuard, VmPoolConfig};
+use denizen::{Isolation, MicroVmManager, VmPoolConfig};
 use tempfile::TempDir;
 use uuid::Uuid;
+
+use crate::common::{cache, text};
 
 fn open(folder: &Path) -> Arc<MicroVmManager> {
     let config = VmPoolConfig {
@@ -20,15 +24,8 @@ fn open(folder: &Path) -> Arc<MicroVmManager> {
         shell_args: vec!["-c".to_owned()],
         ..VmPoolConfig::default()
     };
-    let cache = Path::new(env!("CARGO_TARGET_TMPDIR")).join("cache");
     let builder = MicroVmManager::builder((&config).into()).isolation(Isolation::Sandbox);
-    builder.cache(cache).build().unwrap()
-}
-
-async fn text(guard: &VmExecutionGuard, line: &str) -> String {
-    let output = guard.command(line).output().await.unwrap();
-    assert!(output.exit.success(), "{line}: {output:?}");
-    String::from_utf8(output.stdout).unwrap()
+    builder.cache(cache()).build().unwrap()
 }
 
 /// A session that has run and was stopped, and its folder.

@@ -2,6 +2,8 @@
 //! does. The last test runs all of it again as an ordinary user.
 #![allow(clippy::unwrap_used)]
 
+mod common;
+
 use std::path::{Path, PathBuf};
 use std::process::Command as Program;
 use std::sync::Arc;
@@ -14,6 +16,8 @@ use denizen::{
 use tempfile::TempDir;
 use tokio::io::AsyncWriteExt;
 use uuid::Uuid;
+
+use crate::common::{cache, server, text};
 
 const ALL: [Isolation; 2] = [Isolation::Host, Isolation::Sandbox];
 
@@ -56,22 +60,8 @@ impl World {
     }
 }
 
-/// Shared by all tests of one user, so that the host's root is copied once.
-fn cache() -> PathBuf {
-    match std::env::var_os("DENIZEN_TEST_CACHE") {
-        Some(folder) => folder.into(),
-        None => Path::new(env!("CARGO_TARGET_TMPDIR")).join("cache"),
-    }
-}
-
 async fn sh(guard: &VmExecutionGuard, line: &str) -> Output {
     guard.command(line).output().await.unwrap()
-}
-
-async fn text(guard: &VmExecutionGuard, line: &str) -> String {
-    let output = sh(guard, line).await;
-    assert!(output.exit.success(), "{line}: {output:?}");
-    String::from_utf8(output.stdout).unwrap()
 }
 
 /// A number of seconds by which a process can be told from all others.
@@ -562,30 +552,6 @@ async fn a_command_in_a_sandbox_keeps_its_mark() {
     let lowered = "ulimit -n 50 && ulimit -n && prlimit --nofile=40:40 && prlimit -n -o SOFT";
     let lowered = guard.program("bash").args(["-c", lowered]).output().await.unwrap();
     assert!(String::from_utf8_lossy(&lowered.stdout).starts_with("50\n"), "{lowered:?}");
-}
-
-/// A server that answers every request with one line.
-fn server(address: &str) -> u16 {
-    use std::io::{Read, Write};
-    let listener = std::net::TcpListener::bind((address, 0)).unwrap();
-    let port = listener.local_addr().unwrap().port();
-    std::thread::spawn(move || {
-        for stream in listener.incoming() {
-            let mut stream = stream.unwrap();
-            let mut seen = Vec::new();
-            let mut piece = [0; 1024];
-            while !seen.ends_with(b"\r\n\r\n") {
-                match stream.read(&mut piece) {
-                    Ok(count @ 1..) => seen.extend_from_slice(&piece[..count]),
-                    _ => break,
-                }
-            }
-            let answer =
-                "HTTP/1.1 200 OK\r\nContent-Length: 8\r\nConnection: close\r\n\r\noutside\n";
-            let _ = stream.write_all(answer.as_bytes());
-        }
-    });
-    port
 }
 
 #[tokio::test]

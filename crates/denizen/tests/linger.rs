@@ -3,10 +3,12 @@
 //! of it as an ordinary user.
 #![allow(clippy::unwrap_used)]
 
+mod common;
+
 use std::io::{BufRead, BufReader, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command as Program, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
@@ -26,6 +28,8 @@ use rustix::net::{
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use tempfile::TempDir;
 use uuid::Uuid;
+
+use crate::common::{cache, server, text};
 
 /// Longer than anything here takes.
 const DEADLINE: Timespec = Timespec { tv_sec: 30, tv_nsec: 0 };
@@ -54,20 +58,6 @@ async fn pool(folder: &Path, network: Network, linger: Duration) -> Arc<MicroVmM
             opened => return opened.unwrap(),
         }
     }
-}
-
-/// Shared by all tests of one user, so that the host's root is copied once.
-fn cache() -> PathBuf {
-    match std::env::var_os("DENIZEN_TEST_CACHE") {
-        Some(folder) => folder.into(),
-        None => Path::new(env!("CARGO_TARGET_TMPDIR")).join("cache"),
-    }
-}
-
-async fn text(guard: &VmExecutionGuard, line: &str) -> String {
-    let output = guard.command(line).output().await.unwrap();
-    assert!(output.exit.success(), "{line}: {output:?}");
-    String::from_utf8(output.stdout).unwrap()
 }
 
 /// What other processes do has no event to wait for.
@@ -426,30 +416,6 @@ async fn what_runs_within_is_never_its_owner() {
     assert_eq!(text(&guard, "cat heard").await, expected);
     drop(guard);
     second.shutdown().await.unwrap();
-}
-
-/// A server that answers every request with one line.
-fn server(address: &str) -> u16 {
-    use std::io::{Read, Write};
-    let listener = std::net::TcpListener::bind((address, 0)).unwrap();
-    let port = listener.local_addr().unwrap().port();
-    std::thread::spawn(move || {
-        for stream in listener.incoming() {
-            let mut stream = stream.unwrap();
-            let mut seen = Vec::new();
-            let mut piece = [0; 1024];
-            while !seen.ends_with(b"\r\n\r\n") {
-                match stream.read(&mut piece) {
-                    Ok(count @ 1..) => seen.extend_from_slice(&piece[..count]),
-                    _ => break,
-                }
-            }
-            let answer =
-                "HTTP/1.1 200 OK\r\nContent-Length: 8\r\nConnection: close\r\n\r\noutside\n";
-            let _ = stream.write_all(answer.as_bytes());
-        }
-    });
-    port
 }
 
 #[tokio::test]

@@ -2,6 +2,8 @@
 //! control groups are of version 1.
 #![allow(clippy::unwrap_used)]
 
+mod common;
+
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command as Program, Output};
@@ -9,12 +11,14 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use denizen::{
-    Clock, Error, EventKind, Events, Isolation, MicroVmManager, RegistryError, Sleep,
-    VmExecutionGuard, VmPoolConfig, VmPoolRuntimeConfig,
+    Clock, Error, EventKind, Events, Isolation, MicroVmManager, RegistryError, Sleep, VmPoolConfig,
+    VmPoolRuntimeConfig,
 };
 use parking_lot::Mutex;
 use tempfile::TempDir;
 use uuid::Uuid;
+
+use crate::common::{cache, text};
 
 /// A clock that stands still until it is moved.
 #[derive(Debug, Default)]
@@ -116,10 +120,6 @@ impl World {
     }
 }
 
-fn cache() -> PathBuf {
-    Path::new(env!("CARGO_TARGET_TMPDIR")).join("cache")
-}
-
 /// Whether a group that can be frozen can be made, by the simplest way to find out.
 fn may_freeze() -> bool {
     let places = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified", "/sys/fs/cgroup/freezer"];
@@ -130,12 +130,6 @@ fn may_freeze() -> bool {
         let _ = std::fs::remove_dir(&probe);
         made && found
     })
-}
-
-async fn text(guard: &VmExecutionGuard, line: &str) -> String {
-    let output = guard.command(line).output().await.unwrap();
-    assert!(output.exit.success(), "{line}: {output:?}");
-    String::from_utf8(output.stdout).unwrap()
 }
 
 /// A new session that counts, and that nobody holds.

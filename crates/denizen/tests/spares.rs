@@ -2,6 +2,8 @@
 //! never take a place that is wanted, and what is given is as good as one made for it.
 #![allow(clippy::unwrap_used)]
 
+mod common;
+
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -9,6 +11,8 @@ use std::sync::Arc;
 use denizen::{Error, EventKind, Isolation, MicroVmManager, Network, VmPoolRuntimeConfig};
 use tempfile::TempDir;
 use uuid::Uuid;
+
+use crate::common::{cache, text};
 
 struct World {
     folder: TempDir,
@@ -32,9 +36,8 @@ impl World {
 
     /// A pool that has made its spares.
     async fn open(&self, spares: usize, network: Network) -> Arc<MicroVmManager> {
-        let cache = Path::new(env!("CARGO_TARGET_TMPDIR")).join("cache");
         let builder = MicroVmManager::builder(self.config.clone()).isolation(Isolation::Sandbox);
-        let pool = builder.cache(cache).spares(spares).network(network).build().unwrap();
+        let pool = builder.cache(cache()).spares(spares).network(network).build().unwrap();
         pool.run_maintenance_now().await.unwrap();
         pool
     }
@@ -51,9 +54,7 @@ impl World {
 
 async fn run(pool: &MicroVmManager, id: Uuid, line: &str) -> String {
     let guard = pool.acquire(id).await.unwrap();
-    let output = guard.command(line).output().await.unwrap();
-    assert!(output.exit.success(), "{line}: {output:?}");
-    String::from_utf8(output.stdout).unwrap()
+    text(&guard, line).await
 }
 
 #[tokio::test]
