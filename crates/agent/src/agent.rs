@@ -45,7 +45,7 @@ impl Agent {
         *self.inner.launch.lock() = launch;
     }
 
-    /// Whether its init is alive, as far as is known. Cancel-safe.
+    /// Whether its init is alive. Cancel-safe.
     pub async fn is_alive(&self) -> bool {
         self.inner.init.lock().await.as_ref().is_some_and(Init::is_alive)
     }

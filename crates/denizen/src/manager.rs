@@ -321,8 +321,8 @@ impl MicroVmManager {
         Ok(())
     }
 
-    /// Saves a session now; stops it for that, or freezes it where the pool does that. Nothing to save is fine. Cancel-safe: what has
-    /// begun goes on.
+    /// Saves a session now; stops it for that, or freezes it where the pool does that. Nothing
+    /// to save is fine. Cancel-safe: what has begun goes on.
     ///
     /// # Errors
     /// As [`MicroVmManager::stop`], [`Error::NoDestination`], or why the backup failed.

@@ -172,8 +172,7 @@ async fn create_with(
         };
         if let Err(error) = pool.volumes.install_new(place.site.id, &site.home) {
             drop(instance);
-            pool.driver.ended(&site);
-            Volumes::unstage(&site.home);
+            clear_spare(&pool, &site);
             return Err(error);
         }
         *place.instance.lock() = Some(pool.driver.moved(instance, &site, &place.site)?);
@@ -245,15 +244,20 @@ pub(super) async fn discard(pool: Arc<Pool>, spare: Spare) {
     end_spare(&pool, spare).await;
 }
 
-async fn end_spare(pool: &Pool, Spare { site, instance }: Spare) {
+/// Clears away a spare in which nothing runs any more. Blocks.
+fn clear_spare(pool: &Pool, site: &Site) {
+    pool.driver.ended(site);
+    Volumes::unstage(&site.home);
+}
+
+async fn end_spare(pool: &Arc<Pool>, Spare { site, instance }: Spare) {
     // There is nothing in it that would need time to end.
     if let Err(error) = instance.agent.shutdown(Duration::ZERO).await {
         tracing::warn!(%error, "a spare does not end");
     }
-    let driver = pool.driver.clone();
+    let pool = pool.clone();
     let end = blocking(move || {
-        driver.ended(&site);
-        Volumes::unstage(&site.home);
+        clear_spare(&pool, &site);
         Ok(())
     });
     if let Err(error) = end.await {
