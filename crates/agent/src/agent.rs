@@ -23,10 +23,19 @@ pub struct Agent {
     inner: Arc<Inner>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Default)]
 struct Inner {
     init: Mutex<Option<Init>>,
-    launch: parking_lot::Mutex<Launch>,
+    /// How the next init is launched, if not by default.
+    launch: parking_lot::Mutex<Option<Launching>>,
+}
+
+type Launching = Arc<dyn Fn() -> std::io::Result<Launch> + Send + Sync>;
+
+impl std::fmt::Debug for Inner {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Inner").field("init", &self.init).finish_non_exhaustive()
+    }
 }
 
 impl Agent {
@@ -37,12 +46,20 @@ impl Agent {
 
     /// The same, its init launched in this way.
     pub fn with(launch: Launch) -> Self {
-        Self { inner: Arc::new(Inner { init: Mutex::new(None), launch: launch.into() }) }
+        Self::having(None, launch)
     }
 
-    /// Should its init die, the next one is launched in this way.
-    pub fn relaunch_by(&self, launch: Launch) {
-        *self.inner.launch.lock() = launch;
+    fn having(init: Option<Init>, launch: Launch) -> Self {
+        let launch: Launching = Arc::new(move || Ok(launch.clone()));
+        Self { inner: Arc::new(Inner { init: Mutex::new(init), launch: Some(launch).into() }) }
+    }
+
+    /// Should its init die, the next one is launched in this way, which is asked for only then.
+    pub fn relaunch_by(
+        &self,
+        launch: impl Fn() -> std::io::Result<Launch> + Send + Sync + 'static,
+    ) {
+        *self.inner.launch.lock() = Some(Arc::new(launch));
     }
 
     /// Whether its init is alive. Cancel-safe.
@@ -54,8 +71,7 @@ impl Agent {
     /// comes what the init's plan had for the owner. See [`Init::find`]. Blocks, not for long.
     pub fn find(launch: Launch) -> Result<(Self, Option<OwnedFd>)> {
         let (init, door) = Init::find(&launch)?;
-        let inner = Inner { init: Mutex::new(Some(init)), launch: launch.into() };
-        Ok((Self { inner: Arc::new(inner) }, door))
+        Ok((Self::having(Some(init), launch), door))
     }
 
     /// Leaves what runs to itself; see [`Init::leave`]. Cancel-safe.
@@ -120,6 +136,8 @@ impl Agent {
                 // The dead one goes first, so that there are never two.
                 *slot = None;
                 let launch = self.inner.launch.lock().clone();
+                let launch = launch.map_or(Ok(Launch::default()), |launch| launch());
+                let launch = launch.map_err(Error::io("cannot prepare the session's init"))?;
                 let init = Init::launch(&launch).await?;
                 Ok(slot.insert(init).remote())
             }

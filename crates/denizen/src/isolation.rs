@@ -265,7 +265,7 @@ pub(crate) trait Driver: Send + Sync {
     fn start(&self, site: &Site) -> Result<Instance>;
 
     /// Goes on with an instance whose session's folder and name are now others. May block.
-    fn moved(&self, instance: Instance, from: &Site, to: &Site) -> Result<Instance>;
+    fn moved(self: Arc<Self>, instance: Instance, from: &Site, to: &Site) -> Result<Instance>;
 
     /// The instance of a session whose volume is whole, if an earlier pool has left it running
     /// and it can be used as it is. Makes none. Called as `start`.

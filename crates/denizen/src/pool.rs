@@ -1053,11 +1053,28 @@ async fn drive(pool: Weak<Pool>, mut inbox: mpsc::UnboundedReceiver<Order>) {
         }
         let Some(pool) = pool.upgrade() else { return };
         let mut writes = behind.clone();
-        writes.extend(orders.iter().filter_map(|order| match order {
-            Order::Run { row, .. } => row.clone(),
-            Order::Write(write) => Some(write.clone()),
-            Order::Prepare | Order::Discard(_) => None,
-        }));
+        // Creations begin beside the writing: what they make at first is nobody's.
+        let mut creations = Vec::new();
+        let mut after = Vec::new();
+        for order in orders {
+            match order {
+                Order::Run { id, seq, op: op @ Op::Create { .. }, row } => {
+                    let (tell, written) = oneshot::channel();
+                    creations.push(tell);
+                    writes.extend(row);
+                    operations.spawn(operation::run(pool.clone(), id, seq, op, Some(written)));
+                }
+                Order::Run { ref row, .. } => {
+                    writes.extend(row.clone());
+                    after.push(order);
+                }
+                Order::Write(ref write) => {
+                    writes.push(write.clone());
+                    after.push(order);
+                }
+                Order::Prepare | Order::Discard(_) => after.push(order),
+            }
+        }
         let written = if writes.is_empty() { Ok(()) } else { pool.write(writes).await };
         let failure = match written {
             Ok(()) => {
@@ -1069,13 +1086,17 @@ async fn drive(pool: Weak<Pool>, mut inbox: mpsc::UnboundedReceiver<Order>) {
                 Some(Arc::new(error))
             }
         };
-        for order in orders {
+        for tell in creations {
+            // One that was cut off has nothing to wait for.
+            let _ = tell.send(failure.clone().map_or(Ok(()), |error| Err(Error::Shared(error))));
+        }
+        for order in after {
             match (order, &failure) {
                 (Order::Run { id, seq, row: Some(_), .. }, Some(error)) => {
                     pool.finished(id, seq, Err(Error::Shared(error.clone())).into());
                 }
                 (Order::Run { id, seq, op, .. }, _) => {
-                    operations.spawn(operation::run(pool.clone(), id, seq, op));
+                    operations.spawn(operation::run(pool.clone(), id, seq, op, None));
                 }
                 (Order::Prepare, _) => drop(operations.spawn(operation::prepare(pool.clone()))),
                 (Order::Discard(spare), _) => {
@@ -1093,8 +1114,12 @@ async fn drive(pool: Weak<Pool>, mut inbox: mpsc::UnboundedReceiver<Order>) {
 
 impl Pool {
     async fn write(self: &Arc<Self>, writes: Vec<Write>) -> Result<()> {
-        let (registry, time) = (self.registry.clone(), self.clock.save());
-        blocking(move || Ok(registry.lock().commit(&writes, &time)?)).await
+        let (pool, time) = (self.clone(), self.clock.save());
+        blocking(move || {
+            pool.volumes.settle()?;
+            Ok(pool.registry.lock().commit(&writes, &time)?)
+        })
+        .await
     }
 }
 

@@ -14,6 +14,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, RenameFlags, openat, renameat_with};
 use rustix::io::Errno;
@@ -31,6 +33,8 @@ const INCOMPLETE: &str = "incomplete";
 pub(crate) struct Volumes {
     root: PathBuf,
     own: PathBuf,
+    /// Whether the root has a new session's folder that a power cut could take away.
+    unsettled: Arc<AtomicBool>,
 }
 
 impl Volumes {
@@ -45,7 +49,7 @@ impl Volumes {
         for folder in ["staging", "spares", "trash"] {
             make_private(&own.join(folder)).map_err(|source| Error::root(&root, source))?;
         }
-        Ok(Self { root, own })
+        Ok(Self { root, own, unsettled: Arc::default() })
     }
 
     pub(crate) fn root(&self) -> &Path {
@@ -119,16 +123,30 @@ impl Volumes {
         Ok(Site::in_folder(id, home))
     }
 
-    /// Makes a session's folder out of a spare one, in one step, also after a power cut.
+    /// Makes a session's folder out of a spare one, in one step; [`Volumes::settle`] makes it
+    /// outlast a power cut.
     pub(crate) fn install_new(&self, id: Uuid, spare: &Path) -> Result<()> {
         let home = self.home(id);
         let make = || {
             // Left over from an earlier try; the registry says that nothing of it is wanted.
             self.discard(id)?;
             renameat_with(CWD, spare, CWD, &home, RenameFlags::NOREPLACE)?;
-            sync(&self.root)
+            self.unsettled.store(true, Ordering::Release);
+            Ok(())
         };
-        make().map_err(|source| Error::volume("make", &home, source))
+        make().map_err(|source: io::Error| Error::volume("make", &home, source))
+    }
+
+    /// Makes the new sessions' folders outlast a power cut: before any row says that they are
+    /// there. Until then their rows say that they are being made, and nobody misses them.
+    pub(crate) fn settle(&self) -> Result<()> {
+        if self.unsettled.swap(false, Ordering::AcqRel) {
+            return sync(&self.root).map_err(|source| {
+                self.unsettled.store(true, Ordering::Release);
+                Error::root(&self.root, source)
+            });
+        }
+        Ok(())
     }
 
     /// The spares that are there.

@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use denizen_agent::Agent;
 use denizen_image::Store;
@@ -21,7 +22,7 @@ impl Driver for Host {
         Ok(Instance { agent: Agent::with(site.launch()), env: BTreeMap::new() })
     }
 
-    fn moved(&self, _: Instance, _: &Site, to: &Site) -> Result<Instance> {
+    fn moved(self: Arc<Self>, _: Instance, _: &Site, to: &Site) -> Result<Instance> {
         // Nothing runs before the first command.
         self.start(to)
     }

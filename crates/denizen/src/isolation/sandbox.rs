@@ -213,6 +213,13 @@ impl Sandbox {
         Launch { enter: Some(Arc::new(Enter { plan, door })), linger, ..site.launch() }
     }
 
+    /// How it is launched in folders and control groups that are there.
+    fn relaunch(&self, site: &Site) -> Result<Launch> {
+        let below = self.roots.below(&self.roots.of(site)?)?;
+        let groups = self.groups.joined(&site.home);
+        Ok(self.launch(site, &groups, &overlays(site, &below), &below))
+    }
+
     fn plan(&self, site: &Site, groups: &[PathBuf], overlays: &[Folders], below: &[Below]) -> Plan {
         let mut plan = Plan::default();
         for group in groups {
@@ -360,12 +367,12 @@ impl Driver for Sandbox {
         Ok(Instance { agent, env })
     }
 
-    fn moved(&self, instance: Instance, from: &Site, to: &Site) -> Result<Instance> {
-        let below = self.roots.below(&self.roots.of(to)?)?;
+    fn moved(self: Arc<Self>, instance: Instance, from: &Site, to: &Site) -> Result<Instance> {
         self.groups.moved(&from.home, &to.home);
-        let groups = self.groups.joined(&to.home);
-        instance.agent.relaunch_by(self.launch(to, &groups, &overlays(to, &below), &below));
         self.networks.rename(from.id, to.id);
+        let agent = instance.agent.clone();
+        let to = to.clone();
+        agent.relaunch_by(move || self.relaunch(&to).map_err(std::io::Error::other));
         Ok(instance)
     }
 
@@ -374,10 +381,8 @@ impl Driver for Sandbox {
             return None;
         }
         let base = self.roots.of(site).ok()?;
-        let below = self.roots.below(&base).ok()?;
         // Should its first process be killed, the next command starts it anew.
-        let groups = self.groups.joined(&site.home);
-        let launch = self.launch(site, &groups, &overlays(site, &below), &below);
+        let launch = self.relaunch(site).ok()?;
         let door = launch.enter.as_ref().and_then(|enter| enter.door.clone());
         let (agent, way) = match Agent::find(launch) {
             Ok(found) => found,

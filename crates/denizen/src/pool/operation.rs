@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use denizen_agent::{Agent, Spec, Stdio};
+use tokio::sync::oneshot;
 use uuid::Uuid;
 
 use super::{Origin, Place, Pool, Spare, blocking};
@@ -52,8 +53,12 @@ impl Ended {
     }
 }
 
-/// Runs an operation and reports how it ended, whatever happens to this task.
-pub(super) async fn run(pool: Arc<Pool>, id: Uuid, seq: Seq, op: Op) {
+/// Tells when the row of an operation is durable, or why it is not.
+pub(super) type Written = oneshot::Receiver<Fallible<()>>;
+
+/// Runs an operation and reports how it ended, whatever happens to this task. Its row is durable,
+/// or it waits for `written` before it changes anything of a session's.
+pub(super) async fn run(pool: Arc<Pool>, id: Uuid, seq: Seq, op: Op, written: Option<Written>) {
     struct Report(Arc<Pool>, Uuid, Seq, Op, Option<Ended>);
     impl Drop for Report {
         fn drop(&mut self) {
@@ -75,7 +80,7 @@ pub(super) async fn run(pool: Arc<Pool>, id: Uuid, seq: Seq, op: Op) {
         pool.until(|state| state.discarding == 0).await;
     }
     report.4 = Some(match op {
-        Op::Create { .. } => create(&pool, &place).await.into(),
+        Op::Create { .. } => create(&pool, &place, written).await.into(),
         Op::Start => start(&pool, &place).await.into(),
         Op::Stop { force } => stop(&pool, &place, force).await,
         Op::Freeze => freeze(&pool, &place).await,
@@ -88,7 +93,7 @@ pub(super) async fn run(pool: Arc<Pool>, id: Uuid, seq: Seq, op: Op) {
     });
 }
 
-async fn create(pool: &Arc<Pool>, place: &Arc<Place>) -> Result {
+async fn create(pool: &Arc<Pool>, place: &Arc<Place>, written: Option<Written>) -> Result {
     let id = place.site.id;
     let (spare, origin) = {
         let mut state = pool.state.lock();
@@ -98,9 +103,9 @@ async fn create(pool: &Arc<Pool>, place: &Arc<Place>) -> Result {
     let is_copy = matches!(origin, Some(Origin::Session(_)));
     *place.watched.known.lock() = if is_copy { Known::default() } else { Known::empty() };
     let made = if !is_copy && bootstrap::is_wanted(&pool.config) {
-        create_in_place(pool, place, origin).await
+        create_in_place(pool, place, origin, written).await
     } else {
-        create_with(pool, place, spare, origin).await
+        create_with(pool, place, spare, origin, written).await
     };
     if made.is_err() {
         let discarded = async {
@@ -128,11 +133,13 @@ async fn create_in_place(
     pool: &Arc<Pool>,
     place: &Arc<Place>,
     origin: Option<Origin>,
+    written: Option<Written>,
 ) -> Fallible<()> {
     let id = place.site.id;
     let instance = {
         let (pool, place) = (pool.clone(), place.clone());
         blocking(move || {
+            wait_for(written)?;
             pool.volumes.begin(id)?;
             originate(&pool, &place.site, origin.as_ref())?;
             pool.driver.start(&place.site)
@@ -155,6 +162,7 @@ async fn create_with(
     place: &Arc<Place>,
     spare: Option<Spare>,
     origin: Option<Origin>,
+    written: Option<Written>,
 ) -> Fallible<()> {
     let spare = match spare {
         Some(spare) if origin.is_none() && spare.instance.agent.is_alive().await => Some(spare),
@@ -170,15 +178,23 @@ async fn create_with(
             Some(spare) => spare,
             None => make_spare(&pool, origin.as_ref())?,
         };
-        if let Err(error) = pool.volumes.install_new(place.site.id, &site.home) {
+        let installed =
+            wait_for(written).and_then(|()| pool.volumes.install_new(place.site.id, &site.home));
+        if let Err(error) = installed {
             drop(instance);
             clear_spare(&pool, &site);
             return Err(error);
         }
-        *place.instance.lock() = Some(pool.driver.moved(instance, &site, &place.site)?);
+        *place.instance.lock() = Some(pool.driver.clone().moved(instance, &site, &place.site)?);
         Ok(())
     })
     .await
+}
+
+/// Waits until the operation's row is durable. Blocks.
+fn wait_for(written: Option<Written>) -> Fallible<()> {
+    let cut_off = |_| Err(Error::Task("the registry is closed".to_owned()));
+    written.map_or(Ok(()), |written| written.blocking_recv().unwrap_or_else(cut_off))
 }
 
 /// Makes a spare, or what only a session of that origin can be made of. Blocks.
