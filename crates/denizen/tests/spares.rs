@@ -177,3 +177,28 @@ async fn what_is_bootstrapped_is_made_when_it_is_wanted() {
     assert_eq!(run(&pool, Uuid::new_v4(), "cat made").await, "/volume\n");
     pool.shutdown().await.unwrap();
 }
+
+#[tokio::test]
+async fn a_creation_that_cannot_be_written_down_leaves_nothing() {
+    for spares in [0, 1] {
+        let world = World::new(8);
+        let root = world.folder.path().join("pool");
+        let registry = |statement: &str| {
+            let registry = rusqlite::Connection::open(root.join(".denizen/registry.db")).unwrap();
+            registry.execute_batch(statement).unwrap();
+        };
+        let pool = world.open(spares, Network::None).await;
+        registry(
+            "CREATE TRIGGER refuse BEFORE INSERT ON sessions BEGIN SELECT RAISE(FAIL, 'no'); END",
+        );
+        let id = Uuid::new_v4();
+        let refused = pool.acquire(id).await.unwrap_err();
+        assert!(refused.to_string().contains("no"), "{refused}");
+        assert!(!root.join(id.to_string()).exists());
+        registry("DROP TRIGGER refuse");
+        pool.run_maintenance_now().await.unwrap();
+        assert_eq!(world.spares().len(), spares);
+        assert_eq!(run(&pool, id, "cat /proc/1/comm").await, "denizen-init\n");
+        pool.shutdown().await.unwrap();
+    }
+}

@@ -8,6 +8,7 @@ mod api;
 mod files;
 mod lease;
 mod listener;
+mod rest;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -97,7 +98,9 @@ impl Daemon {
             _ => envd::processes(resolver.clone())
                 .fallback_service(any(files::forward).with_state(resolver)),
         };
-        let app = api::router(pool.clone(), leases.clone(), asked.clone()).merge(envd);
+        let app = api::router(pool.clone(), leases.clone(), asked.clone())
+            .merge(envd)
+            .layer(axum::middleware::from_fn(rest::read_on));
         let server = tokio::spawn(async move { axum::serve(listener, app).await });
         let ending = tokio::select! {
             ending = stop => {
