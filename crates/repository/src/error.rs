@@ -1,0 +1,79 @@
+use std::path::PathBuf;
+
+/// Why a repository could not be used.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The text names no place that backups can go to.
+    #[error("{text:?} is no backup destination: {problem}")]
+    Destination {
+        /// The text.
+        text: String,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// The destination could not be read or written.
+    #[error("cannot {action} the backup repository {place}: {problem}")]
+    Engine {
+        /// What was being done.
+        action: &'static str,
+        /// Which repository.
+        place: String,
+        /// What the engine said.
+        problem: String,
+    },
+    /// The repository was made with another key.
+    #[error(
+        "the key does not open the backup repository {place}: use the key that it was made with, \
+         or another destination"
+    )]
+    WrongKey {
+        /// Which repository.
+        place: String,
+    },
+    /// There is no such backup.
+    #[error("the backup repository {place} has no backup {backup}")]
+    NoBackup {
+        /// Which repository.
+        place: String,
+        /// The backup asked for.
+        backup: String,
+    },
+    /// A backup does not say what was written.
+    #[error("the backup {backup} in {place} is damaged: {problem}; use another one")]
+    Damaged {
+        /// Which repository.
+        place: String,
+        /// The backup.
+        backup: String,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// What was just written could not be read back as it was written: it is no backup.
+    #[error("a backup to {place} could not be read back as it was written: {problem}")]
+    Unverified {
+        /// Which repository.
+        place: String,
+        /// What differs.
+        problem: String,
+    },
+    /// The files of the session, or the place they are restored to.
+    #[error(transparent)]
+    Tree(#[from] denizen_archive::Error),
+    /// Something beside the repository could not be read.
+    #[error("cannot read {}: {source}", path.display())]
+    Io {
+        /// What.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+}
+
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What the engine says, in one line.
+pub fn told(error: &rustic_core::RusticError) -> String {
+    let text = error.display_log();
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
+}

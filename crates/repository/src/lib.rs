@@ -1,0 +1,529 @@
+//! Backups of sessions in a repository: encrypted, compressed, each thing once, in the format of
+//! restic (its design document, repository version 2), so that `restic` and `rustic` read them
+//! without us. The engine is `rustic_core`; this crate gives it our walk, our files and our
+//! restorer, and reads back what it has written.
+//!
+//! It decides nothing: when to back up, what to keep and what to forget is the pool's business.
+//! It never counts on what it has not read back, never overwrites a file of a repository, never
+//! follows a link of a session's, and takes what is in a repository for hostile. All of it is
+//! synchronous: call it from a thread that may block.
+//!
+//! # What a backup looks like
+//!
+//! One snapshot, with the tags `denizen` and the session's id, and its name as label. In it are
+//! `volume/` and, where the session has changed its root, `root/`. Owners are those that archives
+//! have ([`Owners`]). Sockets, devices and what is mounted are left out, as in archives. Holes of
+//! files come back as holes, as do other zeros of a whole page.
+//!
+//! # More than one host
+//!
+//! Any number may write at the same time: a file's name says what is in it, and a snapshot is
+//! written after all that it needs. What nobody needs is removed in two steps, a day apart
+//! ([`Repository::prune`]), so that no backup under way loses what it counts on.
+
+mod backend;
+mod check;
+mod error;
+mod files;
+mod node;
+mod restore;
+mod source;
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use bytesize::ByteSize;
+use denizen_archive::tree::{Kind, Member, Walk, open};
+use rustic_core::jiff::{SignedDuration, Timestamp, tz::TimeZone};
+use rustic_core::repofile::{Chunker, MasterKey, SnapshotFile, SnapshotId};
+use rustic_core::{
+    BackupOptions, ConfigOptions, Credentials, FileType, IndexedIds, KeyOptions, OpenStatus,
+    PruneOptions, RepositoryBackends, RepositoryOptions, RusticResult,
+};
+use uuid::Uuid;
+
+pub use check::{Finding, Report};
+pub use denizen_archive::{Owners, Restored, Skipped};
+pub use error::Error;
+pub use files::Destination;
+
+use backend::{Backend, Gate};
+use error::{Result, told};
+use files::Files;
+
+type Engine<S> = rustic_core::Repository<S>;
+
+/// Marks the snapshots that are ours.
+const TAG: &str = "denizen";
+/// Where a session's files are in a snapshot.
+const VOLUME: &str = "volume";
+const ROOT: &str = "root";
+
+/// How large the pieces of large files are. Pieces of one size are found faster than such that
+/// depend on what is in them; what is gained by those, large files into the middle of which
+/// something is put, is rare in a session.
+const PIECE: u64 = 1 << 20;
+/// How large the files of the repository are that hold pieces. They are in memory as a whole,
+/// several at a time.
+const PACK: u64 = 16 << 20;
+/// The best that keeps up with a disk.
+const LEVEL: i32 = 3;
+
+/// A repository that is open.
+pub struct Repository {
+    files: Arc<dyn Files>,
+    key: MasterKey,
+    /// The snapshots as last seen: none of them ever changes.
+    known: Mutex<Vec<SnapshotFile>>,
+}
+
+impl std::fmt::Debug for Repository {
+    /// Without the key.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Repository").field("files", &self.files).finish_non_exhaustive()
+    }
+}
+
+/// Whose files they are, and which.
+#[derive(Clone, Copy, Debug)]
+pub struct Source<'a> {
+    /// The session.
+    pub session: Uuid,
+    /// Its name, if it has one.
+    pub name: Option<&'a str>,
+    /// Its volume.
+    pub volume: &'a Path,
+    /// What it has changed in its root, if anything.
+    pub root: Option<&'a Path>,
+    /// Whose numbers are others in the backup than on disk.
+    pub owners: Option<Owners>,
+}
+
+/// A backup in the repository.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// Its name: 64 hexadecimal digits.
+    pub id: String,
+    /// The session that it holds.
+    pub session: Uuid,
+    /// The session's name at that time.
+    pub name: Option<String>,
+    /// The host that wrote it.
+    pub host: String,
+    /// When it was taken. Later than every older one of the session, even if the clock was set
+    /// back.
+    pub taken_at: Timestamp,
+    /// Bytes of the content of its files.
+    pub bytes: u64,
+    /// Regular files in it.
+    pub files: u64,
+    /// Bytes by which the repository has grown with it.
+    pub added: u64,
+}
+
+/// What [`Repository::write`] made.
+#[derive(Clone, Debug)]
+pub struct Written {
+    /// The new backup.
+    pub entry: Entry,
+    /// What the session has and the backup has not.
+    pub skipped: Vec<Skipped>,
+}
+
+/// How far an operation is. Shared by who does it and who wants to know.
+#[derive(Debug, Default)]
+pub struct Counter {
+    entries: AtomicU64,
+    files: AtomicU64,
+    size: AtomicU64,
+    bytes: AtomicU64,
+}
+
+impl Counter {
+    fn entry(&self, member: &Member) {
+        self.entries.fetch_add(1, Ordering::Relaxed);
+        if member.kind == Kind::File {
+            self.files.fetch_add(1, Ordering::Relaxed);
+            self.size.fetch_add(member.size, Ordering::Relaxed);
+        }
+    }
+
+    fn bytes(&self, more: u64) {
+        self.bytes.fetch_add(more, Ordering::Relaxed);
+    }
+
+    /// Regular files that have been looked at or made.
+    pub fn files(&self) -> u64 {
+        self.files.load(Ordering::Relaxed)
+    }
+
+    /// Bytes that these hold.
+    pub fn size(&self) -> u64 {
+        self.size.load(Ordering::Relaxed)
+    }
+
+    /// Bytes that had to be read or written, as they are new.
+    pub fn moved(&self) -> u64 {
+        self.bytes.load(Ordering::Relaxed)
+    }
+}
+
+impl Repository {
+    /// Opens the repository at a destination, or makes one if there is none. Deriving the key
+    /// takes a third of a second, on purpose (`scrypt`, RFC 7914).
+    ///
+    /// # Errors
+    /// [`Error::WrongKey`] if it was made with another password, or what met the reading or
+    /// making of it.
+    pub fn open(destination: &Destination, password: &str) -> Result<Self> {
+        let files = destination.files()?;
+        let place = files.place();
+        let failed = |action, error: Box<rustic_core::RusticError>| {
+            if error.is_incorrect_password() {
+                return Error::WrongKey { place: place.clone() };
+            }
+            Error::Engine { action, place: place.clone(), problem: told(&error) }
+        };
+        let credentials = Credentials::password(password);
+        let there = || {
+            let size = files.size("config");
+            size.map_err(|error| Error::Engine {
+                action: "open",
+                place: place.clone(),
+                problem: error.to_string(),
+            })
+        };
+        let opened = if there()?.is_some() {
+            engine(&files, Arc::default()).and_then(|engine| engine.open(&credentials))
+        } else {
+            let config = ConfigOptions::default()
+                .set_version(2_u32)
+                .set_compression(LEVEL)
+                .set_chunker(Chunker::FixedSize)
+                .set_chunk_size(ByteSize::b(PIECE))
+                .set_datapack_size(ByteSize::b(PACK))
+                .set_datapack_growfactor(0_u32)
+                // We read back all that is written, ourselves.
+                .set_extra_verify(false);
+            let made = engine(&files, Arc::default())
+                .and_then(|engine| engine.init(&credentials, &KeyOptions::default(), &config));
+            match made {
+                // Another host may have made it at this moment.
+                Err(_) if there()?.is_some() => {
+                    engine(&files, Arc::default()).and_then(|engine| engine.open(&credentials))
+                }
+                made => made,
+            }
+        };
+        let key = opened.map_err(|error| failed("open", error))?.key();
+        Ok(Self { files, key, known: Mutex::default() })
+    }
+
+    /// What people call the place; no secret is in it.
+    pub fn place(&self) -> String {
+        self.files.place()
+    }
+
+    fn engine(&self, gate: Arc<Gate>) -> RusticResult<Engine<OpenStatus>> {
+        engine(&self.files, gate)?.open(&Credentials::Masterkey(self.key.clone()))
+    }
+
+    fn failed(&self, action: &'static str) -> impl Fn(Box<rustic_core::RusticError>) -> Error {
+        let place = self.place();
+        move |error| Error::Engine { action, place: place.clone(), problem: told(&error) }
+    }
+
+    /// Writes a backup and reads back what is new in it, and whether all else is there. What
+    /// neither changed nor is new since the session's latest backup is not read again.
+    ///
+    /// Blocks. `cancelled` is looked at every few files and for every piece that is read. On any
+    /// error there is no backup; what was written for it is used by the next one.
+    ///
+    /// # Errors
+    /// [`Error::Tree`] if the files changed meanwhile or could not be read,
+    /// [`Error::Unverified`], or what met the destination.
+    pub fn write(
+        &self,
+        source: Source<'_>,
+        now: Timestamp,
+        counter: &Arc<Counter>,
+        cancelled: &AtomicBool,
+    ) -> Result<Written> {
+        let failed = self.failed("write to");
+        let known = self.snapshots()?;
+        let latest = known.iter().filter(|it| session_of(it) == Some(source.session));
+        let latest = latest.max_by_key(|it| it.time.timestamp()).cloned();
+        let snapshot = describe(source, now, latest.as_ref());
+        if let Some(latest) = &latest {
+            let engine = self.engine(Arc::default()).and_then(Engine::to_indexed);
+            let engine = engine.map_err(&failed)?;
+            let compare = restore::Compare::new(&engine, latest.tree);
+            if let Some(skipped) = compare.is_same(source, cancelled)?
+                // What is there already is not read again; it only has to be there.
+                && check::is_whole(&*self.files, &engine, latest.tree).is_ok()
+            {
+                let summary = latest.summary.clone().map(|mut summary| {
+                    summary.data_added_packed = 0;
+                    summary
+                });
+                let snapshot = SnapshotFile { tree: latest.tree, summary, ..snapshot };
+                return Ok(Written { entry: self.publish(snapshot)?, skipped });
+            }
+        }
+        let mut parent = latest.as_ref();
+        loop {
+            let gate = Arc::new(Gate::default());
+            let (snapshot, skipped) =
+                self.archive(source, snapshot.clone(), parent, &gate, counter, cancelled)?;
+            match self.verify_new(&snapshot, &gate, cancelled) {
+                Ok(()) => return Ok(Written { entry: self.note(snapshot), skipped }),
+                Err(error) => {
+                    self.engine(Arc::default())
+                        .and_then(|engine| engine.delete_snapshots(&[snapshot.id]))
+                        .map_err(&failed)?;
+                    // What an earlier backup has written is gone, or is not what it was: nothing
+                    // of it must be counted on, and all of it is written anew.
+                    if parent.take().is_none() {
+                        return Err(error);
+                    }
+                    tracing::warn!(%error, "what earlier backups have written is written again");
+                    self.forget_damaged()?;
+                }
+            }
+        }
+    }
+
+    /// Writes a snapshot of what is there, and reads it back.
+    fn publish(&self, mut snapshot: SnapshotFile) -> Result<Entry> {
+        let failed = self.failed("write to");
+        let gate = Arc::new(Gate::default());
+        let engine = self.engine(gate.clone()).map_err(&failed)?;
+        engine.save_snapshots(vec![snapshot.clone()]).map_err(&failed)?;
+        let id = gate.written(FileType::Snapshot).into_iter().next().map(SnapshotId::from);
+        let again = id.map(|id| engine.get_file::<SnapshotFile>(&id)).transpose();
+        match (id, again.map_err(&failed)?) {
+            (Some(id), Some(again)) if again.tree == snapshot.tree => snapshot.id = id,
+            _ => {
+                let problem = "the new snapshot is another one".to_owned();
+                return Err(Error::Unverified { place: self.place(), problem });
+            }
+        }
+        Ok(self.note(snapshot))
+    }
+
+    /// Has the engine write what it has not.
+    fn archive(
+        &self,
+        source: Source<'_>,
+        snapshot: SnapshotFile,
+        parent: Option<&SnapshotFile>,
+        gate: &Arc<Gate>,
+        counter: &Arc<Counter>,
+        cancelled: &AtomicBool,
+    ) -> Result<(SnapshotFile, Vec<Skipped>)> {
+        let failed = self.failed("write to");
+        let mut options = BackupOptions::default().no_scan(true);
+        match parent {
+            Some(parent) => options.parent_opts.parents = vec![parent.id.to_string()],
+            None => options.parent_opts.force = true,
+        }
+        let engine = self.engine(gate.clone()).and_then(Engine::to_indexed_ids);
+        let engine = engine.map_err(&failed)?;
+        let (entries, feed) = source::source(gate.clone(), counter.clone());
+        std::thread::scope(|scope| {
+            let walking = std::thread::Builder::new().name("denizen-walk".into());
+            let walking = walking.spawn_scoped(scope, || {
+                let walked = walk(source, feed, cancelled);
+                walked.map_err(|error| gate.close(error)).unwrap_or_default()
+            });
+            let walking = walking.map_err(|source| {
+                let path = PathBuf::from("a thread to walk the session's files");
+                Error::Io { path, source }
+            })?;
+            let archived = archive(&engine, &options, entries, snapshot);
+            let skipped = walking.join().unwrap_or_default();
+            match (archived, gate.reason()) {
+                // What went wrong first explains what went wrong after it.
+                (Err(error), Some(denizen_archive::Error::Cancelled { .. }))
+                    if !cancelled.load(Ordering::Relaxed) =>
+                {
+                    Err(failed(error))
+                }
+                (_, Some(reason)) => Err(reason.into()),
+                (Err(error), None) => Err(failed(error)),
+                (Ok(snapshot), None) => Ok((snapshot, skipped)),
+            }
+        })
+    }
+
+    /// Remembers a new backup.
+    fn note(&self, snapshot: SnapshotFile) -> Entry {
+        let entry = entry(&snapshot);
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        if !known.iter().any(|it| it.id == snapshot.id) {
+            known.push(snapshot);
+        }
+        entry.unwrap_or_else(|| unreachable!("it was described by us"))
+    }
+
+    /// All snapshots, as they are now. Those seen before are not read again.
+    fn snapshots(&self) -> Result<Vec<SnapshotFile>> {
+        let failed = self.failed("list the backups in");
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let engine = self.engine(Arc::default()).map_err(&failed)?;
+        let all = engine.update_all_snapshots(std::mem::take(&mut *known)).map_err(&failed)?;
+        known.clone_from(&all);
+        Ok(all)
+    }
+
+    /// The backups of a session, or of all, newest first.
+    ///
+    /// # Errors
+    /// What met the reading of the repository.
+    pub fn list(&self, session: Option<Uuid>) -> Result<Vec<Entry>> {
+        let all = self.snapshots()?;
+        let ours = all.iter().filter_map(entry);
+        let mut ours: Vec<_> =
+            ours.filter(|entry| session.is_none_or(|wanted| wanted == entry.session)).collect();
+        ours.sort_by(|a, b| b.taken_at.cmp(&a.taken_at).then_with(|| a.id.cmp(&b.id)));
+        Ok(ours)
+    }
+
+    fn find(&self, backup: &str) -> Result<SnapshotFile> {
+        let found = self.snapshots()?.into_iter().find(|it| it.id.to_hex().as_str() == backup);
+        found.ok_or_else(|| Error::NoBackup { place: self.place(), backup: backup.to_owned() })
+    }
+
+    /// Puts the files of a backup into `home`, which must be empty or not exist: as `volume/`
+    /// and, where it has changes of a root, `root/`. With `only`, a path in the backup, just what
+    /// is there. Every piece is compared with its digest. Blocks; `cancelled` is looked at for
+    /// every entry and piece. On any error what was made is removed again.
+    ///
+    /// # Errors
+    /// [`Error::NoBackup`], [`Error::Damaged`], [`Error::Tree`] if the files cannot be made.
+    pub fn restore(
+        &self,
+        backup: &str,
+        home: &Path,
+        only: Option<&Path>,
+        owners: Option<Owners>,
+        counter: &Counter,
+        cancelled: &AtomicBool,
+    ) -> Result<Restored> {
+        let snapshot = self.find(backup)?;
+        let engine = self.engine(Arc::default()).and_then(Engine::to_indexed);
+        let engine = engine.map_err(self.failed("read from"))?;
+        let restorer = restore::Restorer { engine: &engine, place: self.place(), backup, counter };
+        restorer.restore(snapshot.tree, home, only, owners, cancelled)
+    }
+
+    /// Forgets backups. What only they need is removed by [`Repository::prune`].
+    ///
+    /// # Errors
+    /// What met the destination; then some may be gone.
+    pub fn forget(&self, backups: &[String]) -> Result<()> {
+        let all = self.snapshots()?;
+        let ids: Vec<_> = all
+            .iter()
+            .filter(|it| backups.iter().any(|backup| it.id.to_hex().as_str() == backup))
+            .map(|it| it.id)
+            .collect();
+        let failed = self.failed("remove backups from");
+        self.engine(Arc::default())
+            .and_then(|engine| engine.delete_snapshots(&ids))
+            .map_err(failed)
+    }
+
+    /// Removes what no backup needs: marks it now, and removes what was marked a day ago and is
+    /// still not needed. Safe beside other writers and against being killed.
+    ///
+    /// # Errors
+    /// What met the destination.
+    pub fn prune(&self) -> Result<()> {
+        let failed = self.failed("compact");
+        let engine = self.engine(Arc::default()).map_err(&failed)?;
+        let options = PruneOptions::default();
+        let plan = engine.prune_plan(&options).map_err(&failed)?;
+        engine.prune(&options, plan).map_err(&failed)
+    }
+
+    /// Removes what killed writers have left half-written.
+    ///
+    /// # Errors
+    /// What met the destination.
+    pub fn sweep(&self) -> Result<()> {
+        self.files.sweep().map_err(|error| Error::Engine {
+            action: "clear up",
+            place: self.place(),
+            problem: error.to_string(),
+        })
+    }
+}
+
+fn engine(files: &Arc<dyn Files>, gate: Arc<Gate>) -> RusticResult<Engine<()>> {
+    let backend = Arc::new(Backend::new(files.clone(), gate));
+    let options = RepositoryOptions::default().no_cache(true);
+    Engine::new(&options, &RepositoryBackends::new(backend, None))
+}
+
+/// The engine's worker threads panic where they do not expect an end.
+fn archive<S: IndexedIds>(
+    engine: &Engine<S>,
+    options: &BackupOptions,
+    source: source::Source,
+    snapshot: SnapshotFile,
+) -> RusticResult<SnapshotFile> {
+    engine.archive(options, &source, snapshot, &[PathBuf::from("/")])
+}
+
+/// Walks all that is backed up, in the order of the format: by name.
+fn walk(
+    source: Source<'_>,
+    feed: source::Feed,
+    cancelled: &AtomicBool,
+) -> std::result::Result<Vec<Skipped>, denizen_archive::Error> {
+    let mut walk = Walk::new(source.volume, source.owners, cancelled, feed);
+    if let Some(root) = source.root {
+        walk.run_beside(open(root)?, ROOT)?;
+    }
+    walk.run_beside(open(source.volume)?, VOLUME)?;
+    Ok(walk.skipped)
+}
+
+fn describe(source: Source<'_>, now: Timestamp, latest: Option<&SnapshotFile>) -> SnapshotFile {
+    let latest_at = latest.map(|latest| latest.time.timestamp());
+    let next = latest_at.and_then(|at| at.checked_add(SignedDuration::from_secs(1)).ok());
+    let at = next.map_or(now, |next| next.max(now));
+    let mut snapshot = SnapshotFile {
+        time: at.to_zoned(TimeZone::UTC),
+        program_version: format!("denizen {}", env!("CARGO_PKG_VERSION")),
+        label: source.name.unwrap_or_default().to_owned(),
+        hostname: rustix::system::uname().nodename().to_string_lossy().into_owned(),
+        parent: latest.map(|latest| latest.id),
+        ..SnapshotFile::default()
+    };
+    snapshot.tags.add(TAG.to_owned());
+    snapshot.tags.add(source.session.to_string());
+    snapshot.paths.add("/".to_owned());
+    snapshot
+}
+
+fn session_of(snapshot: &SnapshotFile) -> Option<Uuid> {
+    let tags = snapshot.tags.iter();
+    snapshot.tags.contains(TAG).then(|| tags.filter_map(|tag| Uuid::try_parse(tag).ok()).next())?
+}
+
+fn entry(snapshot: &SnapshotFile) -> Option<Entry> {
+    let summary = snapshot.summary.as_ref();
+    Some(Entry {
+        id: snapshot.id.to_hex().as_str().to_owned(),
+        session: session_of(snapshot)?,
+        name: Some(snapshot.label.clone()).filter(|label| !label.is_empty()),
+        host: snapshot.hostname.clone(),
+        taken_at: snapshot.time.timestamp(),
+        bytes: summary.map_or(0, |it| it.total_bytes_processed),
+        files: summary.map_or(0, |it| it.total_files_processed),
+        added: summary.map_or(0, |it| it.data_added_packed),
+    })
+}
