@@ -52,7 +52,7 @@ fn is_there(program: &str) -> bool {
 }
 
 /// Programs that the tests run, with the Debian package that has each.
-const NEEDED: [(&str, &str); 19] = [
+const NEEDED: [(&str, &str); 21] = [
     ("sqlite3", "sqlite3"),
     ("tar", "tar"),
     ("zstd", "zstd"),
@@ -65,6 +65,8 @@ const NEEDED: [(&str, &str); 19] = [
     ("script", "bsdutils"),
     ("docker-registry", "docker-registry"),
     ("busybox", "busybox-static"),
+    ("mkfs.btrfs", "btrfs-progs"),
+    ("mkfs.xfs", "xfsprogs"),
     ("skopeo", "skopeo"),
     ("openssl", "openssl"),
     ("python3", "python3"),

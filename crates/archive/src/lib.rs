@@ -1,6 +1,7 @@
-//! Backups of a directory tree, each one compressed tar file that is whole or absent.
+//! Backups of a directory tree, each one compressed tar file that is whole or absent; and copies
+//! of one beside it ([`copy`]).
 //!
-//! This crate writes, checks, restores and lists archives. It decides nothing: when to back
+//! This crate writes, checks, restores and lists archives, and copies trees by the same rules. It decides nothing: when to back
 //! up, what to keep and what to delete is the pool's business. It never follows a symlink,
 //! never replaces an existing archive, never leaves a half-written one under a final name,
 //! and never changes the volume it reads. All of it is synchronous: call it from a thread
@@ -54,19 +55,23 @@
 //! tells them apart. The seal finds damage; it is no proof of who wrote the archive. A file cut
 //! off exactly in front of its seal is such an archive too: complete, but unsealed.
 
+mod copy;
 mod error;
 mod format;
 mod owners;
 mod reader;
 mod restore;
 mod store;
+mod walk;
 mod write;
 
+pub use copy::{Copied, copy};
 pub use error::Error;
 pub use owners::Owners;
 pub use restore::{Restored, restore, restore_as};
 pub use store::{ArchiveId, Entry, NotAnArchive, clean, list};
-pub use write::{BESIDE, Reason, Skipped, Source, Written, write};
+pub use walk::{Reason, Skipped};
+pub use write::{BESIDE, Source, Written, write};
 
 use std::fs::File;
 use std::path::Path;

@@ -89,6 +89,7 @@ pub fn restore_as(
         }
     };
     let done = place.fill(&file).and_then(|summary| place.finish().map(|()| summary));
+    let done = done.and_then(|summary| place.sync().map(|()| summary));
     match done {
         Ok(summary) => Ok(Restored {
             files: summary.files,
@@ -105,7 +106,7 @@ pub fn restore_as(
 }
 
 /// Makes `into` unless it is there and empty. Returns whether it was made.
-fn prepare(into: &Path) -> Result<bool, Error> {
+pub(crate) fn prepare(into: &Path) -> Result<bool, Error> {
     match rustix::fs::mkdirat(CWD, into, Mode::RWXU) {
         Ok(()) => return Ok(true),
         Err(Errno::EXIST) => {}
@@ -133,7 +134,9 @@ struct Meta {
     xattrs: Attributes,
 }
 
-struct Place<'a> {
+/// Where a tree is made.
+pub(crate) struct Place<'a> {
+    /// What it is made of.
     archive: &'a Path,
     into: &'a Path,
     cancelled: &'a AtomicBool,
@@ -145,12 +148,12 @@ struct Place<'a> {
     user: Uid,
     group: Gid,
     owners: Option<Owners>,
-    warnings: Vec<String>,
-    more_warnings: u64,
+    pub(crate) warnings: Vec<String>,
+    pub(crate) more_warnings: u64,
 }
 
 impl<'a> Place<'a> {
-    fn new(
+    pub(crate) fn new(
         archive: &'a Path,
         into: &'a Path,
         owners: Option<Owners>,
@@ -199,12 +202,17 @@ impl<'a> Place<'a> {
     fn make_all(&mut self, mut reader: Reader<'_, Chunks>, file: &File) -> Result<Summary, Error> {
         while let Some(member) = reader.next_member()? {
             self.check_cancelled()?;
-            self.make(member, &mut reader)?;
+            self.make(member, |place, fd, member| place.content(fd, member, &mut reader))?;
         }
         reader.finish(file)
     }
 
-    fn make(&mut self, member: Member, reader: &mut Reader<'_, Chunks>) -> Result<(), Error> {
+    /// Makes one entry; `content` writes what a regular file holds.
+    pub(crate) fn make(
+        &mut self,
+        member: Member,
+        content: impl FnOnce(&Self, &OwnedFd, &Member) -> Result<(), Error>,
+    ) -> Result<(), Error> {
         let path = self.normalise(&member.path)?;
         let (parent, name) = split(&path);
         let name = name.to_vec();
@@ -234,7 +242,7 @@ impl<'a> Place<'a> {
                     | OFlags::CLOEXEC;
                 let fd = rustix::fs::openat(&folder, &*name, flags, Mode::RUSR | Mode::WUSR)
                     .map_err(|e| exists(self, e))?;
-                self.content(&fd, &member, reader)?;
+                content(self, &fd, &member)?;
                 let path = member.path.clone();
                 self.settle(fd.as_fd(), &path, &member.into())?;
             }
@@ -379,9 +387,8 @@ impl<'a> Place<'a> {
         self.root.try_clone().map_err(|e| Error::io("open", self.into, e))
     }
 
-    /// Gives directories what they get, deepest first so that each can still be reached, and
-    /// writes everything to disk.
-    fn finish(&mut self) -> Result<(), Error> {
+    /// Gives directories what they get, deepest first so that each can still be reached.
+    pub(crate) fn finish(&mut self) -> Result<(), Error> {
         let mut pending = std::mem::take(&mut self.pending);
         // Stable, so the last of several entries for one directory stays the last.
         pending.sort_by(|a, b| b.depth.cmp(&a.depth).then_with(|| a.path.cmp(&b.path)));
@@ -391,7 +398,11 @@ impl<'a> Place<'a> {
             .try_for_each(|directory| self.settle_directory(directory));
         // Still wanted if everything has to be removed again.
         self.pending = pending;
-        settled?;
+        settled
+    }
+
+    /// Writes everything to disk.
+    fn sync(&self) -> Result<(), Error> {
         rustix::fs::syncfs(&self.root).map_err(|e| Error::io("write to disk", self.into, e))
     }
 
@@ -548,7 +559,7 @@ impl<'a> Place<'a> {
         Error::refused(self.archive, &member.path, reason)
     }
 
-    fn failed(&self, action: &'static str, path: &[u8], errno: Errno) -> Error {
+    pub(crate) fn failed(&self, action: &'static str, path: &[u8], errno: Errno) -> Error {
         Error::io(action, &self.at(path), errno)
     }
 
@@ -556,7 +567,7 @@ impl<'a> Place<'a> {
         self.into.join(OsStr::from_bytes(path.strip_prefix(b"./").unwrap_or(path)))
     }
 
-    fn check_cancelled(&self) -> Result<(), Error> {
+    pub(crate) fn check_cancelled(&self) -> Result<(), Error> {
         if self.cancelled.load(Ordering::Relaxed) {
             return Err(Error::Cancelled { path: self.archive.to_path_buf() });
         }
@@ -564,7 +575,7 @@ impl<'a> Place<'a> {
     }
 
     /// Removes what was made. A failure here is not reported: the one that led here is.
-    fn undo(&mut self, created: bool) {
+    pub(crate) fn undo(&mut self, created: bool) {
         // A directory that already has its own mode may not let us in.
         let mut made: Vec<_> = std::mem::take(&mut self.pending);
         made.sort_by_key(|directory| directory.depth);

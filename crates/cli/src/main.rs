@@ -109,20 +109,38 @@ enum Verb {
         /// Name or UUID
         session: String,
     },
-    /// Put a session back as a backup has it
+    /// Put a session back as a backup or a snapshot has it
     Restore {
         /// Name or UUID
         session: String,
         /// The backup; the latest if none is named
         #[arg(long)]
         backup: Option<String>,
+        /// A snapshot instead of a backup
+        #[arg(long, value_name = "NAME", conflicts_with = "backup")]
+        snapshot: Option<String>,
     },
-    /// Make a new session that begins with a copy of another's files
+    /// Make a new session that begins with a copy of another's files, also while that runs
     Fork {
         /// Name or UUID
         session: String,
+        /// As this snapshot has it, not as it is now
+        #[arg(long, value_name = "NAME")]
+        snapshot: Option<String>,
     },
-    /// Remove sessions and their local files; backups stay
+    /// Keep a session's files as they are now under a name, on this disk; no backup
+    Snapshot {
+        /// Name or UUID
+        session: String,
+        /// The snapshot's name
+        name: String,
+    },
+    /// List a session's snapshots
+    Snapshots {
+        /// Name or UUID
+        session: String,
+    },
+    /// Remove sessions, their local files and snapshots; backups stay
     Rm {
         /// Names or UUIDs
         #[arg(required = true)]
@@ -130,6 +148,9 @@ enum Verb {
         /// End what runs in them first
         #[arg(long)]
         force: bool,
+        /// Only their snapshots of this name
+        #[arg(long, value_name = "NAME", conflicts_with = "force")]
+        snapshot: Option<String>,
     },
     /// Copy a file or folder into or out of a session: one side is SESSION:PATH
     Cp {
@@ -315,21 +336,38 @@ async fn act(cli: Cli, settings: config::Settings, range: Range) -> Result<i32> 
             let path = client::path(&session, "/backups");
             show::backups(&client.json("GET", &path).await?, json)?;
         }
-        Verb::Restore { session, backup } => {
+        Verb::Restore { session, backup, snapshot } => {
             let mut path = client::path(&session, "/restore");
             if let Some(backup) = backup {
                 path.push_str(&format!("?backup={}", client::escape(&backup)));
             }
+            if let Some(snapshot) = snapshot {
+                path.push_str(&format!("?snapshot={}", client::escape(&snapshot)));
+            }
             show::session(&client.json("POST", &path).await?, json)?;
         }
-        Verb::Fork { session } => {
-            let path = client::path(&session, "/fork");
+        Verb::Fork { session, snapshot } => {
+            let mut path = client::path(&session, "/fork");
+            if let Some(snapshot) = snapshot {
+                path.push_str(&format!("?snapshot={}", client::escape(&snapshot)));
+            }
             show::session(&client.json("POST", &path).await?, json)?;
         }
-        Verb::Rm { sessions, force } => {
+        Verb::Snapshot { session, name } => {
+            let path = client::path(&session, &format!("/snapshots/{}", client::escape(&name)));
+            client.json("PUT", &path).await?;
+        }
+        Verb::Snapshots { session } => {
+            let path = client::path(&session, "/snapshots");
+            show::snapshots(&client.json("GET", &path).await?, json)?;
+        }
+        Verb::Rm { sessions, force, snapshot } => {
             for session in sessions {
-                let path = client::path(&session, &format!("?force={force}"));
-                client.json("DELETE", &path).await?;
+                let what = match &snapshot {
+                    Some(name) => format!("/snapshots/{}", client::escape(name)),
+                    None => format!("?force={force}"),
+                };
+                client.json("DELETE", &client::path(&session, &what)).await?;
             }
         }
         Verb::Port { session, port, listen } => {

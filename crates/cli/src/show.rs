@@ -83,6 +83,15 @@ pub fn backups(value: &Value, as_json: bool) -> Result<()> {
     list(value, as_json, ["TAKEN", "BYTES", "NAME"], ["taken_at", "bytes", "name"])
 }
 
+/// The snapshots of a session.
+pub fn snapshots(value: &Value, as_json: bool) -> Result<()> {
+    if as_json {
+        return json(value);
+    }
+    let rows = value.as_array().into_iter().flatten();
+    table(["TAKEN", "NAME"], rows.map(|one| [time(&one["taken_at"]), text(&one["name"])]))
+}
+
 /// Images.
 pub fn images(value: &Value, as_json: bool) -> Result<()> {
     list(value, as_json, ["NAME", "LAYERS", "DIGEST"], ["name", "layers", "digest"])
@@ -114,7 +123,7 @@ pub fn event(line: &str, session: Option<&str>, as_json: bool) -> Result<()> {
     }
     let who = value["name"].as_str().or(value["session"].as_str()).unwrap_or_default();
     let what = text(&value["event"]).replace('_', " ");
-    let mut more = ["operation", "backup", "error", "missed", "resource"]
+    let mut more = ["operation", "backup", "snapshot", "error", "missed", "resource"]
         .iter()
         .filter(|field| !value[**field].is_null())
         .map(|field| format!(" {}", text(&value[*field])))

@@ -110,6 +110,24 @@ pub enum Error {
         name: Option<String>,
     },
 
+    /// A session has no snapshot of that name.
+    #[error("session {session} has no snapshot {name}")]
+    NoSnapshot {
+        /// The session.
+        session: Uuid,
+        /// The snapshot asked for.
+        name: String,
+    },
+
+    /// A session has a snapshot of that name already.
+    #[error("session {session} has a snapshot {name} already: remove it, or choose another name")]
+    SnapshotExists {
+        /// The session.
+        session: Uuid,
+        /// The name.
+        name: String,
+    },
+
     /// Backups have nowhere to go.
     #[error("the pool has no backup_destination: set one to back up and restore sessions")]
     NoDestination,
@@ -123,9 +141,11 @@ pub enum Error {
         problem: String,
     },
 
-    /// Not a name for a session.
-    #[error("{name:?} cannot name a session: it {problem}")]
+    /// Not a name for a session or a snapshot.
+    #[error("{name:?} cannot name a {what}: it {problem}")]
     Name {
+        /// `session` or `snapshot`.
+        what: &'static str,
         /// What was given.
         name: String,
         /// What is wrong with it.

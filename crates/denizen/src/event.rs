@@ -54,6 +54,16 @@ pub enum EventKind {
         /// The backup.
         backup: String,
     },
+    /// A snapshot of it was taken.
+    SnapshotTaken {
+        /// The snapshot.
+        snapshot: String,
+    },
+    /// It was put back as a snapshot has it.
+    SnapshotRestored {
+        /// The snapshot.
+        snapshot: String,
+    },
     /// Its local files were deleted; a backup holds them.
     Archived,
     /// Its local files were deleted, and no backup holds them.
@@ -149,6 +159,7 @@ pub(crate) fn op_name(op: &Op) -> &'static str {
         Op::Backup => "backup",
         Op::Prune => "prune",
         Op::Restore(_) => "restore",
+        Op::Copy(_) => "copy",
         Op::Remove => "remove",
     }
 }

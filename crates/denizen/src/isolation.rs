@@ -278,7 +278,7 @@ pub(crate) trait Driver: Send + Sync {
     /// or what does is dying, perhaps frozen. May block.
     fn ended(&self, site: &Site);
 
-    /// Whether instances could be frozen here, whatever the pool's setting.
+    /// Whether instances can be frozen here, whatever becomes of idle ones.
     fn can_freeze(&self) -> bool;
 
     /// Has all processes of an instance stand still. Until it is thawed nothing in it answers.

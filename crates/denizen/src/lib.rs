@@ -47,6 +47,7 @@ mod manager;
 mod name;
 mod pool;
 mod registry;
+mod snapshot;
 mod time;
 mod volume;
 
@@ -61,6 +62,7 @@ pub use event::{Event, EventKind, Events};
 pub use isolation::{ImageInfo, Isolation, Limits, Network};
 pub use lifecycle::Sleep;
 pub use manager::{Builder, MicroVmManager, VmExecutionGuard};
-pub use name::SessionName;
+pub use name::{SessionName, SnapshotName};
 pub use pool::SessionInfo;
+pub use snapshot::Snapshot;
 pub use time::{Clock, SystemClock};

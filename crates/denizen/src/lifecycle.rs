@@ -99,6 +99,8 @@ pub struct Policy {
     pub has_destination: bool,
     /// How many spares are kept ready, as far as there is room.
     pub spares: usize,
+    /// Whether what runs in a session can be made to stand still while it is copied.
+    pub can_freeze: bool,
 }
 
 /// Where a session stands. What is written here is durable before the disk follows.
@@ -159,10 +161,22 @@ pub enum Op {
     Backup,
     /// Delete the local files.
     Prune,
-    /// Put the volume back as the named backup has it; all or nothing.
-    Restore(String),
+    /// Put the local files back as they were saved; all or nothing.
+    Restore(Saved),
+    /// Copy the local files to where this copy goes; all or nothing. What runs stands still
+    /// meanwhile and then goes on; where that cannot be, [`Outcome::Busy`] if something runs.
+    Copy(Uuid),
     /// Delete the local files, whatever they hold.
     Remove,
+}
+
+/// What a session can be put back from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Saved {
+    /// The backup of this name.
+    Backup(String),
+    /// The snapshot of this name, a copy that is no backup: it is on the same disk.
+    Snapshot(String),
 }
 
 /// How an operation ended.
@@ -199,8 +213,16 @@ pub enum Want {
     },
     /// Everything saved in a verified backup.
     BackedUp,
-    /// Volume as the named backup (the latest if none) has it.
-    Restored(Option<String>),
+    /// Local files as they were saved; in the latest backup, if nothing is named.
+    Restored(Option<Saved>),
+    /// The local files copied, with everything in the session at rest. Does not wait for the
+    /// holder of a session that can be made to stand still.
+    Copied {
+        /// Which copy.
+        copy: Uuid,
+        /// As in [`Want::Guard`], should the session have to be brought back for it.
+        patient: bool,
+    },
     /// Session and local files gone.
     Removed,
 }
@@ -304,8 +326,8 @@ pub enum Change {
     StillRunning,
     /// A verified backup was written.
     BackedUp(String),
-    /// The volume was put back from a backup.
-    Restored(String),
+    /// The local files were put back.
+    Restored(Saved),
     /// Local files deleted, a backup holds them.
     Archived,
     /// Local files deleted, and no backup holds them.
@@ -497,6 +519,10 @@ enum Fault {
     VanishedLeftFrozen,
     /// A session whose instance has outlived its pool counts as stopped.
     RunningCountsAsStopped,
+    /// A held session is copied though nothing makes it stand still.
+    CopiedWhileWritten,
+    /// What is put back from a snapshot counts as saved.
+    SnapshotCountsAsSaved,
 }
 
 impl Lifecycle {
@@ -630,6 +656,8 @@ impl Lifecycle {
             (Phase::Pruning, Found::Whole | Found::Half | Found::Running) => Phase::Pruning,
             (_, Found::Whole | Found::Half | Found::Running) => Phase::Stopped,
             (Phase::Pruning, Found::Nothing) if row.backup.is_none() => Phase::Removing,
+            // What it was to be put back from was no backup.
+            (Phase::Restoring, Found::Nothing) if row.backup.is_none() => Phase::Missing,
             (Phase::Restoring | Phase::Pruning | Phase::Archived, Found::Nothing) => {
                 Phase::Archived
             }
@@ -714,7 +742,8 @@ impl Lifecycle {
         }
         let reversed = self.has(Fault::LineReversed);
         let session = self.sessions.entry(id).or_insert_with(|| Session::absent(id, now));
-        if session.held && !guard {
+        let waits = guard || matches!(want, Want::Copied { .. });
+        if session.held && !waits {
             out.push(Effect::Refuse { id, waiter, why: Refusal::InUse });
             return;
         }
@@ -736,10 +765,7 @@ impl Lifecycle {
         }
         let Some(session) = self.sessions.get_mut(&id) else { return };
         session.waiters.retain(|waiting| waiting.id != waiter);
-        if session.wants_slot && !session.guard_waits() {
-            session.wants_slot = false;
-            self.slot_line.retain(|waiting| *waiting != id);
-        }
+        self.leave_slot_line(id);
         self.advance(id, out);
         self.fill_slots(out);
     }
@@ -863,6 +889,12 @@ impl Lifecycle {
         let now = self.now;
         let saved_for_ever = self.has(Fault::SavedForEver);
         let last_words_count = self.has(Fault::LastWordsCountAsSaved);
+        let snapshot_saves = self.has(Fault::SnapshotCountsAsSaved);
+        if let Op::Copy(_) = running.op {
+            // Nothing of the session has changed, what failed before included.
+            self.fulfil_wish(id, running, out);
+            return;
+        }
         let Some(session) = self.sessions.get_mut(&id) else { return };
         session.failures = 0;
         self.failing.remove(&id);
@@ -931,26 +963,26 @@ impl Lifecycle {
                     return;
                 }
             }
-            Op::Restore(name) => {
-                row.unsaved = false;
-                row.backup = Some(name.clone());
+            Op::Restore(saved) => {
+                match saved {
+                    Saved::Backup(name) => {
+                        row.unsaved = false;
+                        row.backup = Some(name.clone());
+                    }
+                    Saved::Snapshot(_) => row.unsaved = !snapshot_saves,
+                }
                 row.stopped_at = now;
                 self.enter(id, Phase::Stopped);
-                Change::Restored(name.clone())
+                Change::Restored(saved.clone())
             }
             Op::Remove => {
-                let wished_by = running.wished_by;
                 self.forget(id, out);
-                if let Some(session) = self.sessions.get_mut(&id)
-                    && let Some(waiter) = wished_by
-                    && session.waiters.front().is_some_and(|front| front.id == waiter)
-                {
-                    session.waiters.pop_front();
-                    out.push(Effect::Fulfil { id, waiter });
-                }
+                self.fulfil_wish(id, running, out);
                 out.push(Effect::Notify { id, change: Change::Removed });
                 return;
             }
+            // Answered above.
+            Op::Copy(_) => return,
         };
         if let Some(session) = self.sessions.get(&id) {
             out.push(Effect::Save(session.row.clone()));
@@ -1069,7 +1101,7 @@ impl Lifecycle {
         }
         let wrote = match running.op {
             Op::Stop { .. } => running.fallback == Phase::Frozen,
-            Op::Freeze | Op::Backup => false,
+            Op::Freeze | Op::Backup | Op::Copy(_) => false,
             _ => true,
         };
         if wrote {
@@ -1080,6 +1112,18 @@ impl Lifecycle {
             self.refuse_guards(id, out);
         }
         self.refuse_wish(id, running, &Refusal::Failed, out);
+    }
+
+    /// Answers the waiter for whom the operation was run, if it is still there.
+    fn fulfil_wish(&mut self, id: Uuid, running: &Running, out: &mut Vec<Effect>) {
+        let (Some(waiter), Some(session)) = (running.wished_by, self.sessions.get_mut(&id)) else {
+            return;
+        };
+        let before = session.waiters.len();
+        session.waiters.retain(|waiting| waiting.id != waiter);
+        if session.waiters.len() < before {
+            out.push(Effect::Fulfil { id, waiter });
+        }
     }
 
     /// Turns away the waiter for whom the operation was run, if it is still there.
@@ -1110,6 +1154,7 @@ impl Lifecycle {
 
     /// Takes the next step for a session, if there is one.
     fn advance(&mut self, id: Uuid, out: &mut Vec<Effect>) {
+        let stands_still = self.policy.can_freeze || self.has(Fault::CopiedWhileWritten);
         let Some(session) = self.sessions.get_mut(&id) else { return };
         let guard_waits = session.guard_waits();
         if let Some(running) = &mut session.running {
@@ -1124,6 +1169,17 @@ impl Lifecycle {
             return;
         }
         if session.held {
+            // A copy changes nothing of a session, and what runs in it will go on.
+            let copied = session.waiters.iter().find_map(|waiting| match waiting.want {
+                Want::Copied { copy, .. } => Some((waiting.id, copy)),
+                _ => None,
+            });
+            if let Some((waiter, copy)) = copied
+                && stands_still
+                && session.row.phase == Phase::Active
+            {
+                return self.run(id, Op::Copy(copy), Some(waiter), out);
+            }
             let freezes = self.policy.sleep == Sleep::Freeze && self.has(Fault::FrozenWhileHeld);
             if self.has(Fault::PruneWhileHeld) || freezes {
                 self.keep_house(id, out);
@@ -1217,7 +1273,15 @@ impl Lifecycle {
                 (Want::Stopped { .. }, Phase::Missing) => Err(Refusal::Missing),
                 (Want::Stopped { .. }, _) => Ok(()),
 
-                (Want::BackedUp | Want::Restored(_), _) if !self.policy.has_destination => {
+                (Want::Copied { copy, .. }, Phase::Active | Phase::Frozen | Phase::Stopped) => {
+                    return self.run(id, Op::Copy(copy), Some(waiter), out);
+                }
+                (Want::Copied { .. }, Phase::Archived) => return self.want_slot(id, out),
+                (Want::Copied { .. }, Phase::Missing) => Err(Refusal::Missing),
+
+                (Want::BackedUp | Want::Restored(None | Some(Saved::Backup(_))), _)
+                    if !self.policy.has_destination =>
+                {
                     Err(Refusal::NoDestination)
                 }
                 // Standing still is enough for a backup.
@@ -1235,19 +1299,24 @@ impl Lifecycle {
                 (Want::BackedUp, _) => Ok(()),
 
                 // What is there is saved before it is replaced.
-                (Want::Restored(_), Phase::Stopped) if session.row.unsaved => {
+                (Want::Restored(_), Phase::Stopped)
+                    if session.row.unsaved && self.policy.has_destination =>
+                {
                     return self.run(id, Op::Backup, Some(waiter), out);
                 }
-                (Want::Restored(name), _) => match name.or_else(|| session.row.backup.clone()) {
-                    None => Err(Refusal::NoBackup),
-                    Some(_) if !phase.is_resident() && !has_room => Err(Refusal::AtCapacity),
-                    Some(name) => {
-                        if !phase.is_resident() && !self.has_room() {
-                            self.discard_spare(out);
+                (Want::Restored(saved), _) => {
+                    let latest = || session.row.backup.clone().map(Saved::Backup);
+                    match saved.or_else(latest) {
+                        None => Err(Refusal::NoBackup),
+                        Some(_) if !phase.is_resident() && !has_room => Err(Refusal::AtCapacity),
+                        Some(saved) => {
+                            if !phase.is_resident() && !self.has_room() {
+                                self.discard_spare(out);
+                            }
+                            return self.run(id, Op::Restore(saved), Some(waiter), out);
                         }
-                        return self.run(id, Op::Restore(name), Some(waiter), out);
                     }
-                },
+                }
 
                 (Want::Removed, _) => return self.run(id, Op::Remove, Some(waiter), out),
             };
@@ -1336,7 +1405,7 @@ impl Lifecycle {
             // What has no local files takes no place while it is forgotten.
             Op::Remove if !fallback.is_resident() => Some(fallback),
             Op::Remove => Some(Phase::Removing),
-            Op::Stop { .. } | Op::Freeze | Op::Backup => None,
+            Op::Stop { .. } | Op::Freeze | Op::Backup | Op::Copy(_) => None,
         };
         let mut row = None;
         if let Some(phase) = next {
@@ -1345,7 +1414,8 @@ impl Lifecycle {
             let mut durable = session.row.clone();
             match &op {
                 Op::Start | Op::Thaw | Op::Stop { .. } => durable.unsaved = true,
-                Op::Restore(name) => durable.backup = Some(name.clone()),
+                Op::Restore(Saved::Backup(name)) => durable.backup = Some(name.clone()),
+                Op::Restore(Saved::Snapshot(_)) => durable.unsaved = true,
                 Op::Remove => durable.phase = Phase::Removing,
                 _ => {}
             }
@@ -1388,6 +1458,7 @@ impl Lifecycle {
         let waiters = std::mem::take(&mut session.waiters);
         let wants_slot = session.wants_slot;
         *session = Session { wants_slot, waiters, ..Session::absent(id, self.now) };
+        self.leave_slot_line(id);
         out.push(Effect::Forget(id));
         self.drop_if_absent(id);
     }
@@ -1443,6 +1514,18 @@ impl Lifecycle {
         self.fill_slots(out);
     }
 
+    /// Takes a session out of the line if nobody waits any more who needs a place for it; gives
+    /// whether it did.
+    fn leave_slot_line(&mut self, id: Uuid) -> bool {
+        let Some(session) = self.sessions.get_mut(&id) else { return false };
+        let leaves = session.wants_slot && !session.waits_for_place();
+        if leaves {
+            session.wants_slot = false;
+            self.slot_line.retain(|waiting| *waiting != id);
+        }
+        leaves
+    }
+
     /// Gives free places to the line, makes room if there is none, and turns away those for
     /// whom no room is being made and who would not wait.
     fn fill_slots(&mut self, out: &mut Vec<Effect>) {
@@ -1470,7 +1553,7 @@ impl Lifecycle {
             if spare && !self.has(Fault::SpareGivenTwice) {
                 self.spares -= 1;
             }
-            let op = backup.map_or(Op::Create { spare }, Op::Restore);
+            let op = backup.map_or(Op::Create { spare }, |name| Op::Restore(Saved::Backup(name)));
             self.run(id, op, wished_by, out);
         }
         // A spare that is being made gives way when it is there.
@@ -1485,16 +1568,17 @@ impl Lifecycle {
     fn turn_away_impatient(&mut self, id: Uuid, out: &mut Vec<Effect>) {
         let Some(session) = self.sessions.get_mut(&id) else { return };
         session.waiters.retain(|waiting| {
-            let impatient = waiting.want == Want::Guard { patient: false };
+            let impatient = matches!(
+                waiting.want,
+                Want::Guard { patient: false } | Want::Copied { patient: false, .. }
+            );
             if impatient {
                 let why = Refusal::AtCapacity;
                 out.push(Effect::Refuse { id, waiter: waiting.id, why });
             }
             !impatient
         });
-        if !session.guard_waits() {
-            session.wants_slot = false;
-            self.slot_line.retain(|waiting| *waiting != id);
+        if self.leave_slot_line(id) {
             // Whoever else is in its line can be answered now.
             self.advance(id, out);
         }
@@ -1578,5 +1662,15 @@ impl Session {
 
     fn guard_waits(&self) -> bool {
         self.waiters.iter().any(|waiting| matches!(waiting.want, Want::Guard { .. }))
+    }
+
+    /// Whether a caller in line needs the session to be on local disk. No copy is made of what
+    /// has never been.
+    fn waits_for_place(&self) -> bool {
+        self.waiters.iter().any(|waiting| match waiting.want {
+            Want::Guard { .. } => true,
+            Want::Copied { .. } => self.row.phase != Phase::Absent,
+            _ => false,
+        })
     }
 }

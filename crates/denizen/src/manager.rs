@@ -17,10 +17,12 @@ use crate::config::VmPoolRuntimeConfig;
 use crate::error::{Error, Result};
 use crate::event::Events;
 use crate::isolation::{ImageInfo, Isolation, Limits, Network, Options, info};
-use crate::lifecycle::{Sleep, Want};
-use crate::name::SessionName;
+use crate::lifecycle::{Saved, Sleep, Want};
+use crate::name::{SessionName, SnapshotName};
 use crate::pool::{Hold, Pool, SessionInfo, Settings, Tasks, blocking};
+use crate::snapshot::Snapshot;
 use crate::time::{Clock, SystemClock};
+use crate::volume::Volumes;
 
 /// A pool of sessions under one folder. There is one for each volume root at any time: a
 /// second one, in this process or another, is refused.
@@ -210,7 +212,8 @@ impl MicroVmManager {
         Ok(self.pool()?.driver().limits())
     }
 
-    /// Whether idle sessions could be frozen here ([`Builder::sleep`]), whatever this pool does.
+    /// Whether sessions can be frozen here: while they are copied, and idle ones where
+    /// [`Builder::sleep`] says so.
     ///
     /// # Errors
     /// [`Error::Disabled`].
@@ -346,21 +349,85 @@ impl MicroVmManager {
     /// # Errors
     /// As [`MicroVmManager::backup`], [`Error::NoBackup`], [`Error::AtCapacity`].
     pub async fn restore(&self, session_id: Uuid, backup: Option<&str>) -> Result<()> {
-        let want = Want::Restored(backup.map(str::to_owned));
+        let want = Want::Restored(backup.map(|name| Saved::Backup(name.to_owned())));
         self.pool()?.ask(session_id, want).await.map(drop)
     }
 
-    /// Makes a new session whose volume is a copy of another's, and gives its id. Waits until
-    /// the other one is free. Cancel-safe.
+    /// Makes a new session that begins with a copy of another's files, and gives its id. Files
+    /// share their blocks where the file system can do that (btrfs, xfs), and are copied
+    /// elsewhere.
+    ///
+    /// Where sessions can be made to stand still ([`MicroVmManager::can_freeze`]), the other one
+    /// may be in use: its processes are frozen while it is copied, and go on. Elsewhere this
+    /// waits until nobody holds it, and is refused while something runs in its background.
+    ///
+    /// Cancel-safe: no session is made, and what was copied goes; or, if it was being made, it is
+    /// made to the end.
     ///
     /// # Errors
-    /// As [`MicroVmManager::acquire`], [`Error::Unknown`].
+    /// As [`MicroVmManager::acquire`], [`Error::Unknown`], [`Error::InUse`], or why the files
+    /// could not be copied.
     pub async fn fork(&self, session_id: Uuid) -> Result<Uuid> {
-        self.pool()?.fork(session_id).await
+        self.pool()?.fork(session_id, None).await
     }
 
-    /// Forgets a session and deletes its local files, saved or not. Its backups stay where
-    /// they are. Cancel-safe: what has begun goes on.
+    /// As [`MicroVmManager::fork`], of the session as a snapshot has it. Cancel-safe as that.
+    ///
+    /// # Errors
+    /// As [`MicroVmManager::fork`], [`Error::NoSnapshot`].
+    pub async fn fork_snapshot(&self, session_id: Uuid, snapshot: &SnapshotName) -> Result<Uuid> {
+        self.pool()?.fork(session_id, Some(snapshot.clone())).await
+    }
+
+    /// Keeps a copy of a session's files under a name, on the same disk, as they are now; taken
+    /// as by [`MicroVmManager::fork`]. It is no backup, and never counts as one.
+    ///
+    /// It stays until it is removed, or the session is: also while the session is archived. A
+    /// session that is deleted for want of a backup destination takes its snapshots with it.
+    ///
+    /// Cancel-safe: what has begun goes on.
+    ///
+    /// # Errors
+    /// [`Error::SnapshotExists`], and as [`MicroVmManager::fork`].
+    pub async fn snapshot(&self, session_id: Uuid, name: &SnapshotName) -> Result<()> {
+        self.pool()?.snapshot(session_id, name.clone()).await
+    }
+
+    /// A session's snapshots, the latest first. Cancel-safe.
+    ///
+    /// # Errors
+    /// [`Error::Disabled`], [`Error::Unknown`], [`Error::Volume`].
+    pub async fn snapshots(&self, session_id: Uuid) -> Result<Vec<Snapshot>> {
+        self.pool()?.with_volumes(session_id, move |volumes| volumes.snapshots(session_id)).await
+    }
+
+    /// Deletes a snapshot; false if there is none of that name. Cancel-safe: what has begun goes
+    /// on.
+    ///
+    /// # Errors
+    /// [`Error::Disabled`], [`Error::Unknown`], [`Error::Volume`].
+    pub async fn remove_snapshot(&self, session_id: Uuid, name: &SnapshotName) -> Result<bool> {
+        let name = name.clone();
+        let remove = move |volumes: &Volumes| volumes.discard_snapshot(session_id, &name);
+        self.pool()?.with_volumes(session_id, remove).await
+    }
+
+    /// Puts a session back as a snapshot has it, which stays. With a backup destination changes
+    /// since the last backup are saved first; without one they are gone, unless there is a
+    /// snapshot of them. A restore that fails leaves what was there. Cancel-safe: what has begun
+    /// goes on.
+    ///
+    /// # Errors
+    /// [`Error::NoSnapshot`], and as [`MicroVmManager::restore`].
+    pub async fn restore_snapshot(&self, session_id: Uuid, name: &SnapshotName) -> Result<()> {
+        let (pool, wanted) = (self.pool()?, name.clone());
+        pool.with_volumes(session_id, move |volumes| volumes.snapshot(session_id, &wanted)).await?;
+        let saved = Saved::Snapshot(name.to_string());
+        pool.ask(session_id, Want::Restored(Some(saved))).await.map(drop)
+    }
+
+    /// Forgets a session and deletes its local files, saved or not, and its snapshots. Its
+    /// backups stay where they are. Cancel-safe: what has begun goes on.
     ///
     /// # Errors
     /// [`Error::Disabled`], [`Error::Unknown`], [`Error::InUse`] while a guard is held, or why

@@ -1,4 +1,4 @@
-//! Names that people give to sessions.
+//! Names that people give to sessions and to their snapshots.
 
 use std::fmt;
 use std::str::FromStr;
@@ -32,23 +32,63 @@ impl FromStr for SessionName {
     type Err = Error;
 
     fn from_str(name: &str) -> Result<Self> {
-        let problem = if name.is_empty() {
-            "is empty"
-        } else if name.len() > LONGEST {
-            "is longer than 128 bytes"
-        } else if name.contains('/') {
-            "contains a /"
-        } else if name.chars().any(|c| c.is_control() || c.is_whitespace()) {
-            "contains white space or a control character"
-        } else if name.starts_with(['-', '.']) {
-            "begins with - or ."
-        } else if Uuid::try_parse(name).is_ok() {
-            "is a UUID, which names a session by itself"
-        } else {
-            return Ok(Self(name.to_owned()));
-        };
-        Err(Error::Name { name: name.chars().take(LONGEST).collect(), problem })
+        let is_id = || Uuid::try_parse(name).is_ok();
+        let is_id = || is_id().then_some("is a UUID, which names a session by itself");
+        match problem(name).or_else(is_id) {
+            None => Ok(Self(name.to_owned())),
+            Some(problem) => Err(bad("session", name, problem)),
+        }
     }
+}
+
+/// A name for a snapshot of a session: 1 to 128 bytes, no `/`, no white space or control
+/// characters, not beginning with `-` or `.`.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SnapshotName(String);
+
+impl SnapshotName {
+    /// The name.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for SnapshotName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl FromStr for SnapshotName {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        match problem(name) {
+            None => Ok(Self(name.to_owned())),
+            Some(problem) => Err(bad("snapshot", name, problem)),
+        }
+    }
+}
+
+/// Why a name cannot be part of a path and of a line of output.
+fn problem(name: &str) -> Option<&'static str> {
+    if name.is_empty() {
+        Some("is empty")
+    } else if name.len() > LONGEST {
+        Some("is longer than 128 bytes")
+    } else if name.contains('/') {
+        Some("contains a /")
+    } else if name.chars().any(|c| c.is_control() || c.is_whitespace()) {
+        Some("contains white space or a control character")
+    } else if name.starts_with(['-', '.']) {
+        Some("begins with - or .")
+    } else {
+        None
+    }
+}
+
+fn bad(what: &'static str, name: &str, problem: &'static str) -> Error {
+    Error::Name { what, name: name.chars().take(LONGEST).collect(), problem }
 }
 
 #[cfg(test)]

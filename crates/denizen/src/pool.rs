@@ -33,13 +33,13 @@ use crate::event::{
 };
 use crate::isolation::{self, Driver, Instance, Isolation, Options, Site, no_roots};
 use crate::lifecycle::{
-    Change, Effect, Found, Lifecycle, Op, Phase, Policy, PoolTime, Refusal, Row, Seq, View,
+    Change, Effect, Found, Lifecycle, Op, Phase, Policy, PoolTime, Refusal, Row, Saved, Seq, View,
     WaiterId, Want,
 };
-use crate::name::SessionName;
+use crate::name::{SessionName, SnapshotName};
 use crate::registry::{Registry, Write, phase_name};
 use crate::time::{Clock, PoolClock};
-use crate::volume::Volumes;
+use crate::volume::{Staged, Volumes};
 
 pub(crate) use watch::Mark;
 use watch::{Watch, Watched};
@@ -119,10 +119,18 @@ struct Spare {
 /// What a new session begins with.
 #[derive(Clone)]
 enum Origin {
-    /// A copy of another one.
-    Session(Site),
+    /// A copy of another one, which it takes.
+    Copy(Arc<Staged>),
     /// An image of this name.
     Image(String),
+}
+
+/// Where a copy of a session goes.
+#[derive(Clone)]
+struct Copying {
+    into: Arc<Staged>,
+    /// Kept as a snapshot of this name.
+    keep_as: Option<SnapshotName>,
 }
 
 /// The exclusive hold on a session; dropping it gives the session back.
@@ -172,6 +180,8 @@ struct State {
     interrupts: HashMap<Seq, Arc<AtomicBool>>,
     /// What sessions about to be made begin with, if not with the pool's default.
     origins: HashMap<Uuid, Origin>,
+    /// The copies that somebody waits for.
+    copies: HashMap<Uuid, Copying>,
     spares: Vec<Spare>,
     /// What sessions about to be made are made of.
     claimed: HashMap<Uuid, Spare>,
@@ -275,6 +285,7 @@ impl Pool {
             has_destination: backups.is_some(),
             // What a spare would be bootstrapped for is not known.
             spares: if bootstrap::is_wanted(&config) { 0 } else { settings.spares },
+            can_freeze: driver.can_freeze(),
         };
         let (orders, inbox) = mpsc::unbounded_channel();
         let names = remembered.names.into_iter().filter(|(_, id)| known.contains(id));
@@ -286,6 +297,7 @@ impl Pool {
             next_waiter: 1,
             interrupts: HashMap::new(),
             origins: HashMap::new(),
+            copies: HashMap::new(),
             spares: Vec::new(),
             claimed: HashMap::new(),
             preparing: 0,
@@ -495,7 +507,8 @@ impl Pool {
             Change::Thawed => EventKind::Thawed,
             Change::StillRunning => EventKind::StillRunning,
             Change::BackedUp(backup) => EventKind::BackedUp { backup },
-            Change::Restored(backup) => EventKind::Restored { backup },
+            Change::Restored(Saved::Backup(backup)) => EventKind::Restored { backup },
+            Change::Restored(Saved::Snapshot(snapshot)) => EventKind::SnapshotRestored { snapshot },
             Change::Archived => EventKind::Archived,
             Change::Deleted => EventKind::Deleted,
             Change::Removed => EventKind::Removed,
@@ -551,16 +564,21 @@ impl Pool {
                 return Ok(Hold::new(self, place));
             }
         }
-        let timeout = self.settings.acquire_timeout;
-        let answer = self.ask(id, Want::Guard { patient: timeout.is_some() });
-        let answer = match timeout {
-            None => answer.await?,
-            Some(limit) => match tokio::time::timeout(limit, answer).await {
-                Ok(answer) => answer?,
-                Err(_) => return Err(self.waited_too_long(id, limit)),
-            },
-        };
+        let answer = self.ask_in_time(id, |patient| Want::Guard { patient }).await?;
         answer.ok_or_else(|| Error::Task("a guard was asked for and none given".to_owned()))
+    }
+
+    /// Asks for something that may take a place in the pool. Cancel-safe as [`Pool::ask`].
+    async fn ask_in_time(self: &Arc<Self>, id: Uuid, want: impl FnOnce(bool) -> Want) -> Answer {
+        let timeout = self.settings.acquire_timeout;
+        let answer = self.ask(id, want(timeout.is_some()));
+        match timeout {
+            None => answer.await,
+            Some(limit) => match tokio::time::timeout(limit, answer).await {
+                Ok(answer) => answer,
+                Err(_) => Err(self.waited_too_long(id, limit)),
+            },
+        }
     }
 
     fn waited_too_long(&self, session: Uuid, waited: Duration) -> Error {
@@ -602,14 +620,77 @@ impl Pool {
         answer.await.unwrap_or(Err(Error::ShuttingDown))
     }
 
-    /// Makes a new session whose volume is a copy of another's.
-    pub(crate) async fn fork(self: &Arc<Self>, source: Uuid) -> Result<Uuid> {
+    /// Makes a new session of a copy of another one, or of a snapshot of that. Cancel-safe: what
+    /// was copied goes.
+    pub(crate) async fn fork(
+        self: &Arc<Self>,
+        source: Uuid,
+        snapshot: Option<SnapshotName>,
+    ) -> Result<Uuid> {
         self.known(source)?;
-        // Nobody changes it while it is copied.
-        let hold = self.acquire(source).await?;
+        let copy = match snapshot {
+            None => self.copy(source, None).await?,
+            Some(name) => self.copy_snapshot(source, name).await?,
+        };
         let id = Uuid::new_v4();
-        drop(self.acquire_made_of(id, Origin::Session(hold.place.site.clone())).await?);
+        drop(self.acquire_made_of(id, Origin::Copy(copy)).await?);
         Ok(id)
+    }
+
+    /// Keeps a copy of a session under a name. Cancel-safe: what has begun goes on.
+    pub(crate) async fn snapshot(self: &Arc<Self>, id: Uuid, name: SnapshotName) -> Result<()> {
+        self.known(id)?;
+        if self.volumes.snapshot(id, &name).is_ok() {
+            return Err(Error::SnapshotExists { session: id, name: name.to_string() });
+        }
+        self.copy(id, Some(name)).await.map(drop)
+    }
+
+    /// Copies a session. Cancel-safe: what has begun goes on.
+    async fn copy(
+        self: &Arc<Self>,
+        id: Uuid,
+        keep_as: Option<SnapshotName>,
+    ) -> Result<Arc<Staged>> {
+        struct Forget<'a>(&'a Pool, Uuid);
+        impl Drop for Forget<'_> {
+            fn drop(&mut self) {
+                let copying = self.0.state.lock().copies.remove(&self.1);
+                // As an origin: not under the lock.
+                drop(copying);
+            }
+        }
+        let copy = Uuid::new_v4();
+        let into = Arc::new(self.volumes.stage(copy)?);
+        let copying = Copying { into: into.clone(), keep_as };
+        self.state.lock().copies.insert(copy, copying);
+        let _forget = Forget(self, copy);
+        self.ask_in_time(id, |patient| Want::Copied { copy, patient }).await?;
+        Ok(into)
+    }
+
+    /// Copies a snapshot, which nothing changes. Cancel-safe.
+    async fn copy_snapshot(self: &Arc<Self>, id: Uuid, name: SnapshotName) -> Result<Arc<Staged>> {
+        let pool = self.clone();
+        blocking(move || {
+            let from = pool.volumes.snapshot(id, &name)?;
+            let into = pool.volumes.stage(id)?;
+            crate::snapshot::copy(&from, into.path())?;
+            into.sync()?;
+            Ok(Arc::new(into))
+        })
+        .await
+    }
+
+    /// Runs `work` with the folders of a session that is known, where it may block.
+    pub(crate) async fn with_volumes<T: Send + 'static>(
+        self: &Arc<Self>,
+        id: Uuid,
+        work: impl FnOnce(&Volumes) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        self.known(id)?;
+        let pool = self.clone();
+        blocking(move || work(&pool.volumes)).await
     }
 
     /// As [`Pool::acquire`]; a new session is made of this image, one that there is must be.
@@ -630,7 +711,10 @@ impl Pool {
         struct Forget<'a>(&'a Pool, Uuid);
         impl Drop for Forget<'_> {
             fn drop(&mut self) {
-                self.0.state.lock().origins.remove(&self.1);
+                let origin = self.0.state.lock().origins.remove(&self.1);
+                // A copy that was not used goes with it, which is no work for a time under the
+                // lock.
+                drop(origin);
             }
         }
         self.state.lock().origins.insert(id, origin);
@@ -747,11 +831,12 @@ impl Pool {
         self.driver.images().ok_or_else(|| no_roots(self.settings.isolation.name()))
     }
 
-    /// Whether a session on this disk needs a layer.
+    /// Whether a session on this disk, or a snapshot of one, needs a layer.
     pub(crate) fn needs_layer(&self, layer: &Path) -> bool {
         let sessions = self.volumes.scan().unwrap_or_default();
         let sessions = sessions.into_iter().map(|id| self.volumes.site(id));
-        let mut sessions = sessions.chain(self.volumes.spares());
+        let others = self.volumes.spares().into_iter().chain(self.volumes.all_snapshots());
+        let mut sessions = sessions.chain(others);
         sessions.any(|site| self.driver.layers(&site).iter().any(|needed| needed == layer))
     }
 

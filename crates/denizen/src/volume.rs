@@ -24,6 +24,8 @@ use uuid::Uuid;
 use crate::error::{Error, Result};
 use crate::isolation::Site;
 use crate::lifecycle::Found;
+use crate::name::SnapshotName;
+use crate::snapshot::Snapshot;
 
 /// Marks a volume whose making has not ended.
 const INCOMPLETE: &str = "incomplete";
@@ -46,7 +48,7 @@ impl Volumes {
         let made = fs::create_dir_all(&root).and_then(|()| make_private(&own));
         made.map_err(|source| Error::root(&root, source))?;
         check_owner(&root, &own)?;
-        for folder in ["staging", "spares", "trash"] {
+        for folder in ["staging", "spares", "trash", "snapshots"] {
             make_private(&own.join(folder)).map_err(|source| Error::root(&root, source))?;
         }
         Ok(Self { root, own, unsettled: Arc::default() })
@@ -172,25 +174,117 @@ impl Volumes {
 
     /// Takes a session's folder away in one step, then deletes it. Not there is fine.
     pub(crate) fn discard(&self, id: Uuid) -> io::Result<()> {
-        let grave = self.own.join("trash").join(format!("{id}.{}", Uuid::new_v4()));
-        match fs::rename(self.home(id), &grave) {
+        self.bury(&self.home(id), &self.root).map(drop)
+    }
+
+    /// Takes something out of its folder in one step, then deletes it. False if it is not there.
+    fn bury(&self, path: &Path, folder: &Path) -> io::Result<bool> {
+        let grave = self.own.join("trash").join(Uuid::new_v4().to_string());
+        match fs::rename(path, &grave) {
             Ok(()) => {}
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
             Err(error) => return Err(error),
         }
-        sync(&self.root)?;
-        // The session is gone whatever becomes of the grave; the next start empties it.
+        sync(folder)?;
+        // It is gone whatever becomes of the grave; the next start empties it.
         if let Err(error) = remove_tree(&grave) {
             tracing::warn!(path = %grave.display(), %error, "cannot empty the trash");
         }
-        Ok(())
+        Ok(true)
     }
 
-    /// An empty folder to put a session's files together in.
-    pub(crate) fn stage(&self, id: Uuid) -> Result<PathBuf> {
+    /// An empty folder to put a session's files together in, which goes when nobody has it any
+    /// more.
+    pub(crate) fn stage(&self, id: Uuid) -> Result<Staged> {
         let staging = self.own.join("staging").join(format!("{id}.{}", Uuid::new_v4()));
-        make_private(&staging).map_err(|source| Error::volume("restore", &staging, source))?;
-        Ok(staging)
+        make_private(&staging).map_err(|source| Error::volume("make", &staging, source))?;
+        Ok(Staged(staging))
+    }
+
+    // ---- Snapshots: `.denizen/snapshots/<uuid>/<name>`, each as a session's folder ---------
+
+    fn snapshots_of(&self, id: Uuid) -> PathBuf {
+        self.own.join("snapshots").join(id.to_string())
+    }
+
+    /// The files of a snapshot.
+    pub(crate) fn snapshot(&self, id: Uuid, name: &SnapshotName) -> Result<Site> {
+        let home = self.snapshots_of(id).join(name.as_str());
+        if home.is_dir() {
+            return Ok(Site::in_folder(id, home));
+        }
+        Err(Error::NoSnapshot { session: id, name: name.to_string() })
+    }
+
+    /// Makes a snapshot of a copy, in one step.
+    pub(crate) fn install_snapshot(
+        &self,
+        id: Uuid,
+        name: &SnapshotName,
+        copy: &Staged,
+    ) -> Result<()> {
+        let folder = self.snapshots_of(id);
+        let home = folder.join(name.as_str());
+        let put = || {
+            make_private(&folder)?;
+            sync(copy.path())?;
+            renameat_with(CWD, copy.path(), CWD, &home, RenameFlags::NOREPLACE)?;
+            sync(&folder)?;
+            sync(&self.own.join("snapshots"))
+        };
+        put().map_err(|source: io::Error| match source.kind() {
+            io::ErrorKind::AlreadyExists => {
+                Error::SnapshotExists { session: id, name: name.to_string() }
+            }
+            _ => Error::volume("make", &home, source),
+        })
+    }
+
+    /// A session's snapshots, the latest first.
+    pub(crate) fn snapshots(&self, id: Uuid) -> Result<Vec<Snapshot>> {
+        let folder = self.snapshots_of(id);
+        let failed = |source| Error::volume("read", &folder, source);
+        let entries = match fs::read_dir(&folder) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            entries => entries.map_err(failed)?,
+        };
+        let mut all = Vec::new();
+        for entry in entries {
+            let entry = entry.map_err(failed)?;
+            let name = entry.file_name();
+            let Some(name) = name.to_str().and_then(|name| name.parse().ok()) else { continue };
+            let taken_at = match entry.metadata().and_then(|meta| meta.modified()) {
+                // Removed just now.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                taken_at => taken_at.map_err(failed)?,
+            };
+            all.push(Snapshot { name, taken_at });
+        }
+        all.sort_by(|a, b| (b.taken_at, &b.name).cmp(&(a.taken_at, &a.name)));
+        Ok(all)
+    }
+
+    /// The snapshots of all sessions.
+    pub(crate) fn all_snapshots(&self) -> Vec<Site> {
+        let below = |path: PathBuf| fs::read_dir(path).into_iter().flatten().flatten();
+        let sessions = below(self.own.join("snapshots")).map(|entry| entry.path());
+        let all = sessions.flat_map(below).map(|entry| entry.path());
+        all.map(|home| Site::in_folder(Uuid::nil(), home)).collect()
+    }
+
+    /// Takes a snapshot away in one step, then deletes it. False if there is none.
+    pub(crate) fn discard_snapshot(&self, id: Uuid, name: &SnapshotName) -> Result<bool> {
+        let folder = self.snapshots_of(id);
+        let home = folder.join(name.as_str());
+        self.bury(&home, &folder).map_err(|source| Error::volume("delete", &home, source))
+    }
+
+    /// Takes all snapshots of a session away in one step, then deletes them. False if there are
+    /// none.
+    pub(crate) fn discard_snapshots(&self, id: Uuid) -> Result<bool> {
+        let folder = self.snapshots_of(id);
+        let gone = self.bury(&folder, &self.own.join("snapshots"));
+        gone.map_err(|source| Error::volume("delete", &folder, source))
     }
 
     /// Puts a staged folder in the place of a session's folder, if there is one, in one step.
@@ -226,6 +320,38 @@ impl Volumes {
         let folders = ["trash", "staging", "spares"].map(|folder| self.own.join(folder));
         let entries = folders.iter().filter_map(|folder| fs::read_dir(folder).ok()).flatten();
         LeftOver(entries.flatten().map(|entry| entry.path()).collect())
+    }
+}
+
+/// Files of a session that are not any session's yet.
+#[derive(Debug)]
+pub(crate) struct Staged(PathBuf);
+
+impl Staged {
+    pub(crate) fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// Has all of it outlast a power cut.
+    pub(crate) fn sync(&self) -> Result<()> {
+        let sync = || Ok(rustix::fs::syncfs(File::open(&self.0)?)?);
+        sync().map_err(|source: io::Error| Error::volume("write to disk", &self.0, source))
+    }
+}
+
+impl Drop for Staged {
+    fn drop(&mut self) {
+        // What it was made for has moved it, or all that is in it.
+        match fs::remove_dir(&self.0) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            // Nobody is to wait for that: not even for a failure, after which the next start does.
+            Err(_) => {
+                let path = std::mem::take(&mut self.0);
+                let remover = std::thread::Builder::new().name("denizen-unstage".to_owned());
+                drop(remover.spawn(move || Volumes::unstage(&path)));
+            }
+        }
     }
 }
 

@@ -7,7 +7,7 @@ use axum::body::Body;
 use axum::extract::{Path, Query, Request, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
+use axum::routing::{get, post, put};
 use axum::{Json, Router};
 use denizen::{Credentials, Error, ImportOptions, MicroVmManager, Progress, PullOptions, Stage};
 use futures::{StreamExt, stream};
@@ -40,6 +40,8 @@ pub(crate) fn router(pool: Arc<MicroVmManager>, leases: Arc<Leases>, stop: Arc<N
         .route("/v1/sessions/{session}/backups", get(backups))
         .route("/v1/sessions/{session}/restore", post(restore))
         .route("/v1/sessions/{session}/fork", post(fork))
+        .route("/v1/sessions/{session}/snapshots", get(snapshots))
+        .route("/v1/sessions/{session}/snapshots/{name}", put(snapshot).delete(remove_snapshot))
         .route("/v1/sessions/{session}/logs/{job}", get(log))
         .route("/v1/sessions/{session}/ports/{port}", get(port))
         .with_state(Api { pool, leases, stop })
@@ -65,6 +67,8 @@ impl From<Error> for Refused {
         let (status, code) = match error.kind() {
             Error::Unknown { .. } => (StatusCode::NOT_FOUND, "unknown_session"),
             Error::NoBackup { .. } => (StatusCode::NOT_FOUND, "no_backup"),
+            Error::NoSnapshot { .. } => (StatusCode::NOT_FOUND, "no_snapshot"),
+            Error::SnapshotExists { .. } => (StatusCode::CONFLICT, "snapshot_exists"),
             Error::Name { .. } => (StatusCode::BAD_REQUEST, "bad_name"),
             Error::InUse { .. } => (StatusCode::CONFLICT, "in_use"),
             Error::OtherImage { .. } => (StatusCode::CONFLICT, "other_image"),
@@ -202,6 +206,8 @@ async fn backups(State(api): State<Api>, Path(session): Path<String>) -> Answer<
 #[derive(Deserialize)]
 struct RestoreQuery {
     backup: Option<String>,
+    /// Instead of a backup.
+    snapshot: Option<String>,
 }
 
 async fn restore(
@@ -210,14 +216,59 @@ async fn restore(
     Query(query): Query<RestoreQuery>,
 ) -> Answer<Response> {
     let id = api.leases.find(&session)?;
-    api.pool.restore(id, query.backup.as_deref()).await?;
+    match (query.backup, query.snapshot) {
+        (Some(_), Some(_)) => {
+            let message = "either a backup or a snapshot is restored".to_owned();
+            return Err(Refused { status: StatusCode::BAD_REQUEST, code: "bad_request", message });
+        }
+        (None, Some(name)) => api.pool.restore_snapshot(id, &name.parse()?).await?,
+        (backup, None) => api.pool.restore(id, backup.as_deref()).await?,
+    }
     Ok(Json(api.pool.inspect(id)?).into_response())
 }
 
-async fn fork(State(api): State<Api>, Path(session): Path<String>) -> Answer<Response> {
+#[derive(Deserialize)]
+struct ForkQuery {
+    /// Of the session as this snapshot has it.
+    snapshot: Option<String>,
+}
+
+async fn fork(
+    State(api): State<Api>,
+    Path(session): Path<String>,
+    Query(query): Query<ForkQuery>,
+) -> Answer<Response> {
     let id = api.leases.find(&session)?;
-    let made = api.pool.fork(id).await?;
+    let made = match query.snapshot {
+        Some(name) => api.pool.fork_snapshot(id, &name.parse()?).await?,
+        None => api.pool.fork(id).await?,
+    };
     Ok((StatusCode::CREATED, Json(api.pool.inspect(made)?)).into_response())
+}
+
+async fn snapshots(State(api): State<Api>, Path(session): Path<String>) -> Answer<Response> {
+    let id = api.leases.find(&session)?;
+    Ok(Json(api.pool.snapshots(id).await?).into_response())
+}
+
+async fn snapshot(
+    State(api): State<Api>,
+    Path((session, name)): Path<(String, String)>,
+) -> Answer<StatusCode> {
+    let id = api.leases.find(&session)?;
+    api.pool.snapshot(id, &name.parse()?).await?;
+    Ok(StatusCode::CREATED)
+}
+
+async fn remove_snapshot(
+    State(api): State<Api>,
+    Path((session, name)): Path<(String, String)>,
+) -> Answer<StatusCode> {
+    let id = api.leases.find(&session)?;
+    if api.pool.remove_snapshot(id, &name.parse()?).await? {
+        return Ok(StatusCode::NO_CONTENT);
+    }
+    Err(Error::NoSnapshot { session: id, name }.into())
 }
 
 /// One JSON object a line, from now on.

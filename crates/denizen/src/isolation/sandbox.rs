@@ -117,8 +117,8 @@ impl Sandbox {
         });
         let carried = carried.transpose()?;
         let networks = Networks::new(options.network, options.denials);
-        let (mut groups, limits) = (Groups::find(), options.limits);
-        if options.sleep == Sleep::Freeze && !groups.use_freezer() {
+        let (groups, limits) = (Groups::find(), options.limits);
+        if options.sleep == Sleep::Freeze && !groups.have_freezer() {
             return Err(Error::NoFreezer {
                 isolation: "sandbox",
                 problem: "no control group that can be frozen is granted to this process: run it \
@@ -415,7 +415,7 @@ impl Driver for Sandbox {
     }
 
     fn can_freeze(&self) -> bool {
-        self.groups.find_freezer().is_some()
+        self.groups.have_freezer()
     }
 
     fn freeze(&self, site: &Site) -> Result<()> {

@@ -62,6 +62,8 @@ struct World {
     rows: BTreeMap<Uuid, Row>,
     disks: BTreeMap<Uuid, Disk>,
     backups: BTreeMap<(Uuid, String), u64>,
+    /// Copies of sessions, which are their snapshots here.
+    copies: BTreeMap<(Uuid, String), u64>,
     /// Sessions with processes that were left running, be they frozen.
     busy: BTreeSet<Uuid>,
     /// Whether these count as use.
@@ -112,10 +114,12 @@ fn session(n: u64) -> Uuid {
 impl World {
     fn new(seed: u64, fault: Option<Fault>) -> Self {
         let mut random = Random(seed);
+        let sleep = if random.chance(50) { Sleep::Freeze } else { Sleep::Stop };
         let policy = Policy {
             max_vms: 1 + usize::try_from(random.below(4)).unwrap_or(0),
             idle_shutdown: Duration::from_secs(60),
-            sleep: if random.chance(50) { Sleep::Freeze } else { Sleep::Stop },
+            sleep,
+            can_freeze: sleep == Sleep::Freeze || random.chance(50),
             prune_after: Duration::from_secs(300),
             backup_after: random.chance(70).then(|| Duration::from_secs(100)),
             has_destination: random.chance(75),
@@ -133,6 +137,7 @@ impl World {
             rows: BTreeMap::new(),
             disks: BTreeMap::new(),
             backups: BTreeMap::new(),
+            copies: BTreeMap::new(),
             busy: BTreeSet::new(),
             awake: BTreeSet::new(),
             frozen: BTreeSet::new(),
@@ -217,7 +222,8 @@ impl World {
             !self.flying.iter().any(|flying| flying.id == id),
             "two operations at once for {id}"
         );
-        ensure!(!self.holders.contains_key(&id), "{op:?} of {id} while it is held");
+        let copied = matches!(op, Op::Copy(_)) && self.policy.can_freeze;
+        ensure!(copied || !self.holders.contains_key(&id), "{op:?} of {id} while it is held");
         let asked = self.lines.get(&id).is_some_and(|line| !line.is_empty());
         let broken = self.broken.contains(&id);
         let ends_it = op == (Op::Stop { force: true });
@@ -410,16 +416,30 @@ impl World {
                     self.expected.remove(&id);
                 }
             }
-            Op::Restore(name) => {
-                let Some(version) = self.backups.get(&(id, name.clone())).copied() else {
-                    return Ok(Outcome::Failed);
+            Op::Restore(saved) => {
+                let version = match saved {
+                    Saved::Backup(name) => self.backups.get(&(id, name.clone())),
+                    Saved::Snapshot(name) => self.copies.get(&(id, name.clone())),
                 };
+                let Some(version) = version.copied() else { return Ok(Outcome::Failed) };
                 self.give_up(id, op)?;
                 self.disks.insert(id, Disk { half: false, granted: true, version, bootstraps: 1 });
                 self.expected.insert(id, Some(version));
                 self.stopped.insert(id, self.now);
             }
+            Op::Copy(copy) => {
+                let runs = self.awake.contains(&id);
+                if runs && !self.policy.can_freeze && self.busy.contains(&id) {
+                    return Ok(Outcome::Busy);
+                }
+                let Some(disk) = self.disks.get(&id) else {
+                    return Ok(if still_there { Outcome::Failed } else { Outcome::Missing });
+                };
+                ensure!(!disk.half, "{id} is copied half-made");
+                self.copies.insert((id, copy.to_string()), disk.version);
+            }
             Op::Remove => {
+                self.copies.retain(|(of, _), _| *of != id);
                 self.disks.remove(&id);
                 self.end_instance(id);
                 self.expected.remove(&id);
@@ -454,11 +474,20 @@ impl World {
                 self.ask(id, Want::Guard { patient })
             }
             25..=29 => {
-                let want = match self.random.below(5) {
+                let want = match self.random.below(8) {
                     0 => Want::Stopped { force: false },
                     1 => Want::Stopped { force: true },
                     2 => Want::BackedUp,
                     3 => Want::Restored(None),
+                    4 => {
+                        let copies = self.copies.keys().filter(|(of, _)| *of == id);
+                        let name = copies.last().map(|(_, name)| name.clone());
+                        Want::Restored(Some(Saved::Snapshot(name.unwrap_or_default())))
+                    }
+                    5..=6 => {
+                        let copy = Uuid::from_u128(u128::from(self.fresh()));
+                        Want::Copied { copy, patient: self.random.chance(60) }
+                    }
                     _ => Want::Removed,
                 };
                 self.ask(id, want)
@@ -539,6 +568,7 @@ impl World {
         let fails = refused || (!well && self.random.chance(if interrupted { 60 } else { 12 }));
         let breaks = match op {
             Op::Freeze | Op::Thaw => true,
+            Op::Copy(_) => self.awake.contains(&id) && self.policy.can_freeze,
             Op::Stop { .. } => self.frozen.contains(&id) || self.broken.contains(&id),
             _ => false,
         };
@@ -878,7 +908,7 @@ fn a_seed_is_a_history() {
 
 #[test]
 fn every_planted_fault_is_caught() {
-    const ALL: [Fault; 26] = [
+    const ALL: [Fault; 28] = [
         Fault::CapacityOffByOne,
         Fault::SavedForEver,
         Fault::PruneWhileHeld,
@@ -905,6 +935,8 @@ fn every_planted_fault_is_caught() {
         Fault::BrokenGranted,
         Fault::VanishedLeftFrozen,
         Fault::RunningCountsAsStopped,
+        Fault::CopiedWhileWritten,
+        Fault::SnapshotCountsAsSaved,
     ];
     for fault in ALL {
         let caught = (0..3000).find_map(|seed| {

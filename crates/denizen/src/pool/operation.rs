@@ -3,6 +3,7 @@
 //! Operations are all or nothing where the lifecycle says so, and never begin another one.
 
 use std::collections::BTreeMap;
+use std::fs;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -11,13 +12,14 @@ use denizen_agent::{Agent, Spec, Stdio};
 use tokio::sync::oneshot;
 use uuid::Uuid;
 
-use super::{Origin, Place, Pool, Spare, blocking};
+use super::{Copying, Origin, Place, Pool, Spare, State, blocking};
 use crate::disk::Known;
 use crate::error::{Error, Result as Fallible};
-use crate::isolation::Site;
-use crate::lifecycle::{Found, Op, Outcome, Seq};
-use crate::volume::Volumes;
-use crate::{backup, bootstrap};
+use crate::event::{Event, EventKind};
+use crate::isolation::{Driver, Site};
+use crate::lifecycle::{Found, Op, Outcome, Phase, Saved, Seq};
+use crate::volume::{Volumes, remove_tree};
+use crate::{bootstrap, snapshot};
 
 /// How long processes have between being asked to end and being ended.
 const GRACE: Duration = Duration::from_secs(5);
@@ -79,7 +81,7 @@ pub(super) async fn run(pool: Arc<Pool>, id: Uuid, seq: Seq, op: Op, written: Op
         // The place may be one that a spare had.
         pool.until(|state| state.discarding == 0).await;
     }
-    report.4 = Some(match op {
+    report.4 = Some(match op.clone() {
         Op::Create { .. } => create(&pool, &place, written).await.into(),
         Op::Start => start(&pool, &place).await.into(),
         Op::Stop { force } => stop(&pool, &place, force).await,
@@ -88,8 +90,9 @@ pub(super) async fn run(pool: Arc<Pool>, id: Uuid, seq: Seq, op: Op, written: Op
             thaw(&pool, &place).await.map_or_else(Ended::broken, |_| Ok(Outcome::Done).into())
         }
         Op::Backup => save(&pool, id, seq).await.into(),
-        Op::Restore(name) => restore(&pool, &place, name).await.into(),
-        Op::Prune | Op::Remove => delete(&pool, &place).await.into(),
+        Op::Restore(saved) => restore(&pool, &place, saved).await.into(),
+        Op::Copy(copy) => copy_session(&pool, &place, copy).await,
+        Op::Prune | Op::Remove => delete(&pool, &place, &op).await.into(),
     });
 }
 
@@ -100,7 +103,7 @@ async fn create(pool: &Arc<Pool>, place: &Arc<Place>, written: Option<Written>) 
         (state.claimed.remove(&id), state.origins.get(&id).cloned())
     };
     // What a copy was bootstrapped with is copied.
-    let is_copy = matches!(origin, Some(Origin::Session(_)));
+    let is_copy = matches!(origin, Some(Origin::Copy(_)));
     *place.watched.known.lock() = if is_copy { Known::default() } else { Known::empty() };
     let made = if !is_copy && bootstrap::is_wanted(&pool.config) {
         create_in_place(pool, place, origin, written).await
@@ -284,21 +287,96 @@ async fn end_spare(pool: &Arc<Pool>, Spare { site, instance }: Spare) {
 /// Puts into a new session's folder what it begins with.
 fn originate(pool: &Pool, site: &Site, origin: Option<&Origin>) -> Fallible<()> {
     match origin {
-        Some(Origin::Session(origin)) => copy(pool, site, origin),
+        Some(Origin::Copy(copy)) => {
+            let from = Site::in_folder(site.id, copy.path().to_owned());
+            // Over the volume that is there, which is empty.
+            let mut moved = fs::rename(&from.volume, &site.volume);
+            if moved.is_ok() && from.root_changes().exists() {
+                moved = fs::rename(from.root_changes(), site.root_changes());
+            }
+            moved.map_err(|source| Error::volume("make", &site.home, source))
+        }
         Some(Origin::Image(image)) => pool.driver.choose_image(site, image),
         None => Ok(()),
     }
 }
 
-/// Copies what another session has, with all that a backup keeps, by way of one.
-fn copy(pool: &Pool, to: &Site, origin: &Site) -> Fallible<()> {
-    let staging = pool.volumes.stage(to.id)?;
-    let never = AtomicBool::new(false);
-    let owners = pool.driver.owners();
-    let copied = backup::pack(origin, &staging, owners, jiff::Timestamp::now(), &never)
-        .and_then(|archive| backup::unpack(&archive.path, owners, &to.home));
-    Volumes::unstage(&staging);
-    copied
+/// Copies a session to where that copy goes. What runs in it stands still while that is done, but
+/// not while the copy is being written to disk.
+async fn copy_session(pool: &Arc<Pool>, place: &Arc<Place>, copy: Uuid) -> Ended {
+    let id = place.site.id;
+    let (copying, frozen) = {
+        let state = pool.state.lock();
+        let view = state.core.view(id);
+        let frozen = view.is_some_and(|view| view.row.phase == Phase::Frozen);
+        (state.copies.get(&copy).cloned(), frozen)
+    };
+    let Some(copying) = copying else {
+        return Err(Error::Task("nobody wants the copy any more".to_owned())).into();
+    };
+    let agent = place.agent().filter(|_| !frozen);
+    let freezes = agent.is_some() && pool.driver.can_freeze();
+    if let Some(agent) = agent.filter(|_| !freezes) {
+        match agent.busy().await {
+            Ok(running) if running.is_empty() => {}
+            Ok(_) => return Ok(Outcome::Busy).into(),
+            Err(error) => return Err(error.into()).into(),
+        }
+    }
+    let (pool, place) = (pool.clone(), place.clone());
+    let copied = blocking(move || {
+        if place.agent().is_none() && pool.volumes.found(id) != Found::Whole {
+            return Ok(Ok(Outcome::Missing).into());
+        }
+        let copied = if freezes {
+            match at_rest(&*pool.driver, &place.site, || copy_into(&place, &copying)) {
+                Ok(copied) => copied,
+                Err(error) => return Ok(Ended::broken(error)),
+            }
+        } else {
+            copy_into(&place, &copying)
+        };
+        let kept = copied.and_then(|()| copying.into.sync()).and_then(|()| {
+            let Some(name) = &copying.keep_as else { return Ok(()) };
+            pool.volumes.install_snapshot(id, name, &copying.into)?;
+            let kind = EventKind::SnapshotTaken { snapshot: name.to_string() };
+            let named = pool.state.lock().names.get(&id).map(ToString::to_string);
+            let at = pool.clock.wall();
+            pool.announcer.announce(Event { at, session: id, name: named, kind });
+            Ok(())
+        });
+        Ok(kept.map(|()| Outcome::Done).into())
+    });
+    copied.await.unwrap_or_else(|error| Err(error).into())
+}
+
+fn copy_into(place: &Place, copying: &Copying) -> Fallible<()> {
+    let into = Site::in_folder(place.site.id, copying.into.path().to_owned());
+    for tree in [&into.volume, &into.root_changes()] {
+        // Of a first try, after which the session could not be thawed.
+        remove_tree(tree).map_err(|source| Error::volume("clear", tree, source))?;
+    }
+    snapshot::copy(&place.site, &into.home)
+}
+
+/// Does something while all processes of an instance stand still, and has them go on, however
+/// that ends. Fails, whatever became of it, if they may not go on. Blocks.
+fn at_rest<T>(
+    driver: &dyn Driver,
+    site: &Site,
+    work: impl FnOnce() -> Fallible<T>,
+) -> Fallible<Fallible<T>> {
+    struct Thaw<'a>(&'a dyn Driver, &'a Site);
+    impl Drop for Thaw<'_> {
+        fn drop(&mut self) {
+            // For a panic; otherwise this has been done, and does nothing.
+            let _ = self.0.thaw(self.1);
+        }
+    }
+    let _thaw = Thaw(driver, site);
+    let done = driver.freeze(site).and_then(|()| work());
+    driver.thaw(site)?;
+    Ok(done)
 }
 
 async fn start(pool: &Arc<Pool>, place: &Arc<Place>) -> Result {
@@ -427,32 +505,42 @@ async fn save(pool: &Arc<Pool>, id: Uuid, seq: Seq) -> Result {
     .await
 }
 
-async fn restore(pool: &Arc<Pool>, place: &Arc<Place>, name: String) -> Result {
+async fn restore(pool: &Arc<Pool>, place: &Arc<Place>, saved: Saved) -> Result {
     let (pool, place) = (pool.clone(), place.clone());
     blocking(move || {
         let id = place.site.id;
         let staging = pool.volumes.stage(id)?;
-        let restored = pool
-            .backups()
-            .and_then(|backups| backups.restore(id, &name, &staging))
-            .and_then(|()| pool.volumes.install(id, &staging));
-        if restored.is_err() {
-            Volumes::unstage(&staging);
-        }
+        let restored = match &saved {
+            Saved::Backup(name) => {
+                pool.backups().and_then(|backups| backups.restore(id, name, staging.path()))
+            }
+            Saved::Snapshot(name) => name
+                .parse()
+                .and_then(|name| pool.volumes.snapshot(id, &name))
+                .and_then(|from| snapshot::copy(&from, staging.path()))
+                .and_then(|()| staging.sync()),
+        };
+        let restored = restored.and_then(|()| pool.volumes.install(id, staging.path()));
         *place.watched.known.lock() = Known::default();
         restored.map(|()| Outcome::Done)
     })
     .await
 }
 
-async fn delete(pool: &Arc<Pool>, place: &Arc<Place>) -> Result {
+async fn delete(pool: &Arc<Pool>, place: &Arc<Place>, op: &Op) -> Result {
     if let Some(error) = stop(pool, place, true).await.failure {
         return Err(error);
     }
     let (pool, place, id) = (pool.clone(), place.clone(), place.site.id);
+    let view = |state: &State| state.core.view(id).and_then(|view| view.row.backup.clone());
+    // What a backup brings back has its snapshots again.
+    let for_ever = *op == Op::Remove || view(&pool.state.lock()).is_none();
     blocking(move || {
         let home = pool.volumes.home(id);
         pool.volumes.discard(id).map_err(|source| Error::volume("delete", &home, source))?;
+        if for_ever && pool.volumes.discard_snapshots(id)? {
+            tracing::warn!(session = %id, "snapshots deleted with their session");
+        }
         *place.watched.known.lock() = Known::default();
         Ok(Outcome::Done)
     })

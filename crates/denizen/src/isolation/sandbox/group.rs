@@ -28,7 +28,7 @@ const CONTROLLERS: [&str; 3] = ["memory", "pids", "cpu"];
 pub(super) struct Groups {
     /// Each controller with the folder that the sessions' folders go into.
     places: Vec<Place>,
-    /// The folder for groups that can be frozen, if they shall be; perhaps one of the above.
+    /// The folder for groups that can be frozen, if any is granted; perhaps one of the above.
     freezer: Option<PathBuf>,
     /// The groups of each instance made here, by its session's folder: that may vanish, and the
     /// record in it.
@@ -78,18 +78,13 @@ impl Groups {
                 places.push(Place { controllers, folder, unified });
             }
         }
-        Self { places, ..Self::default() }
+        let unified = places.iter().filter(|place| place.unified).map(|place| &place.folder);
+        let freezer = freezer::find(unified);
+        Self { places, freezer, ..Self::default() }
     }
 
-    /// The folder for groups that can be frozen, if any is granted.
-    pub(super) fn find_freezer(&self) -> Option<PathBuf> {
-        let unified = self.places.iter().filter(|place| place.unified);
-        freezer::find(unified.map(|place| &place.folder))
-    }
-
-    /// Makes groups that can be frozen from now on; false if that is not granted.
-    pub(super) fn use_freezer(&mut self) -> bool {
-        self.freezer = self.find_freezer();
+    /// Whether sessions can be made to stand still.
+    pub(super) fn have_freezer(&self) -> bool {
         self.freezer.is_some()
     }
 

@@ -1,0 +1,366 @@
+//! Forks and snapshots: of what runs, of what does not, and of what is not there.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command as Program;
+use std::sync::Arc;
+use std::time::Duration;
+
+use denizen::{
+    Error, EventKind, Isolation, MicroVmManager, SnapshotName, VmPoolConfig, VmPoolRuntimeConfig,
+};
+use tempfile::TempDir;
+use uuid::Uuid;
+
+use crate::common::{cache, text};
+
+const ALL: [Isolation; 2] = [Isolation::Host, Isolation::Sandbox];
+
+struct World {
+    folder: TempDir,
+    config: VmPoolRuntimeConfig,
+    isolation: Isolation,
+}
+
+impl World {
+    fn new(isolation: Isolation) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let config = VmPoolConfig {
+            enabled: true,
+            volume_root: folder.path().join("pool"),
+            shell: "/bin/sh".into(),
+            shell_args: vec!["-c".to_owned()],
+            ..VmPoolConfig::default()
+        };
+        Self { folder, config: (&config).into(), isolation }
+    }
+
+    fn with_backups(isolation: Isolation) -> Self {
+        let mut world = Self::new(isolation);
+        world.config.backup_destination = Some(world.folder.path().join("backups"));
+        world
+    }
+
+    fn open(&self) -> Arc<MicroVmManager> {
+        let builder = MicroVmManager::builder(self.config.clone()).isolation(self.isolation);
+        builder.cache(cache()).build().unwrap()
+    }
+
+    fn own(&self, folder: &str) -> PathBuf {
+        self.config.volume_root.join(".denizen").join(folder)
+    }
+
+    fn entries(&self, folder: &str) -> usize {
+        fs::read_dir(self.own(folder)).map_or(0, Iterator::count)
+    }
+
+    /// Waits until nothing is left half-made.
+    async fn clear(&self) {
+        until("the staging folder is empty", || self.entries("staging") == 0).await;
+    }
+}
+
+/// What other threads do has no event to wait for.
+async fn until(what: &str, condition: impl Fn() -> bool) {
+    let begin = std::time::Instant::now();
+    while !condition() {
+        assert!(begin.elapsed() < Duration::from_secs(30), "waited in vain until {what}");
+        tokio::task::yield_now().await;
+    }
+}
+
+fn name(name: &str) -> SnapshotName {
+    name.parse().unwrap()
+}
+
+async fn run(pool: &MicroVmManager, id: Uuid, line: &str) -> String {
+    text(&pool.acquire(id).await.unwrap(), line).await
+}
+
+/// Writes a number to two files, one after the other, for ever.
+const LOCKSTEP: &str = "echo 0 > a; echo 0 > b; i=0; while :; do i=$((i+1)); \
+                        echo $i > new; mv new a; echo $i > new; mv new b; done";
+
+/// How far the second file is behind, and the first's number.
+async fn steps(pool: &MicroVmManager, id: Uuid) -> (i64, i64) {
+    let numbers = run(pool, id, "cat a b").await;
+    let numbers: Vec<i64> = numbers.split_whitespace().map(|it| it.parse().unwrap()).collect();
+    assert_eq!(numbers.len(), 2, "{numbers:?}");
+    (numbers[0] - numbers[1], numbers[0])
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_fork_of_what_writes_is_of_one_instant() {
+    let world = World::new(Isolation::Sandbox);
+    let pool = world.open();
+    if !pool.can_freeze().unwrap() {
+        println!("skipped: no control group that can be frozen is granted");
+        return;
+    }
+    let id = Uuid::new_v4();
+    let guard = pool.acquire(id).await.unwrap();
+    // So that the files are copied well apart.
+    text(&guard, "mkdir aa; for i in $(seq 500); do echo $i > aa/$i; done").await;
+    let writing = guard.command(LOCKSTEP).spawn().await.unwrap();
+    let volume = guard.volume().to_owned();
+    let number = || fs::read_to_string(volume.join("a")).unwrap_or_default();
+    until("it writes", || !number().is_empty()).await;
+    let mut last = -1;
+    for _ in 0..5 {
+        let before = number();
+        let fork = pool.fork(id).await.unwrap();
+        let (behind, reached) = steps(&pool, fork).await;
+        assert!(behind == 0 || behind == 1, "{behind} behind at {reached}");
+        assert!(reached > last, "it does not go on");
+        last = reached;
+        until("it goes on", || number() != before).await;
+        pool.remove(fork).await.unwrap();
+    }
+    // Whoever holds it holds it still, and it is nothing but in use.
+    assert_eq!(pool.inspect(id).unwrap().state, "active");
+    assert!(matches!(pool.stop(id, true).await, Err(Error::InUse { .. })));
+    drop(writing);
+    assert_eq!(text(&guard, "echo well").await, "well\n");
+    drop(guard);
+    world.clear().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_runs_in_the_background_goes_on_while_it_is_copied() {
+    let world = World::new(Isolation::Sandbox);
+    let pool = world.open();
+    if !pool.can_freeze().unwrap() {
+        println!("skipped: no control group that can be frozen is granted");
+        return;
+    }
+    let id = Uuid::new_v4();
+    run(&pool, id, &format!("({LOCKSTEP}) > /dev/null 2>&1 &")).await;
+    let volume = pool.session_folder(id).unwrap().join("volume");
+    let number = || fs::read_to_string(volume.join("a")).unwrap_or_default();
+    until("it writes", || !number().is_empty()).await;
+    pool.snapshot(id, &name("while-it-runs")).await.unwrap();
+    let before = number();
+    until("it goes on", || number() != before).await;
+    let fork = pool.fork_snapshot(id, &name("while-it-runs")).await.unwrap();
+    let (behind, _) = steps(&pool, fork).await;
+    assert!(behind == 0 || behind == 1, "{behind} behind");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_cannot_stand_still_is_copied_when_nothing_runs_in_it() {
+    let world = World::new(Isolation::Host);
+    let pool = world.open();
+    let id = Uuid::new_v4();
+    let guard = pool.acquire(id).await.unwrap();
+    text(&guard, "echo held > file").await;
+    let fork = {
+        let pool = pool.clone();
+        tokio::spawn(async move { pool.fork(id).await })
+    };
+    until("it waits", || pool.inspect(id).unwrap().waiting == 1).await;
+    text(&guard, "echo last > file; setsid sleep 9371 > /dev/null 2>&1 &").await;
+    drop(guard);
+    let error = fork.await.unwrap().unwrap_err();
+    assert!(matches!(error.kind(), Error::InUse { .. }), "{error}");
+    pool.stop(id, true).await.unwrap();
+    let fork = pool.fork(id).await.unwrap();
+    assert_eq!(run(&pool, fork, "cat file").await, "last\n");
+    world.clear().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn snapshots_are_kept_listed_restored_forked_and_removed() {
+    for isolation in ALL {
+        let world = World::new(isolation);
+        let pool = world.open();
+        let mut events = pool.events().unwrap();
+        let id = Uuid::new_v4();
+        let change = match isolation {
+            Isolation::Sandbox => "; echo changed > /etc/denizen-test; rm -f /etc/motd",
+            _ => "",
+        };
+        run(&pool, id, &format!("mkdir -p deep; echo one > deep/file; ln -s x link{change}")).await;
+        pool.snapshot(id, &name("first")).await.unwrap();
+        let error = pool.snapshot(id, &name("first")).await.unwrap_err();
+        assert!(matches!(error, Error::SnapshotExists { .. }), "{isolation:?}: {error}");
+        run(&pool, id, "echo two > deep/file; touch more").await;
+        pool.snapshot(id, &name("second")).await.unwrap();
+        drop(pool);
+        // As another process would find them.
+        let pool = loop {
+            let builder = MicroVmManager::builder(world.config.clone()).isolation(isolation);
+            match builder.cache(cache()).build() {
+                Ok(pool) => break pool,
+                Err(_) => tokio::task::yield_now().await,
+            }
+        };
+        let names = async |pool: &MicroVmManager| {
+            let all = pool.snapshots(id).await.unwrap().into_iter();
+            all.map(|one| one.name.to_string()).collect::<Vec<_>>()
+        };
+        assert_eq!(names(&pool).await, ["second", "first"]);
+        let fork = pool.fork_snapshot(id, &name("first")).await.unwrap();
+        assert_eq!(run(&pool, fork, "cat deep/file; ls").await, "one\ndeep\nlink\n");
+        pool.restore_snapshot(id, &name("first")).await.unwrap();
+        assert_eq!(run(&pool, id, "cat deep/file; ls").await, "one\ndeep\nlink\n");
+        if isolation == Isolation::Sandbox {
+            for session in [id, fork] {
+                let line = "cat /etc/denizen-test; test ! -e /etc/motd";
+                assert_eq!(run(&pool, session, line).await, "changed\n");
+            }
+        }
+        run(&pool, id, "echo three > deep/file").await;
+        pool.restore_snapshot(id, &name("second")).await.unwrap();
+        assert_eq!(run(&pool, id, "cat deep/file; ls").await, "two\ndeep\nlink\nmore\n");
+        assert!(pool.remove_snapshot(id, &name("first")).await.unwrap());
+        assert!(!pool.remove_snapshot(id, &name("first")).await.unwrap());
+        assert_eq!(names(&pool).await, ["second"]);
+        for error in [
+            pool.restore_snapshot(id, &name("first")).await.unwrap_err(),
+            pool.fork_snapshot(id, &name("first")).await.unwrap_err(),
+        ] {
+            assert!(matches!(error, Error::NoSnapshot { .. }), "{error}");
+        }
+        let error = pool.snapshot(Uuid::new_v4(), &name("first")).await.unwrap_err();
+        assert!(matches!(error, Error::Unknown { .. }), "{error}");
+        pool.remove(id).await.unwrap();
+        assert_eq!(world.entries("snapshots"), 0, "they go with their session");
+        world.clear().await;
+        let taken = loop {
+            if let EventKind::SnapshotTaken { snapshot } = events.next().await.unwrap().kind {
+                break snapshot;
+            }
+        };
+        assert_eq!(taken, "first");
+        pool.shutdown().await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn archived_sessions_have_their_snapshots_and_can_be_forked() {
+    let mut world = World::with_backups(Isolation::Host);
+    world.config.max_vms = 2;
+    let pool = world.open();
+    let id = Uuid::new_v4();
+    run(&pool, id, "echo kept > file").await;
+    pool.snapshot(id, &name("kept")).await.unwrap();
+    run(&pool, id, "echo later > file").await;
+    // Sent away to make room.
+    for _ in 0..2 {
+        run(&pool, Uuid::new_v4(), "echo other > file").await;
+    }
+    assert_eq!(pool.inspect(id).unwrap().state, "archived");
+    let fork = pool.fork_snapshot(id, &name("kept")).await.unwrap();
+    assert_eq!(run(&pool, fork, "cat file").await, "kept\n");
+    pool.restore_snapshot(id, &name("kept")).await.unwrap_err();
+    pool.remove(fork).await.unwrap();
+    pool.restore_snapshot(id, &name("kept")).await.unwrap();
+    // What is put back is in no backup, so it must be saved before it goes.
+    assert!(pool.inspect(id).unwrap().unsaved);
+    for _ in 0..2 {
+        run(&pool, Uuid::new_v4(), "echo other > file").await;
+    }
+    assert_eq!(pool.inspect(id).unwrap().state, "archived");
+    let fork = pool.fork(id).await.unwrap();
+    assert_eq!(run(&pool, fork, "cat file").await, "kept\n");
+    assert_eq!(run(&pool, id, "cat file").await, "kept\n");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_fails_or_is_given_up_leaves_nothing() {
+    let mut world = World::new(Isolation::Host);
+    world.config.max_vms = 1;
+    let pool = world.open();
+    let id = Uuid::new_v4();
+    let guard = pool.acquire(id).await.unwrap();
+    text(&guard, "mkdir d; for i in $(seq 200); do echo $i > d/$i; done").await;
+    let waiting = {
+        let pool = pool.clone();
+        tokio::spawn(async move { pool.snapshot(id, &name("given-up")).await })
+    };
+    until("it waits", || pool.inspect(id).unwrap().waiting == 1).await;
+    waiting.abort();
+    until("it has left", || pool.inspect(id).unwrap().waiting == 0).await;
+    drop(guard);
+    let error = pool.fork(id).await.unwrap_err();
+    assert!(matches!(error.kind(), Error::AtCapacity { .. }), "{error}");
+    world.clear().await;
+    assert!(pool.snapshots(id).await.unwrap().is_empty());
+    // A crash at half of it.
+    let half = world.own("staging").join("half");
+    fs::create_dir_all(half.join("volume")).unwrap();
+    fs::write(half.join("volume/file"), "").unwrap();
+    pool.shutdown().await.unwrap();
+    drop(pool);
+    let pool = loop {
+        match MicroVmManager::new(world.config.clone()) {
+            Ok(pool) => break pool,
+            Err(_) => tokio::task::yield_now().await,
+        }
+    };
+    world.clear().await;
+    assert!(pool.snapshots(id).await.unwrap().is_empty());
+    assert_eq!(pool.sessions().unwrap().len(), 1);
+}
+
+/// A file system in a file, where this user may mount one.
+struct Loop(TempDir);
+
+impl Loop {
+    fn new() -> Option<Self> {
+        let folder = tempfile::tempdir().unwrap();
+        let (image, root) = (folder.path().join("image"), folder.path().join("root"));
+        fs::File::create(&image).unwrap().set_len(600 << 20).unwrap();
+        fs::create_dir(&root).unwrap();
+        let does = |program: &mut Program| program.status().is_ok_and(|status| status.success());
+        let made = does(Program::new("mkfs.btrfs").arg("-q").arg(&image))
+            && does(Program::new("mount").args(["-o", "loop"]).args([&image, &root]));
+        if !made {
+            println!("skipped: no btrfs can be mounted here");
+        }
+        made.then_some(Self(folder))
+    }
+
+    fn root(&self) -> PathBuf {
+        self.0.path().join("root")
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        Program::new("umount").arg("-l").arg(self.root()).status().unwrap();
+    }
+}
+
+fn free(path: &Path) -> u64 {
+    rustix::fs::syncfs(fs::File::open(path).unwrap()).unwrap();
+    let stat = rustix::fs::statvfs(path).unwrap();
+    stat.f_bfree * stat.f_frsize
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn forks_and_snapshots_share_their_blocks() {
+    for isolation in ALL {
+        let Some(disk) = Loop::new() else { return };
+        let mut world = World::new(isolation);
+        world.config.volume_root = disk.root().join("pool");
+        let pool = world.open();
+        let id = Uuid::new_v4();
+        let more = match isolation {
+            Isolation::Sandbox => "; head -c 32M /dev/urandom > /usr/large",
+            _ => "",
+        };
+        run(&pool, id, &format!("head -c 64M /dev/urandom > large{more}")).await;
+        let before = free(&disk.root());
+        let fork = pool.fork(id).await.unwrap();
+        pool.snapshot(id, &name("shared")).await.unwrap();
+        let used = before.saturating_sub(free(&disk.root()));
+        assert!(used < 16 << 20, "{isolation:?}: {used} bytes for two copies");
+        let line = "sha256sum < large; test ! -e /volume || sha256sum < /usr/large";
+        assert_eq!(run(&pool, id, line).await, run(&pool, fork, line).await);
+        pool.shutdown().await.unwrap();
+    }
+}
