@@ -64,7 +64,7 @@ mod write;
 
 pub use error::Error;
 pub use owners::Owners;
-pub use restore::{Restored, restore, restore_as};
+pub use restore::{Given, Restored, restore, restore_as, restore_given};
 pub use store::{ArchiveId, Entry, NotAnArchive, clean, list};
 pub use write::{BESIDE, Reason, Skipped, Source, Written, write};
 

@@ -7,7 +7,7 @@
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
-use std::io::{self, BufRead, Read};
+use std::io::{self, BufRead, Read, Seek};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
@@ -30,6 +30,9 @@ const MOST_PENDING: usize = 256 << 20;
 const MOST_WARNINGS: usize = 256;
 /// How many decompressed chunks wait for the thread that writes files.
 const CHUNKS: usize = 8;
+
+/// What an entry counts as that is nothing but a name.
+const ENTRY: u64 = 4096;
 
 /// What [`restore`] made.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -77,8 +80,35 @@ pub fn restore_as(
     cancelled: &AtomicBool,
 ) -> Result<Restored, Error> {
     let file = File::open(archive).map_err(|e| Error::io("open the archive", archive, e))?;
+    let given = Given { file: &file, name: archive, limit: None };
+    restore_given(given, into, owners, cancelled)
+}
+
+/// An archive that was given to us by somebody, and need not have a name on this disk.
+#[derive(Clone, Copy, Debug)]
+pub struct Given<'a> {
+    /// The archive. It is read from its beginning.
+    pub file: &'a File,
+    /// What errors call it.
+    pub name: &'a Path,
+    /// How many bytes on disk it may fill, not counting holes; each entry counts as 4 KiB more.
+    pub limit: Option<u64>,
+}
+
+/// As [`restore_as`], from an open file.
+///
+/// # Errors
+/// As [`restore`], and [`Error::TooLarge`].
+pub fn restore_given(
+    given: Given<'_>,
+    into: &Path,
+    owners: Option<Owners>,
+    cancelled: &AtomicBool,
+) -> Result<Restored, Error> {
+    let Given { mut file, name: archive, limit } = given;
+    file.rewind().map_err(|e| Error::io("read the archive", archive, e))?;
     let created = prepare(into)?;
-    let mut place = match Place::new(archive, into, owners, cancelled) {
+    let mut place = match Place::new(archive, into, owners, limit, cancelled) {
         Ok(place) => place,
         Err(e) => {
             if created {
@@ -88,7 +118,7 @@ pub fn restore_as(
             return Err(e);
         }
     };
-    let done = place.fill(&file).and_then(|summary| place.finish().map(|()| summary));
+    let done = place.fill(file).and_then(|summary| place.finish().map(|()| summary));
     match done {
         Ok(summary) => Ok(Restored {
             files: summary.files,
@@ -145,6 +175,9 @@ struct Place<'a> {
     user: Uid,
     group: Gid,
     owners: Option<Owners>,
+    limit: Option<u64>,
+    /// What counts towards the limit.
+    filled: u64,
     warnings: Vec<String>,
     more_warnings: u64,
 }
@@ -154,6 +187,7 @@ impl<'a> Place<'a> {
         archive: &'a Path,
         into: &'a Path,
         owners: Option<Owners>,
+        limit: Option<u64>,
         cancelled: &'a AtomicBool,
     ) -> Result<Self, Error> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
@@ -170,6 +204,8 @@ impl<'a> Place<'a> {
             user: rustix::process::geteuid(),
             group: rustix::process::getegid(),
             owners,
+            limit,
+            filled: 0,
             warnings: Vec::new(),
             more_warnings: 0,
         })
@@ -199,9 +235,24 @@ impl<'a> Place<'a> {
     fn make_all(&mut self, mut reader: Reader<'_, Chunks>, file: &File) -> Result<Summary, Error> {
         while let Some(member) = reader.next_member()? {
             self.check_cancelled()?;
+            let data = member.segments.as_ref().map_or(member.size, |segments| {
+                segments.iter().map(|segment| segment.length).sum()
+            });
+            self.fill_up(data)?;
             self.make(member, &mut reader)?;
         }
         reader.finish(file)
+    }
+
+    /// Counts an entry, before anything is made of it.
+    fn fill_up(&mut self, data: u64) -> Result<(), Error> {
+        self.filled = self.filled.saturating_add(ENTRY).saturating_add(data);
+        match self.limit {
+            Some(limit) if self.filled > limit => {
+                Err(Error::TooLarge { path: self.archive.to_path_buf(), limit })
+            }
+            _ => Ok(()),
+        }
     }
 
     fn make(&mut self, member: Member, reader: &mut Reader<'_, Chunks>) -> Result<(), Error> {
