@@ -10,6 +10,7 @@ use std::fs::{self, File};
 use std::io::{self, BufRead, Read, Seek};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
@@ -106,7 +107,12 @@ pub fn restore_given(
     cancelled: &AtomicBool,
 ) -> Result<Restored, Error> {
     let Given { mut file, name: archive, limit } = given;
-    file.rewind().map_err(|e| Error::io("read the archive", archive, e))?;
+    let failed = |e| Error::io("read the archive", archive, e);
+    file.rewind().map_err(failed)?;
+    let mut magic = [0; 4];
+    if file.read_at(&mut magic, 0).map_err(failed)? > 0 && !reader::is_zstandard(magic) {
+        return Err(Error::damaged(archive, "it is not compressed with Zstandard (tar.zst)"));
+    }
     let created = prepare(into)?;
     let mut place = match Place::new(archive, into, owners, limit, cancelled) {
         Ok(place) => place,

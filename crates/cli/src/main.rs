@@ -7,7 +7,9 @@ mod config;
 mod copy;
 mod doctor;
 mod image;
+mod moving;
 mod port;
+mod progress;
 mod range;
 mod show;
 
@@ -121,6 +123,30 @@ enum Verb {
     Fork {
         /// Name or UUID
         session: String,
+    },
+    /// Write a session to a file, from which it can be imported, here or elsewhere
+    ///
+    /// The file is a compressed tar archive (tar.zst) of the session's files and of what it has
+    /// changed in its root. A session that is active is stopped for it.
+    #[command(after_help = "Examples:
+  denizen export demo > demo.tar.zst
+  denizen export demo | ssh elsewhere denizen import demo")]
+    Export {
+        /// Name or UUID
+        session: String,
+        /// Where to; - is standard output, as is none
+        #[arg(short, long, value_name = "FILE")]
+        output: Option<PathBuf>,
+    },
+    /// Make a new session of an archive: an exported one, a backup, or any tar.zst of a folder
+    #[command(after_help = "Examples:
+  denizen import demo demo.tar.zst
+  tar --zstd -C ./project -c . | denizen import demo")]
+    Import {
+        /// Name or UUID of the new session
+        session: String,
+        /// The archive; - is standard input, as is none
+        file: Option<PathBuf>,
     },
     /// Remove sessions and their local files; backups stay
     Rm {
@@ -326,6 +352,8 @@ async fn act(cli: Cli, settings: config::Settings, range: Range) -> Result<i32> 
             let path = client::path(&session, "/fork");
             show::session(&client.json("POST", &path).await?, json)?;
         }
+        Verb::Export { session, output } => moving::export(&client, &session, output).await?,
+        Verb::Import { session, file } => moving::import(&client, &session, file, json).await?,
         Verb::Rm { sessions, force } => {
             for session in sessions {
                 let path = client::path(&session, &format!("?force={force}"));

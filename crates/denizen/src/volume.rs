@@ -12,7 +12,7 @@ use std::fs::{self, DirBuilder, File};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -191,6 +191,19 @@ impl Volumes {
         let staging = self.own.join("staging").join(format!("{id}.{}", Uuid::new_v4()));
         make_private(&staging).map_err(|source| Error::volume("restore", &staging, source))?;
         Ok(staging)
+    }
+
+    /// A file in the staging folder that has no name, and so is gone with its last descriptor.
+    pub(crate) fn nameless_file(&self) -> Result<File> {
+        let path = self.own.join("staging").join(Uuid::new_v4().to_string());
+        let make = || {
+            let mut new = File::options();
+            new.read(true).write(true).create_new(true).mode(0o600);
+            let file = new.open(&path)?;
+            fs::remove_file(&path)?;
+            Ok(file)
+        };
+        make().map_err(|source| Error::volume("make", &path, source))
     }
 
     /// Puts a staged folder in the place of a session's folder, if there is one, in one step.

@@ -859,12 +859,12 @@ impl World {
 /// Lives one history; gives what was done, and what was wrong with it.
 fn live(seed: u64, fault: Option<Fault>) -> (Vec<String>, Check) {
     let mut world = World::new(seed, fault);
-    let mut result = Ok(());
+    let mut result = world.call(|core, now, out| core.recover(now, Vec::new(), &[], out));
     for _ in 0..STEPS {
-        result = world.step();
         if result.is_err() {
             break;
         }
+        result = world.step();
     }
     let result = result.and_then(|()| world.settle());
     (world.trace, result)
