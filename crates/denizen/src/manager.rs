@@ -377,7 +377,7 @@ impl MicroVmManager {
     /// Makes a new session of an archive: one of [`MicroVmManager::export`], a backup, or any
     /// other compressed tar file of a folder (`tar --zstd`), which becomes the volume. All of it
     /// is received first, into the volume root, and nothing is kept of an import that fails.
-    /// A session that has not been bootstrapped elsewhere is not bootstrapped here. Where
+    /// It is not bootstrapped: what that gave it comes with it. Where
     /// sessions' use of the disk is limited, an archive that holds more is refused.
     ///
     /// Cancel-safe: dropped, it is given up; the session may be there nonetheless if all that
