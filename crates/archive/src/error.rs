@@ -88,7 +88,7 @@ pub enum Error {
         detail: String,
     },
     /// The archive is cut short, altered, or no archive.
-    #[error("the archive {} is damaged: {detail}; use another backup", path.display())]
+    #[error("the archive {} is damaged: {detail}; use another one", path.display())]
     Damaged {
         /// The archive.
         path: PathBuf,
@@ -104,6 +104,14 @@ pub enum Error {
         entry: String,
         /// What is wrong with it.
         reason: &'static str,
+    },
+    /// The archive holds more than may be made of it.
+    #[error("the archive {} holds more than the {limit} bytes there may be", path.display())]
+    TooLarge {
+        /// The archive.
+        path: PathBuf,
+        /// How many bytes on disk it may fill.
+        limit: u64,
     },
     /// The place to restore into already holds something, or is no directory.
     #[error("{} is not an empty directory: restore into a new one", path.display())]

@@ -23,10 +23,15 @@ const SEAL_START: &str = "denizen-seal 1 sha256:";
 /// What an entry makes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
+    /// A regular file.
     File,
+    /// A further name of one that was told.
     HardLink,
+    /// A symbolic link.
     Symlink,
+    /// A folder.
     Directory,
+    /// A named pipe.
     Fifo,
     /// The character device 0:0, overlayfs' mark for a deleted file.
     Whiteout,
@@ -49,14 +54,18 @@ impl Kind {
 /// when those are negative, as in `struct timespec`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub struct Time {
+    /// Since 1970.
     pub seconds: i64,
+    /// Counted upwards from the second.
     pub nanoseconds: u32,
 }
 
 /// A stretch of data in a sparse file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Segment {
+    /// Where it begins.
     pub offset: u64,
+    /// How long it is.
     pub length: u64,
 }
 
@@ -66,14 +75,21 @@ pub type Attributes = Vec<(Vec<u8>, Vec<u8>)>;
 /// One entry without its content.
 #[derive(Clone, Debug)]
 pub struct Member {
+    /// `./a/b`; a folder's ends in `/`.
     pub path: Vec<u8>,
+    /// What it is.
     pub kind: Kind,
+    /// As `st_mode` has it; the bits above the twelve of chmod(2) say nothing.
     pub mode: u32,
+    /// The owner, by number.
     pub uid: u64,
+    /// The group, by number.
     pub gid: u64,
+    /// When its content last changed.
     pub mtime: Time,
     /// A symlink's target, or the name a hard link shares.
     pub link: Vec<u8>,
+    /// Its extended attributes.
     pub xattrs: Attributes,
     /// Size of the content as a reader of the file sees it.
     pub size: u64,

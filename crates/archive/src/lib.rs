@@ -68,10 +68,18 @@ mod write;
 pub use copy::{Copied, copy};
 pub use error::Error;
 pub use owners::Owners;
-pub use restore::{Restored, restore, restore_as};
+pub use restore::{Given, Restored, restore, restore_as, restore_given};
 pub use store::{ArchiveId, Entry, NotAnArchive, clean, list};
 pub use walk::{Reason, Skipped};
 pub use write::{BESIDE, Source, Written, write};
+
+/// Trees of files beneath the formats that keep them: how they are walked, and how they are made
+/// again. For crates that have another format.
+pub mod tree {
+    pub use crate::format::{Attributes, Kind, Member, Segment, Time};
+    pub use crate::restore::{Place, prepare};
+    pub use crate::walk::{Sink, Walk, open_volume as open};
+}
 
 use std::fs::File;
 use std::path::Path;

@@ -31,6 +31,12 @@ pub fn decoder<R: Read>(
     Ok(decoder)
 }
 
+/// Whether a file that begins so is one or more frames of Zstandard (RFC 8878, 3.1).
+pub fn is_zstandard(magic: [u8; 4]) -> bool {
+    let magic = u32::from_le_bytes(magic);
+    magic == 0xFD2F_B528 || magic & 0xFFFF_FFF0 == 0x184D_2A50
+}
+
 /// Reads everything and counts it. `file` is where `input` comes from.
 pub fn check(input: impl Read, file: &File, path: &Path) -> Result<Summary, Error> {
     let input = BufReader::with_capacity(CHUNK, decoder(input, path)?);

@@ -7,9 +7,10 @@
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
-use std::io::{self, BufRead, Read};
+use std::io::{self, BufRead, Read, Seek};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
@@ -30,6 +31,9 @@ const MOST_PENDING: usize = 256 << 20;
 const MOST_WARNINGS: usize = 256;
 /// How many decompressed chunks wait for the thread that writes files.
 const CHUNKS: usize = 8;
+
+/// What an entry counts as that is nothing but a name.
+const ENTRY: u64 = 4096;
 
 /// What [`restore`] made.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -77,6 +81,38 @@ pub fn restore_as(
     cancelled: &AtomicBool,
 ) -> Result<Restored, Error> {
     let file = File::open(archive).map_err(|e| Error::io("open the archive", archive, e))?;
+    let given = Given { file: &file, name: archive, limit: None };
+    restore_given(given, into, owners, cancelled)
+}
+
+/// An archive that was given to us by somebody, and need not have a name on this disk.
+#[derive(Clone, Copy, Debug)]
+pub struct Given<'a> {
+    /// The archive. It is read from its beginning.
+    pub file: &'a File,
+    /// What errors call it.
+    pub name: &'a Path,
+    /// How many bytes on disk it may fill, not counting holes; each entry counts as 4 KiB more.
+    pub limit: Option<u64>,
+}
+
+/// As [`restore_as`], from an open file.
+///
+/// # Errors
+/// As [`restore`], and [`Error::TooLarge`].
+pub fn restore_given(
+    given: Given<'_>,
+    into: &Path,
+    owners: Option<Owners>,
+    cancelled: &AtomicBool,
+) -> Result<Restored, Error> {
+    let Given { mut file, name: archive, limit } = given;
+    let failed = |e| Error::io("read the archive", archive, e);
+    file.rewind().map_err(failed)?;
+    let mut magic = [0; 4];
+    if file.read_at(&mut magic, 0).map_err(failed)? > 0 && !reader::is_zstandard(magic) {
+        return Err(Error::damaged(archive, "it is not compressed with Zstandard (tar.zst)"));
+    }
     let created = prepare(into)?;
     let mut place = match Place::new(archive, into, owners, cancelled) {
         Ok(place) => place,
@@ -88,7 +124,8 @@ pub fn restore_as(
             return Err(e);
         }
     };
-    let done = place.fill(&file).and_then(|summary| place.finish().map(|()| summary));
+    place.limit = limit;
+    let done = place.fill(file).and_then(|summary| place.finish().map(|()| summary));
     let done = done.and_then(|summary| place.sync().map(|()| summary));
     match done {
         Ok(summary) => Ok(Restored {
@@ -106,7 +143,7 @@ pub fn restore_as(
 }
 
 /// Makes `into` unless it is there and empty. Returns whether it was made.
-pub(crate) fn prepare(into: &Path) -> Result<bool, Error> {
+pub fn prepare(into: &Path) -> Result<bool, Error> {
     match rustix::fs::mkdirat(CWD, into, Mode::RWXU) {
         Ok(()) => return Ok(true),
         Err(Errno::EXIST) => {}
@@ -135,7 +172,7 @@ struct Meta {
 }
 
 /// Where a tree is made.
-pub(crate) struct Place<'a> {
+pub struct Place<'a> {
     /// What it is made of.
     archive: &'a Path,
     into: &'a Path,
@@ -148,12 +185,17 @@ pub(crate) struct Place<'a> {
     user: Uid,
     group: Gid,
     owners: Option<Owners>,
+    limit: Option<u64>,
+    /// What counts towards the limit.
+    filled: u64,
     pub(crate) warnings: Vec<String>,
     pub(crate) more_warnings: u64,
 }
 
 impl<'a> Place<'a> {
-    pub(crate) fn new(
+    /// A place in a folder that [`prepare`] has made. `archive` stands in errors for what it is
+    /// made of.
+    pub fn new(
         archive: &'a Path,
         into: &'a Path,
         owners: Option<Owners>,
@@ -173,6 +215,8 @@ impl<'a> Place<'a> {
             user: rustix::process::geteuid(),
             group: rustix::process::getegid(),
             owners,
+            limit: None,
+            filled: 0,
             warnings: Vec::new(),
             more_warnings: 0,
         })
@@ -202,13 +246,28 @@ impl<'a> Place<'a> {
     fn make_all(&mut self, mut reader: Reader<'_, Chunks>, file: &File) -> Result<Summary, Error> {
         while let Some(member) = reader.next_member()? {
             self.check_cancelled()?;
+            let data = member.segments.as_ref().map_or(member.size, |segments| {
+                segments.iter().map(|segment| segment.length).sum()
+            });
+            self.fill_up(data)?;
             self.make(member, |place, fd, member| place.content(fd, member, &mut reader))?;
         }
         reader.finish(file)
     }
 
+    /// Counts an entry, before anything is made of it.
+    fn fill_up(&mut self, data: u64) -> Result<(), Error> {
+        self.filled = self.filled.saturating_add(ENTRY).saturating_add(data);
+        match self.limit {
+            Some(limit) if self.filled > limit => {
+                Err(Error::TooLarge { path: self.archive.to_path_buf(), limit })
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Makes one entry; `content` writes what a regular file holds.
-    pub(crate) fn make(
+    pub fn make(
         &mut self,
         member: Member,
         content: impl FnOnce(&Self, &OwnedFd, &Member) -> Result<(), Error>,
@@ -388,7 +447,7 @@ impl<'a> Place<'a> {
     }
 
     /// Gives directories what they get, deepest first so that each can still be reached.
-    pub(crate) fn finish(&mut self) -> Result<(), Error> {
+    pub fn finish(&mut self) -> Result<(), Error> {
         let mut pending = std::mem::take(&mut self.pending);
         // Stable, so the last of several entries for one directory stays the last.
         pending.sort_by(|a, b| b.depth.cmp(&a.depth).then_with(|| a.path.cmp(&b.path)));
@@ -401,8 +460,14 @@ impl<'a> Place<'a> {
         settled
     }
 
+    /// What was made.
+    pub fn restored(self, files: u64, bytes: u64) -> Restored {
+        let Self { warnings, more_warnings, .. } = self;
+        Restored { files, bytes, sealed: true, warnings, more_warnings }
+    }
+
     /// Writes everything to disk.
-    fn sync(&self) -> Result<(), Error> {
+    pub fn sync(&self) -> Result<(), Error> {
         rustix::fs::syncfs(&self.root).map_err(|e| Error::io("write to disk", self.into, e))
     }
 
@@ -559,7 +624,8 @@ impl<'a> Place<'a> {
         Error::refused(self.archive, &member.path, reason)
     }
 
-    pub(crate) fn failed(&self, action: &'static str, path: &[u8], errno: Errno) -> Error {
+    /// An error that met an entry.
+    pub fn failed(&self, action: &'static str, path: &[u8], errno: Errno) -> Error {
         Error::io(action, &self.at(path), errno)
     }
 
@@ -567,7 +633,8 @@ impl<'a> Place<'a> {
         self.into.join(OsStr::from_bytes(path.strip_prefix(b"./").unwrap_or(path)))
     }
 
-    pub(crate) fn check_cancelled(&self) -> Result<(), Error> {
+    /// Fails if it is no longer wanted.
+    pub fn check_cancelled(&self) -> Result<(), Error> {
         if self.cancelled.load(Ordering::Relaxed) {
             return Err(Error::Cancelled { path: self.archive.to_path_buf() });
         }
@@ -575,7 +642,7 @@ impl<'a> Place<'a> {
     }
 
     /// Removes what was made. A failure here is not reported: the one that led here is.
-    pub(crate) fn undo(&mut self, created: bool) {
+    pub fn undo(&mut self, created: bool) {
         // A directory that already has its own mode may not let us in.
         let mut made: Vec<_> = std::mem::take(&mut self.pending);
         made.sort_by_key(|directory| directory.depth);

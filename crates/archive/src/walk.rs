@@ -68,7 +68,11 @@ pub(crate) fn check_cancelled(cancelled: &AtomicBool, path: &Path) -> Result<(),
     Ok(())
 }
 
-pub(crate) fn open_volume(volume: &Path) -> Result<OwnedFd, Error> {
+/// Opens the root of a tree, which must be a folder and no link to one.
+///
+/// # Errors
+/// [`Error::VolumeMissing`], or what the system says.
+pub fn open_volume(volume: &Path) -> Result<OwnedFd, Error> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     rustix::fs::openat(CWD, volume, flags, Mode::empty()).map_err(|e| match e {
         Errno::NOENT | Errno::NOTDIR | Errno::LOOP => {
@@ -94,18 +98,34 @@ struct Folder {
 }
 
 /// What a walk finds is told to.
-pub(crate) trait Sink {
+pub trait Sink {
     /// Anything but a regular file: a folder before what it holds, a further name of a file
     /// after its first.
     fn entry(&mut self, member: Member) -> Result<(), Error>;
 
     /// A regular file, open at its start.
     fn file(&mut self, member: Member, content: BorrowedFd<'_>) -> Result<(), Error>;
+
+    /// Whether all that has several names is told as links, or only regular files.
+    fn links_all(&self) -> bool {
+        true
+    }
+
+    /// A further name of a regular file; `content` opens it.
+    fn link(
+        &mut self,
+        member: Member,
+        _content: &dyn Fn() -> Result<OwnedFd, Error>,
+    ) -> Result<(), Error> {
+        self.entry(member)
+    }
 }
 
-pub(crate) struct Walk<'a, S> {
+/// A walk through one tree, or several that are told as one.
+pub struct Walk<'a, S> {
     tree: &'a Path,
-    pub(crate) sink: S,
+    /// Who is told.
+    pub sink: S,
     owners: Option<Owners>,
     cancelled: &'a AtomicBool,
     /// `./a/b`, the name of the entry being done.
@@ -118,16 +138,13 @@ pub(crate) struct Walk<'a, S> {
     names: Vec<u8>,
     /// Room for directory entries.
     folder: Vec<u8>,
-    pub(crate) skipped: Vec<Skipped>,
+    /// What was left out so far.
+    pub skipped: Vec<Skipped>,
 }
 
 impl<'a, S: Sink> Walk<'a, S> {
-    pub(crate) fn new(
-        tree: &'a Path,
-        owners: Option<Owners>,
-        cancelled: &'a AtomicBool,
-        sink: S,
-    ) -> Self {
+    /// A walk that has not begun. `tree` stands for it in errors.
+    pub fn new(tree: &'a Path, owners: Option<Owners>, cancelled: &'a AtomicBool, sink: S) -> Self {
         Self {
             tree,
             sink,
@@ -144,27 +161,27 @@ impl<'a, S: Sink> Walk<'a, S> {
 
     /// Walks the tree below `root`, which is told as `.`; leaves out what is named as the folder
     /// beside it, if one is to come.
-    pub(crate) fn run(&mut self, root: OwnedFd, reserved: bool) -> Result<(), Error> {
+    pub fn run(&mut self, root: OwnedFd, reserved: bool) -> Result<(), Error> {
         self.reserved = reserved;
         self.path = b".".to_vec();
         self.descend(root)
     }
 
     /// Walks another tree, told as the folder of that name beside the first.
-    pub(crate) fn run_beside(&mut self, root: OwnedFd, name: &str) -> Result<(), Error> {
+    pub fn run_beside(&mut self, root: OwnedFd, name: &str) -> Result<(), Error> {
         self.reserved = false;
         self.path = [b"./", name.as_bytes()].concat();
         self.descend(root)
     }
 
     fn descend(&mut self, root: OwnedFd) -> Result<(), Error> {
-        let before = self.stat_of(root.as_fd())?;
+        let before = self.spot().stat_of(root.as_fd())?;
         let mut stack = vec![self.enter(root, before)?];
         while let Some(top) = stack.last_mut() {
             check_cancelled(self.cancelled, self.tree)?;
             // The one at the top is never closed; see below.
             let Some(fd) = &top.fd else {
-                return Err(self.changed("was moved"));
+                return Err(self.spot().changed("was moved"));
             };
             if let Some(name) = top.names.pop() {
                 self.path.push(b'/');
@@ -180,17 +197,17 @@ impl<'a, S: Sink> Walk<'a, S> {
                 }
                 continue;
             }
-            self.unchanged(fd.as_fd(), &top.before)?;
+            self.spot().unchanged(fd.as_fd(), &top.before)?;
             let done = stack.pop();
             let Some(above) = stack.last_mut() else { break };
             self.path.truncate(above.path);
             if let (None, Some(done)) = (&above.fd, done.and_then(|done| done.fd)) {
                 let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
                 let fd = rustix::fs::openat(&done, c"..", flags, Mode::empty())
-                    .map_err(|e| Error::io("read", &self.here(), e))?;
-                let now = self.stat_of(fd.as_fd())?;
+                    .map_err(|e| Error::io("read", &self.spot().here(), e))?;
+                let now = self.spot().stat_of(fd.as_fd())?;
                 if id(&now) != id(&above.before) {
-                    return Err(self.changed("was moved"));
+                    return Err(self.spot().changed("was moved"));
                 }
                 above.fd = Some(fd);
             }
@@ -202,19 +219,19 @@ impl<'a, S: Sink> Walk<'a, S> {
     fn visit(&mut self, folder: BorrowedFd<'_>, name: &[u8]) -> Result<Option<Folder>, Error> {
         if self.path.len() + 1 > MAX_PATH {
             return Err(Error::Unsupported {
-                path: self.here(),
+                path: self.spot().here(),
                 reason: "its path is longer than 64 KiB",
             });
         }
         let flags = AtFlags::SYMLINK_NOFOLLOW;
         let stat = rustix::fs::statx(folder, name, flags, StatxFlags::BASIC_STATS)
-            .map_err(|e| self.failed("look at", e))?;
+            .map_err(|e| self.spot().failed("look at", e))?;
         let kind = FileType::from_raw_mode(stat.stx_mode.into());
         let mounted = stat.stx_attributes.contains(StatxAttributes::MOUNT_ROOT);
         let whiteout = (stat.stx_rdev_major, stat.stx_rdev_minor) == (0, 0);
         let reserved = self.reserved && self.path.strip_prefix(b"./") == Some(BESIDE.as_bytes());
         if reserved {
-            self.skipped.push(Skipped { path: self.here(), reason: Reason::Reserved });
+            self.skipped.push(Skipped { path: self.spot().here(), reason: Reason::Reserved });
             return Ok(None);
         }
         let left_out = match kind {
@@ -225,7 +242,7 @@ impl<'a, S: Sink> Walk<'a, S> {
             _ => None,
         };
         if let Some(reason) = left_out {
-            self.skipped.push(Skipped { path: self.here(), reason });
+            self.skipped.push(Skipped { path: self.spot().here(), reason });
             if kind == FileType::Directory {
                 let member = self.member(Kind::Directory, &stat);
                 self.sink.entry(member)?;
@@ -233,15 +250,24 @@ impl<'a, S: Sink> Walk<'a, S> {
             return Ok(None);
         }
         if kind == FileType::Directory {
-            let fd = self.open(folder, name, OFlags::DIRECTORY)?;
-            self.same(fd.as_fd(), &stat)?;
+            let fd = self.spot().open(folder, name, OFlags::DIRECTORY)?;
+            self.spot().same(fd.as_fd(), &stat)?;
             return self.enter(fd, stat).map(Some);
         }
-        if stat.stx_nlink > 1 {
+        if stat.stx_nlink > 1 && (kind == FileType::RegularFile || self.sink.links_all()) {
             if let Some(first) = self.linked.get(&id(&stat)) {
                 let link = first.clone();
                 let member = Member { link, ..self.member(Kind::HardLink, &stat) };
-                self.sink.entry(member)?;
+                if kind == FileType::RegularFile {
+                    let spot = Spot { tree: self.tree, path: &self.path };
+                    self.sink.link(member, &|| {
+                        let fd = spot.open(folder, name, OFlags::NONBLOCK)?;
+                        spot.same(fd.as_fd(), &stat)?;
+                        Ok(fd)
+                    })?;
+                } else {
+                    self.sink.entry(member)?;
+                }
                 return Ok(None);
             }
             self.linked.insert(id(&stat), self.path.clone());
@@ -250,11 +276,11 @@ impl<'a, S: Sink> Walk<'a, S> {
             FileType::RegularFile => self.file(folder, name, &stat)?,
             FileType::Symlink => {
                 let link = rustix::fs::readlinkat(folder, name, Vec::new())
-                    .map_err(|e| self.failed("read the link", e))?
+                    .map_err(|e| self.spot().failed("read the link", e))?
                     .into_bytes();
                 if link.len() > MAX_PATH {
                     let reason = "its target is longer than 64 KiB";
-                    return Err(Error::Unsupported { path: self.here(), reason });
+                    return Err(Error::Unsupported { path: self.spot().here(), reason });
                 }
                 let member = Member { link, ..self.member(Kind::Symlink, &stat) };
                 self.sink.entry(member)?;
@@ -269,7 +295,7 @@ impl<'a, S: Sink> Walk<'a, S> {
             }
             _ => {
                 let reason = "it is of a kind unknown here";
-                return Err(Error::Unsupported { path: self.here(), reason });
+                return Err(Error::Unsupported { path: self.spot().here(), reason });
             }
         }
         Ok(None)
@@ -296,7 +322,7 @@ impl<'a, S: Sink> Walk<'a, S> {
 
     fn file(&mut self, folder: BorrowedFd<'_>, name: &[u8], stat: &Statx) -> Result<(), Error> {
         // Not to be kept waiting if it has just been replaced by a fifo.
-        let fd = self.open(folder, name, OFlags::NONBLOCK)?;
+        let fd = self.spot().open(folder, name, OFlags::NONBLOCK)?;
         let mut member = self.member(Kind::File, stat);
         member.size = stat.stx_size;
         member.xattrs = self.xattrs(fd.as_fd())?;
@@ -305,7 +331,7 @@ impl<'a, S: Sink> Walk<'a, S> {
         }
         self.sink.file(member, fd.as_fd())?;
         // Only now is it known that what was read is what the entry says.
-        self.same(fd.as_fd(), stat)
+        self.spot().same(fd.as_fd(), stat)
     }
 
     /// Where the data of a file lies, or `None` if it has no holes after all.
@@ -319,7 +345,7 @@ impl<'a, S: Sink> Walk<'a, S> {
                 Ok(_) | Err(Errno::NXIO) => break,
                 // A file system that does not know about holes.
                 Err(Errno::INVAL | Errno::OPNOTSUPP) => return Ok(None),
-                Err(e) => return Err(self.failed("look for holes in", e)),
+                Err(e) => return Err(self.spot().failed("look for holes in", e)),
             };
             if segments.len() + 1 == MAX_SEGMENTS {
                 // The rest is kept with its holes filled rather than mapped without end.
@@ -328,11 +354,11 @@ impl<'a, S: Sink> Walk<'a, S> {
             }
             end = match rustix::fs::seek(fd, SeekFrom::Hole(offset)) {
                 Ok(end) => end.min(size),
-                Err(Errno::NXIO) => return Err(self.changed("shrank")),
-                Err(e) => return Err(self.failed("look for holes in", e)),
+                Err(Errno::NXIO) => return Err(self.spot().changed("shrank")),
+                Err(e) => return Err(self.spot().failed("look for holes in", e)),
             };
             if end <= offset {
-                return Err(self.changed("was rewritten"));
+                return Err(self.spot().changed("was rewritten"));
             }
             segments.push(Segment { offset, length: end - offset });
         }
@@ -344,7 +370,7 @@ impl<'a, S: Sink> Walk<'a, S> {
         let length = match rustix::fs::flistxattr(fd, self.names.as_mut_slice()) {
             Ok(0) | Err(Errno::OPNOTSUPP) => return Ok(Vec::new()),
             Ok(length) => length,
-            Err(e) => return Err(self.failed("list the attributes of", e)),
+            Err(e) => return Err(self.spot().failed("list the attributes of", e)),
         };
         let mut kept = Vec::new();
         for name in self.names[..length].split(|&b| b == 0).filter(|name| is_kept(name)) {
@@ -357,9 +383,9 @@ impl<'a, S: Sink> Walk<'a, S> {
             match read {
                 Ok(length) => value.truncate(length),
                 Err(Errno::NODATA | Errno::RANGE) => {
-                    return Err(self.changed("got other attributes"));
+                    return Err(self.spot().changed("got other attributes"));
                 }
-                Err(e) => return Err(self.failed("read the attributes of", e)),
+                Err(e) => return Err(self.spot().failed("read the attributes of", e)),
             }
             kept.push((name.to_vec(), value));
         }
@@ -386,6 +412,19 @@ impl<'a, S: Sink> Walk<'a, S> {
         }
     }
 
+    fn spot(&self) -> Spot<'_> {
+        Spot { tree: self.tree, path: &self.path }
+    }
+}
+
+/// The entry being done.
+#[derive(Clone, Copy)]
+struct Spot<'a> {
+    tree: &'a Path,
+    path: &'a [u8],
+}
+
+impl Spot<'_> {
     fn open(&self, folder: BorrowedFd<'_>, name: &[u8], more: OFlags) -> Result<OwnedFd, Error> {
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC | more;
         let open = |flags| rustix::fs::openat(folder, name, flags, Mode::empty());
@@ -442,7 +481,7 @@ impl<'a, S: Sink> Walk<'a, S> {
     }
 
     fn here(&self) -> PathBuf {
-        at(self.tree, &self.path)
+        at(self.tree, self.path)
     }
 }
 

@@ -96,12 +96,13 @@ impl Client {
         (connection, ClientConfig::new(authority))
     }
 
-    /// Asks for anything; a session is named for what is envd's.
+    /// Asks for anything, with one more header: the content's type, or for what is envd's
+    /// the session.
     pub async fn request(
         &self,
         method: &str,
         path: &str,
-        session: Option<&str>,
+        header: Option<(&str, &str)>,
         body: BoxBody<Bytes, std::io::Error>,
     ) -> Result<Response<Incoming>> {
         let failed = |error: &dyn std::fmt::Display| {
@@ -112,11 +113,8 @@ impl Client {
         let (mut sender, connection) = handshake.map_err(|error| failed(&error))?;
         tokio::spawn(connection);
         let mut request = Request::builder().method(method).uri(path).header("host", "denizen");
-        if method == "POST" && session.is_none() {
-            request = request.header("content-type", "application/json");
-        }
-        if let Some(session) = session {
-            request = request.header(denizen_server::SESSION, session);
+        if let Some((name, value)) = header {
+            request = request.header(name, value);
         }
         let request = request.body(body).map_err(|error| failed(&error))?;
         let response = sender.send_request(request).await.map_err(|error| failed(&error))?;
@@ -128,7 +126,11 @@ impl Client {
 
     /// Asks for JSON; nothing is null.
     pub async fn json(&self, method: &str, path: &str) -> Result<serde_json::Value> {
-        let response = self.request(method, path, None, empty()).await?;
+        Self::body(self.request(method, path, None, empty()).await?).await
+    }
+
+    /// The JSON of an answer; nothing is null.
+    pub async fn body(response: Response<Incoming>) -> Result<serde_json::Value> {
         let body = response.into_body().collect().await;
         let body = body.map_err(|error| Failure::new(error.to_string()))?.to_bytes();
         if body.is_empty() {

@@ -8,9 +8,11 @@ use connectrpc::ErrorCode;
 use connectrpc::client::CallOptions;
 use denizen_envd::filesystem::{FileType, StatRequest};
 use denizen_envd::{MODE, folder};
+use denizen_server::SESSION;
 use futures::TryStreamExt;
 use http_body_util::{BodyExt, StreamBody};
 use hyper::body::Frame;
+use tempfile::TempPath;
 use tokio_util::io::{ReaderStream, StreamReader};
 
 use crate::client::{Client, empty, escape, path};
@@ -30,13 +32,24 @@ fn remote(name: &str) -> Option<(&str, &str)> {
     name.split_once(':').filter(|(session, _)| !session.contains('/'))
 }
 
-fn failed<'a>(what: &'a Path) -> impl Fn(std::io::Error) -> Failure + 'a {
+/// Says what a failure was met with.
+pub fn failed<'a>(what: &'a Path) -> impl Fn(std::io::Error) -> Failure + 'a {
     move |error| Failure::new(format!("{}: {error}", what.display()))
+}
+
+/// A file to be given the name `to` once it is whole; gone if it is not.
+pub fn partial_beside(to: &Path) -> Result<(std::fs::File, TempPath)> {
+    let parent = to.parent().filter(|parent| !parent.as_os_str().is_empty());
+    let partial = tempfile::Builder::new()
+        .prefix(".denizen-")
+        .tempfile_in(parent.unwrap_or(Path::new(".")))
+        .map_err(failed(to))?;
+    Ok(partial.into_parts())
 }
 
 /// Whether there is a folder of that name in the session; none if there is nothing.
 async fn is_folder(client: &Client, session: &str, path: &str) -> Result<Option<bool>> {
-    let options = CallOptions::default().with_header(denizen_server::SESSION, session);
+    let options = CallOptions::default().with_header(SESSION, session);
     let request = StatRequest { path: path.to_owned(), ..Default::default() };
     match client.files().stat_with_options(request, options).await {
         Ok(found) => {
@@ -68,7 +81,7 @@ async fn copy_in(client: &Client, from: &Path, session: &str, to: &str) -> Resul
     } else {
         return Err(Failure::new(format!("{} is no file and no folder", from.display())));
     };
-    client.request("POST", &uri, Some(session), body).await.map(drop)
+    client.request("POST", &uri, Some((SESSION, session)), body).await.map(drop)
 }
 
 async fn copy_out(client: &Client, session: &str, from: &str, to: &Path) -> Result<()> {
@@ -83,21 +96,16 @@ async fn copy_out(client: &Client, session: &str, from: &str, to: &Path) -> Resu
     let uri = format!("/files?path={}", escape(from));
     if is_folder(client, session, from).await? == Some(true) {
         let uri = format!("{uri}&format=tar");
-        let response = client.request("GET", &uri, Some(session), empty()).await?;
+        let response = client.request("GET", &uri, Some((SESSION, session)), empty()).await?;
         let content = response.into_body().into_data_stream().map_err(std::io::Error::other);
         return folder::receive(content, to.clone()).await.map_err(failed(&to));
     }
-    let response = client.request("GET", &uri, Some(session), empty()).await?;
+    let response = client.request("GET", &uri, Some((SESSION, session)), empty()).await?;
     let mode = response.headers().get(MODE);
     let mode = mode.and_then(|mode| mode.to_str().ok()?.parse::<u32>().ok()).unwrap_or(0o644);
     let content = response.into_body().into_data_stream().map_err(std::io::Error::other);
     let mut content = StreamReader::new(content);
-    let parent = to.parent().filter(|parent| !parent.as_os_str().is_empty());
-    let partial = tempfile::Builder::new()
-        .prefix(".denizen-")
-        .tempfile_in(parent.unwrap_or(Path::new(".")))
-        .map_err(failed(&to))?;
-    let (file, partial) = partial.into_parts();
+    let (file, partial) = partial_beside(&to)?;
     let mut file = tokio::fs::File::from_std(file);
     tokio::io::copy(&mut content, &mut file).await.map_err(failed(&to))?;
     // A session must not make programs here that run as whoever copied them.

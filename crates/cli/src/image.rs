@@ -1,7 +1,6 @@
 //! `denizen image`: root file systems for sessions. The daemon does the work; this shows how
 //! far it is.
 
-use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 
 use bytes::Bytes;
@@ -10,6 +9,7 @@ use http_body_util::{BodyExt, Full};
 use serde_json::{Value, json};
 
 use crate::client::{Client, Lines, escape};
+use crate::progress::Bar;
 use crate::{Failure, Result, show};
 
 #[derive(Subcommand)]
@@ -88,7 +88,9 @@ fn read_password() -> Result<String> {
 
 async fn bring_image(client: &Client, bring: &Value, json: bool) -> Result<()> {
     let body = Full::new(Bytes::from(bring.to_string())).map_err(|never| match never {}).boxed();
-    let response = client.request("POST", "/v1/images", None, body).await?;
+    let response = client
+        .request("POST", "/v1/images", Some(("content-type", "application/json")), body)
+        .await?;
     let mut lines = Lines::new(response);
     let mut bar = Bar::default();
     while let Some(line) = lines.next().await? {
@@ -102,39 +104,20 @@ async fn bring_image(client: &Client, bring: &Value, json: bool) -> Result<()> {
             bar.clear();
             return show::images(&json!([image]), json);
         }
-        bar.show(&step);
+        bar.show(|| said(&step));
     }
     Err(Failure::new("the daemon has gone before the image was there"))
 }
 
-/// One line on a terminal, and nothing in a pipe.
-#[derive(Default)]
-struct Bar {
-    shown: bool,
-}
-
-impl Bar {
-    fn show(&mut self, step: &Value) {
-        if !std::io::stderr().is_terminal() {
-            return;
-        }
-        let mebibytes = |name: &str| step[name].as_u64().unwrap_or(0) / (1 << 20);
-        let layer = step["layer"].as_u64().unwrap_or(0) + 1;
-        self.shown = true;
-        // A terminal that is gone needs no bar.
-        let _ = write!(
-            std::io::stderr(),
-            "\r\u{1b}[Klayer {layer} of {}: {} {} of {} MiB",
-            step["layers"],
-            step["stage"].as_str().unwrap_or_default(),
-            mebibytes("bytes"),
-            mebibytes("total"),
-        );
-    }
-
-    fn clear(&mut self) {
-        if std::mem::take(&mut self.shown) {
-            let _ = write!(std::io::stderr(), "\r\u{1b}[K");
-        }
-    }
+/// How far a step is, in words.
+fn said(step: &Value) -> String {
+    let mebibytes = |name: &str| step[name].as_u64().unwrap_or(0) / (1 << 20);
+    format!(
+        "layer {} of {}: {} {} of {} MiB",
+        step["layer"].as_u64().unwrap_or(0) + 1,
+        step["layers"],
+        step["stage"].as_str().unwrap_or_default(),
+        mebibytes("bytes"),
+        mebibytes("total"),
+    )
 }

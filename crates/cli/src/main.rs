@@ -7,7 +7,9 @@ mod config;
 mod copy;
 mod doctor;
 mod image;
+mod moving;
 mod port;
+mod progress;
 mod range;
 mod show;
 
@@ -139,6 +141,30 @@ enum Verb {
     Snapshots {
         /// Name or UUID
         session: String,
+    },
+    /// Write a session to a file, from which it can be imported, here or elsewhere
+    ///
+    /// The file is a compressed tar archive (tar.zst) of the session's files and of what it has
+    /// changed in its root. A session that is active is stopped for it.
+    #[command(after_help = "Examples:
+  denizen export demo > demo.tar.zst
+  denizen export demo | ssh elsewhere denizen import demo")]
+    Export {
+        /// Name or UUID
+        session: String,
+        /// Where to; - is standard output, as is none
+        #[arg(short, long, value_name = "FILE")]
+        output: Option<PathBuf>,
+    },
+    /// Make a new session of an archive: an exported one, a backup, or any tar.zst of a folder
+    #[command(after_help = "Examples:
+  denizen import demo demo.tar.zst
+  tar --zstd -C ./project -c . | denizen import demo")]
+    Import {
+        /// Name or UUID of the new session
+        session: String,
+        /// The archive; - is standard input, as is none
+        file: Option<PathBuf>,
     },
     /// Remove sessions, their local files and snapshots; backups stay
     Rm {
@@ -353,6 +379,8 @@ async fn act(cli: Cli, settings: config::Settings, range: Range) -> Result<i32> 
             }
             show::session(&client.json("POST", &path).await?, json)?;
         }
+        Verb::Export { session, output } => moving::export(&client, &session, output).await?,
+        Verb::Import { session, file } => moving::import(&client, &session, file, json).await?,
         Verb::Snapshot { session, name } => {
             let path = client::path(&session, &format!("/snapshots/{}", client::escape(&name)));
             client.json("PUT", &path).await?;

@@ -1,12 +1,12 @@
 //! The seam to where backups go. Whatever the format, a backup is verified before it is
 //! named here, and nothing here deletes one.
 
-use std::fs;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::time::SystemTime;
 
-use denizen_archive::Owners;
+use denizen_archive::{Given, Owners};
 use uuid::Uuid;
 
 use crate::error::{Error, Result};
@@ -44,11 +44,19 @@ impl Backups {
 
     /// Puts a backup's files into `home`, where they are then as a session's are.
     pub(crate) fn restore(&self, session: Uuid, name: &str, home: &Path) -> Result<()> {
+        unpack(&self.find(session, name)?.path, self.owners, home)
+    }
+
+    /// A backup as an archive that can be restored anywhere.
+    pub(crate) fn open(&self, session: Uuid, name: &str) -> Result<File> {
+        let path = self.find(session, name)?.path;
+        File::open(&path).map_err(|source| Error::volume("read", &path, source))
+    }
+
+    fn find(&self, session: Uuid, name: &str) -> Result<Backup> {
         let all = denizen_archive::list(&self.destination, Some(session))?;
-        let Some(entry) = all.into_iter().find(|entry| entry.id.to_string() == name) else {
-            return Err(Error::NoBackup { session, name: Some(name.to_owned()) });
-        };
-        unpack(&entry.path, self.owners, home)
+        let found = all.into_iter().find(|entry| entry.id.to_string() == name);
+        found.ok_or_else(|| Error::NoBackup { session, name: Some(name.to_owned()) })
     }
 
     /// What can be restored, newest first.
@@ -85,11 +93,22 @@ pub(crate) fn pack(
 
 /// Puts what an archive holds into a session's folder, which has none of it.
 pub(crate) fn unpack(archive: &Path, owners: Option<Owners>, home: &Path) -> Result<()> {
+    let file = File::open(archive).map_err(|source| Error::volume("read", archive, source))?;
+    let given = Given { file: &file, name: archive, limit: None };
+    unpack_given(given, owners, home, &AtomicBool::new(false))
+}
+
+/// As [`unpack`], of an archive from elsewhere.
+pub(crate) fn unpack_given(
+    given: Given<'_>,
+    owners: Option<Owners>,
+    home: &Path,
+    interrupted: &AtomicBool,
+) -> Result<()> {
     let into = Site::in_folder(Uuid::nil(), home.to_owned());
-    let never = AtomicBool::new(false);
-    let restored = denizen_archive::restore_as(archive, &into.volume, owners, &never)?;
+    let restored = denizen_archive::restore_given(given, &into.volume, owners, interrupted)?;
     for warning in &restored.warnings {
-        tracing::warn!(archive = %archive.display(), %warning, "restored with a loss");
+        tracing::warn!(archive = %given.name.display(), %warning, "restored with a loss");
     }
     let beside = into.volume.join(denizen_archive::BESIDE);
     if are_root_changes(&beside) {

@@ -8,6 +8,7 @@ use std::{fmt, io};
 use uuid::Uuid;
 
 pub use crate::registry::RegistryError;
+pub use denizen_archive::Error as ArchiveError;
 
 /// A result with denizen's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -132,6 +133,24 @@ pub enum Error {
     #[error("the pool has no backup_destination: set one to back up and restore sessions")]
     NoDestination,
 
+    /// What shall be imported would take the place of a session that there is.
+    #[error("there is a session {session} already: import under another name, or remove it first")]
+    AlreadyExists {
+        /// The session.
+        session: String,
+    },
+
+    /// No session could be made of what was sent. Nothing of it is kept.
+    #[error("nothing was imported: {0}")]
+    NotImported(#[source] ArchiveError),
+
+    /// What was sent to be imported did not come to its end.
+    #[error("nothing was imported: what was sent broke off: {source}")]
+    BrokenOff {
+        /// How.
+        source: io::Error,
+    },
+
     /// A value in the configuration cannot be used.
     #[error("configuration: {field} {problem}")]
     Config {
@@ -208,7 +227,7 @@ pub enum Error {
 
     /// A backup could not be written, read or listed.
     #[error(transparent)]
-    Backup(#[from] denizen_archive::Error),
+    Backup(#[from] ArchiveError),
 
     /// This machine, or this user on it, cannot keep sessions apart as was asked.
     #[error("isolation {isolation} is not to be had here: {problem}")]

@@ -206,6 +206,9 @@ pub enum Want {
         /// Wait for a place in a full pool rather than be refused at once.
         patient: bool,
     },
+    /// The exclusive use of the session's files, local or archived, while nothing runs in it.
+    /// Whoever has it changes nothing.
+    Still,
     /// Instance ended, files kept.
     Stopped {
         /// End background processes too.
@@ -277,7 +280,8 @@ pub enum Effect {
     Save(Row),
     /// Forget a row, as [`Effect::Save`].
     Forget(Uuid),
-    /// The waiter now holds the session.
+    /// The waiter now holds the session: to run commands in it, or to read its files if that
+    /// is what it wanted.
     Grant {
         /// The session.
         id: Uuid,
@@ -507,6 +511,8 @@ enum Fault {
     SpareKeepsPlace,
     /// A frozen session is granted as it is.
     FrozenGranted,
+    /// Who wants a session to be still has it as it is.
+    StillGrantedRunning,
     /// Held sessions are frozen.
     FrozenWhileHeld,
     /// Frozen sessions are pruned with their processes alive.
@@ -1235,6 +1241,7 @@ impl Lifecycle {
     /// Serves the front of a session's line until it has to wait for something.
     fn serve_line(&mut self, id: Uuid, out: &mut Vec<Effect>) {
         let grants_frozen = self.has(Fault::FrozenGranted);
+        let grants_running = self.has(Fault::StillGrantedRunning);
         loop {
             let has_room = self.has_room() || self.spares > 0;
             let Some(session) = self.sessions.get_mut(&id) else { return };
@@ -1273,6 +1280,14 @@ impl Lifecycle {
                 (Want::Stopped { .. }, Phase::Missing) => Err(Refusal::Missing),
                 (Want::Stopped { .. }, _) => Ok(()),
 
+                (Want::Still, Phase::Missing) => Err(Refusal::Missing),
+                (Want::Still, Phase::Stopped | Phase::Frozen | Phase::Archived) => {
+                    return self.grant_still(id, out);
+                }
+                (Want::Still, Phase::Active) if grants_running => {
+                    return self.grant_still(id, out);
+                }
+
                 (Want::Copied { copy, .. }, Phase::Active | Phase::Frozen | Phase::Stopped) => {
                     return self.run(id, Op::Copy(copy), Some(waiter), out);
                 }
@@ -1284,11 +1299,13 @@ impl Lifecycle {
                 {
                     Err(Refusal::NoDestination)
                 }
-                // Standing still is enough for a backup.
-                (Want::BackedUp, Phase::Active) if self.policy.sleep == Sleep::Freeze => {
+                // Standing still is enough for whoever only reads.
+                (Want::BackedUp | Want::Still, Phase::Active)
+                    if self.policy.sleep == Sleep::Freeze =>
+                {
                     return self.run(id, Op::Freeze, Some(waiter), out);
                 }
-                (Want::BackedUp | Want::Restored(_), Phase::Active)
+                (Want::BackedUp | Want::Still | Want::Restored(_), Phase::Active)
                 | (Want::Restored(_), Phase::Frozen) => {
                     return self.run(id, Op::Stop { force: false }, Some(waiter), out);
                 }
@@ -1328,6 +1345,14 @@ impl Lifecycle {
         }
         self.drop_if_absent(id);
         self.keep_house(id, out);
+    }
+
+    /// Gives the session to the first in line as it is, for its files to be read.
+    fn grant_still(&mut self, id: Uuid, out: &mut Vec<Effect>) {
+        let Some(session) = self.sessions.get_mut(&id) else { return };
+        let Some(Waiter { id: waiter, .. }) = session.waiters.pop_front() else { return };
+        session.held = true;
+        out.push(Effect::Grant { id, waiter });
     }
 
     /// What time, or the need for room, asks of a session nobody waits for.
@@ -1545,7 +1570,7 @@ impl Lifecycle {
             session.wants_slot = false;
             // Whoever was first in its line has left, and the next one wanted something else
             // of it: it comes back when that is done.
-            if session.running.is_some() {
+            if session.running.is_some() || session.held {
                 continue;
             }
             let Some(front) = session.waiters.front() else { continue };

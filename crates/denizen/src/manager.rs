@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use denizen_agent::Agent;
 use denizen_image::{ImportOptions, Progress, PullOptions, Store};
+use tokio::io::AsyncRead;
 use uuid::Uuid;
 
 use crate::backup::Backup;
@@ -19,7 +20,7 @@ use crate::event::Events;
 use crate::isolation::{ImageInfo, Isolation, Limits, Network, Options, info};
 use crate::lifecycle::{Saved, Sleep, Want};
 use crate::name::{SessionName, SnapshotName};
-use crate::pool::{Hold, Pool, SessionInfo, Settings, Tasks, blocking};
+use crate::pool::{Export, Hold, Pool, SessionInfo, Settings, Tasks, blocking};
 use crate::snapshot::Snapshot;
 use crate::time::{Clock, SystemClock};
 use crate::volume::Volumes;
@@ -369,6 +370,41 @@ impl MicroVmManager {
     /// could not be copied.
     pub async fn fork(&self, session_id: Uuid) -> Result<Uuid> {
         self.pool()?.fork(session_id, None).await
+    }
+
+    /// A session as one archive, of which [`MicroVmManager::import`] makes it again, in this pool
+    /// or another: its files, its root's changes, who they belong to. Stops it for that, or
+    /// freezes it where the pool does that; one that is archived is read from its latest
+    /// backup. The archive is whole and checked when this returns, and the session is free
+    /// again. Takes as much room in the volume root, until it is read or dropped, unless it
+    /// comes from a backup. Cancel-safe: dropped, it is given up.
+    ///
+    /// # Errors
+    /// As [`MicroVmManager::stop`]; [`Error::Backup`], [`Error::NoBackup`], [`Error::Volume`] if
+    /// its files, or its backup, could not be read, or there is no room.
+    pub async fn export(&self, session_id: Uuid) -> Result<Export> {
+        self.pool()?.export(session_id).await
+    }
+
+    /// Makes a new session of an archive: one of [`MicroVmManager::export`], a backup, or any
+    /// other compressed tar file of a folder (`tar --zstd`), which becomes the volume. All of it
+    /// is received first, into the volume root, and nothing is kept of an import that fails.
+    /// It is not bootstrapped: what that gave it comes with it. Where
+    /// sessions' use of the disk is limited, an archive that holds more is refused.
+    ///
+    /// Cancel-safe: dropped, it is given up; the session may be there nonetheless if all that
+    /// was left was to tell so.
+    ///
+    /// # Errors
+    /// [`Error::AlreadyExists`]; [`Error::NotImported`] if it is no whole archive, holds what is
+    /// refused or more than there is room for; [`Error::BrokenOff`] if `content` fails;
+    /// [`Error::Image`] if it is of an image that is not there; as [`MicroVmManager::acquire`].
+    pub async fn import(
+        &self,
+        session_id: Uuid,
+        content: impl AsyncRead + Send + Unpin,
+    ) -> Result<()> {
+        self.pool()?.import(session_id, content).await
     }
 
     /// As [`MicroVmManager::fork`], of the session as a snapshot has it. Cancel-safe as that.

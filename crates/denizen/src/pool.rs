@@ -6,9 +6,11 @@
 //! a task of its own; the operation's end goes back into the lifecycle. The pool must never
 //! decide anything about a session: if it seems to have to, the lifecycle lacks a rule.
 
+mod moving;
 mod operation;
 mod watch;
 
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -41,6 +43,8 @@ use crate::registry::{Registry, Write, phase_name};
 use crate::time::{Clock, PoolClock};
 use crate::volume::{Staged, Volumes};
 
+pub use moving::Export;
+use moving::Sent;
 pub(crate) use watch::Mark;
 use watch::{Watch, Watched};
 
@@ -123,6 +127,28 @@ enum Origin {
     Copy(Arc<Staged>),
     /// An image of this name.
     Image(String),
+    /// What was exported elsewhere.
+    Archive(Arc<Sent>),
+}
+
+/// Says what a session begins with, should it be made meanwhile.
+struct Begins<'a>(&'a Pool, Uuid);
+
+impl<'a> Begins<'a> {
+    /// None if somebody else has said so before; then that holds.
+    fn with(pool: &'a Pool, state: &mut State, id: Uuid, origin: Origin) -> Option<Self> {
+        let Entry::Vacant(free) = state.origins.entry(id) else { return None };
+        free.insert(origin);
+        Some(Self(pool, id))
+    }
+}
+
+impl Drop for Begins<'_> {
+    fn drop(&mut self) {
+        let origin = self.0.state.lock().origins.remove(&self.1);
+        // A copy that was not used goes with it, which is no work for a time under the lock.
+        drop(origin);
+    }
 }
 
 /// Where a copy of a session goes.
@@ -144,6 +170,11 @@ impl Hold {
         if let Some(watch) = &pool.watch {
             watch.in_use(&place);
         }
+        Self::still(pool, place)
+    }
+
+    /// The hold on a session in which nothing runs.
+    fn still(pool: &Arc<Pool>, place: Arc<Place>) -> Self {
         Self { pool: pool.clone(), place }
     }
 }
@@ -441,7 +472,10 @@ impl Pool {
             }
             Effect::Grant { id, waiter } => {
                 // Even if nobody waits any more: dropping the hold gives it back.
-                let hold = Hold::new(self, self.place(state, id));
+                let place = self.place(state, id);
+                let view = state.core.view(id);
+                let active = view.is_some_and(|view| view.row.phase == Phase::Active);
+                let hold = if active { Hold::new } else { Hold::still }(self, place);
                 let sender = state.waiters.remove(&waiter).unwrap_or_else(|| oneshot::channel().0);
                 answers.push((sender, Ok(Some(hold))));
             }
@@ -708,17 +742,7 @@ impl Pool {
     }
 
     async fn acquire_made_of(self: &Arc<Self>, id: Uuid, origin: Origin) -> Result<Hold> {
-        struct Forget<'a>(&'a Pool, Uuid);
-        impl Drop for Forget<'_> {
-            fn drop(&mut self) {
-                let origin = self.0.state.lock().origins.remove(&self.1);
-                // A copy that was not used goes with it, which is no work for a time under the
-                // lock.
-                drop(origin);
-            }
-        }
-        self.state.lock().origins.insert(id, origin);
-        let _forget = Forget(self, id);
+        let _begins = Begins::with(self, &mut self.state.lock(), id, origin);
         self.acquire(id).await
     }
 

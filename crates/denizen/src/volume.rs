@@ -12,7 +12,7 @@ use std::fs::{self, DirBuilder, File};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -285,6 +285,19 @@ impl Volumes {
         let folder = self.snapshots_of(id);
         let gone = self.bury(&folder, &self.own.join("snapshots"));
         gone.map_err(|source| Error::volume("delete", &folder, source))
+    }
+
+    /// A file in the staging folder that has no name, and so is gone with its last descriptor.
+    pub(crate) fn nameless_file(&self) -> Result<File> {
+        let path = self.own.join("staging").join(Uuid::new_v4().to_string());
+        let make = || {
+            let mut new = File::options();
+            new.read(true).write(true).create_new(true).mode(0o600);
+            let file = new.open(&path)?;
+            fs::remove_file(&path)?;
+            Ok(file)
+        };
+        make().map_err(|source| Error::volume("make", &path, source))
     }
 
     /// Puts a staged folder in the place of a session's folder, if there is one, in one step.

@@ -74,17 +74,16 @@ impl Backend {
                 found.1
             })
         };
-        let whole = match known {
-            Some(whole) => whole,
-            None => {
-                let whole = self.files.read(name, None)?;
-                let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
-                if kept.len() >= KEPT {
-                    kept.remove(0);
-                }
-                kept.push((*id, whole.clone()));
-                whole
+        let whole = if let Some(whole) = known {
+            whole
+        } else {
+            let whole = self.files.read(name, None)?;
+            let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+            if kept.len() >= KEPT {
+                kept.remove(0);
             }
+            kept.push((*id, whole.clone()));
+            whole
         };
         let start = usize::try_from(range.offset).map_err(io::Error::other)?;
         let end = usize::try_from(range.offset + range.length).map_err(io::Error::other)?;

@@ -132,7 +132,9 @@ impl<'a, S: IndexedFull> Trees<'a, S> {
         for node in &tree.nodes {
             match (&node.node_type, node.subtree) {
                 (NodeType::Dir, Some(tree)) => below.push(tree),
-                (NodeType::Dir, None) => return Err(format!("{:?} has no entries", node.name())),
+                (NodeType::Dir, None) => {
+                    return Err(format!("{} has no entries", node.name().display()));
+                }
                 _ => {}
             }
             for piece in node.content.iter().flatten() {
@@ -149,9 +151,8 @@ impl<'a, S: IndexedFull> Trees<'a, S> {
     }
 
     fn piece_problem(&self, piece: &DataId) -> Option<String> {
-        let entry = match self.engine.get_index_entry(piece) {
-            Ok(entry) => entry,
-            Err(_) => return Some(format!("the piece {piece} is nowhere")),
+        let Ok(entry) = self.engine.get_index_entry(piece) else {
+            return Some(format!("the piece {piece} is nowhere"));
         };
         let end = u64::from(entry.location.offset) + u64::from(entry.location.length);
         self.packs.problem(&entry.pack, end)
@@ -341,4 +342,3 @@ impl Repository {
             .map_err(self.failed("repair the index of"))
     }
 }
-

@@ -139,7 +139,9 @@ impl FromStr for Destination {
         }
         let (bucket, prefix) = rest.split_once('/').unwrap_or((rest, ""));
         if bucket.is_empty() || bucket.contains(['@', '?', '#']) {
-            return refuse("a bucket is named as in s3://bucket/prefix; keys come from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY");
+            return refuse(
+                "a bucket is named as in s3://bucket/prefix; keys come from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+            );
         }
         let prefix = prefix.trim_matches('/').to_owned();
         Ok(Self::S3 { bucket: bucket.to_owned(), prefix })

@@ -259,7 +259,7 @@ impl Repository {
             let engine = self.engine(Arc::default()).and_then(Engine::to_indexed);
             let engine = engine.map_err(&failed)?;
             let compare = restore::Compare::new(&engine, latest.tree);
-            if let Some(skipped) = compare.is_same(source, cancelled)?
+            if let Some(skipped) = compare.run(source, cancelled)?
                 // What is there already is not read again; it only has to be there.
                 && check::is_whole(&*self.files, &engine, latest.tree).is_ok()
             {
@@ -341,7 +341,7 @@ impl Repository {
                 let path = PathBuf::from("a thread to walk the session's files");
                 Error::Io { path, source }
             })?;
-            let archived = archive(&engine, &options, entries, snapshot);
+            let archived = archive(&engine, &options, &entries, snapshot);
             let skipped = walking.join().unwrap_or_default();
             match (archived, gate.reason()) {
                 // What went wrong first explains what went wrong after it.
@@ -430,9 +430,7 @@ impl Repository {
             .map(|it| it.id)
             .collect();
         let failed = self.failed("remove backups from");
-        self.engine(Arc::default())
-            .and_then(|engine| engine.delete_snapshots(&ids))
-            .map_err(failed)
+        self.engine(Arc::default()).and_then(|engine| engine.delete_snapshots(&ids)).map_err(failed)
     }
 
     /// Removes what no backup needs: marks it now, and removes what was marked a day ago and is
@@ -471,10 +469,10 @@ fn engine(files: &Arc<dyn Files>, gate: Arc<Gate>) -> RusticResult<Engine<()>> {
 fn archive<S: IndexedIds>(
     engine: &Engine<S>,
     options: &BackupOptions,
-    source: source::Source,
+    source: &source::Source,
     snapshot: SnapshotFile,
 ) -> RusticResult<SnapshotFile> {
-    engine.archive(options, &source, snapshot, &[PathBuf::from("/")])
+    engine.archive(options, source, snapshot, &[PathBuf::from("/")])
 }
 
 /// Walks all that is backed up, in the order of the format: by name.
@@ -510,8 +508,8 @@ fn describe(source: Source<'_>, now: Timestamp, latest: Option<&SnapshotFile>) -
 }
 
 fn session_of(snapshot: &SnapshotFile) -> Option<Uuid> {
-    let tags = snapshot.tags.iter();
-    snapshot.tags.contains(TAG).then(|| tags.filter_map(|tag| Uuid::try_parse(tag).ok()).next())?
+    let mut tags = snapshot.tags.iter();
+    snapshot.tags.contains(TAG).then(|| tags.find_map(|tag| Uuid::try_parse(tag).ok()))?
 }
 
 fn entry(snapshot: &SnapshotFile) -> Option<Entry> {

@@ -62,9 +62,9 @@ fn with_attributes(meta: Metadata, attributes: &Attributes) -> Metadata {
     if attributes.is_empty() {
         return meta;
     }
-    let names = attributes.iter().map(|(name, _)| {
-        serde_json::json!({ "name": escape(name), "value": null })
-    });
+    let names = attributes
+        .iter()
+        .map(|(name, _)| serde_json::json!({ "name": escape(name), "value": null }));
     let names = serde_json::json!({ "inode": 0, "device_id": 0, "size": 0, "links": 0,
         "extended_attributes": names.collect::<Vec<_>>() });
     let Ok(mut read) = serde_json::from_value::<Metadata>(names) else { return meta };
@@ -91,16 +91,9 @@ fn unescape(name: &str) -> Vec<u8> {
     let (mut plain, mut at) = (Vec::with_capacity(bytes.len()), 0);
     while at < bytes.len() {
         let digits = (bytes[at] == b'%').then(|| name.get(at + 1..at + 3)).flatten();
-        match digits.and_then(|digits| u8::from_str_radix(digits, 16).ok()) {
-            Some(byte) => {
-                plain.push(byte);
-                at += 3;
-            }
-            None => {
-                plain.push(bytes[at]);
-                at += 1;
-            }
-        }
+        let byte = digits.and_then(|digits| u8::from_str_radix(digits, 16).ok());
+        plain.push(byte.unwrap_or(bytes[at]));
+        at += if byte.is_some() { 3 } else { 1 };
     }
     plain
 }
@@ -133,9 +126,8 @@ pub fn back(path: Vec<u8>, node: &Node) -> Result<Option<Member>, Refused> {
         nanoseconds += 1_000_000_000;
     }
     let attributes = meta.extended_attributes.iter();
-    let attributes = attributes
-        .map(|it| (unescape(&it.name), it.value.clone().unwrap_or_default()))
-        .collect();
+    let attributes =
+        attributes.map(|it| (unescape(&it.name), it.value.clone().unwrap_or_default())).collect();
     Ok(Some(Member {
         path,
         kind,

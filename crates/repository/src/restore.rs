@@ -23,7 +23,10 @@ use crate::{Counter, Engine, ROOT, Source, VOLUME, node};
 const PAGE: usize = 4096;
 
 /// A piece of a file, if it is what its name says.
-pub fn piece<S: IndexedFull>(engine: &Engine<S>, id: &DataId) -> std::result::Result<Bytes, String> {
+pub fn piece<S: IndexedFull>(
+    engine: &Engine<S>,
+    id: &DataId,
+) -> std::result::Result<Bytes, String> {
     let bytes = engine.get_blob_cached(&BlobId::from(*id), BlobType::Data);
     let bytes = bytes.map_err(|error| told(&error))?;
     is_of(&bytes, &id.to_hex()).then_some(bytes).ok_or(format!("the piece {id} is altered"))
@@ -41,6 +44,12 @@ struct Folder {
     /// `./a/b/`
     path: Vec<u8>,
     nodes: std::vec::IntoIter<Node>,
+}
+
+/// A file with several names.
+struct Named {
+    first: Vec<u8>,
+    content: Option<Vec<DataId>>,
 }
 
 pub struct Restorer<'a, S> {
@@ -93,10 +102,9 @@ impl<S: IndexedFull> Restorer<'_, S> {
         place: &mut Place<'_>,
     ) -> Result<(u64, u64)> {
         let (mut files, mut bytes, mut found) = (0, 0, only.is_none());
-        let wanted: Vec<&[u8]> = only.map_or(Vec::new(), |only| {
-            node::steps(only.as_os_str().as_bytes()).collect()
-        });
-        let mut links: HashMap<(u64, u64), (Vec<u8>, Option<Vec<DataId>>)> = HashMap::new();
+        let wanted: Vec<&[u8]> =
+            only.map_or(Vec::new(), |only| node::steps(only.as_os_str().as_bytes()).collect());
+        let mut links: HashMap<(u64, u64), Named> = HashMap::new();
         let mut way = vec![self.folder(b"./".to_vec(), &tree)?];
         while let Some(folder) = way.last_mut() {
             let Some(node) = folder.nodes.next() else {
@@ -104,8 +112,9 @@ impl<S: IndexedFull> Restorer<'_, S> {
                 continue;
             };
             let mut path = folder.path.clone();
-            let name = node::name(&node)
-                .map_err(|problem| self.damaged(format!("an entry in {} {problem}", shown(&path))))?;
+            let name = node::name(&node).map_err(|problem| {
+                self.damaged(format!("an entry in {} {problem}", shown(&path)))
+            })?;
             path.extend_from_slice(name.as_bytes());
             let depth = way.len();
             // On the way to what is wanted, or it, or below it.
@@ -117,7 +126,8 @@ impl<S: IndexedFull> Restorer<'_, S> {
                 return Err(self.damaged(format!("{} is not a session's", shown(&path))));
             }
             let back = node::back(path.clone(), &node);
-            let back = back.map_err(|problem| self.damaged(format!("{} {problem}", shown(&path))))?;
+            let back =
+                back.map_err(|problem| self.damaged(format!("{} {problem}", shown(&path))))?;
             let Some(mut member) = back else { continue };
             if member.kind == Kind::Directory {
                 place.make(member, |_, _, _| Ok(()))?;
@@ -134,11 +144,14 @@ impl<S: IndexedFull> Restorer<'_, S> {
                 if node.meta.links > 1 && node.meta.inode != 0 {
                     let key = (node.meta.device_id, node.meta.inode);
                     match links.get(&key) {
-                        Some((first, content)) if *content == node.content => {
+                        Some(Named { first, content }) if *content == node.content => {
                             member.kind = Kind::HardLink;
                             member.link.clone_from(first);
                         }
-                        _ => drop(links.insert(key, (path.clone(), node.content.clone()))),
+                        _ => {
+                            let content = node.content.clone();
+                            links.insert(key, Named { first: path.clone(), content });
+                        }
                     }
                 }
             }
@@ -249,11 +262,7 @@ impl<'a, S: IndexedFull> Compare<'a, S> {
     }
 
     /// What is left out, if they are the same.
-    pub fn is_same(
-        self,
-        source: Source<'_>,
-        cancelled: &AtomicBool,
-    ) -> Result<Option<Vec<Skipped>>> {
+    pub fn run(self, source: Source<'_>, cancelled: &AtomicBool) -> Result<Option<Vec<Skipped>>> {
         if self.differs {
             return Ok(None);
         }
@@ -278,7 +287,11 @@ impl<'a, S: IndexedFull> Compare<'a, S> {
         }
     }
 
-    fn compare(&mut self, member: &Member, stat: Option<&rustix::fs::Stat>) -> Result<(), TreeError> {
+    fn compare(
+        &mut self,
+        member: &Member,
+        stat: Option<&rustix::fs::Stat>,
+    ) -> Result<(), TreeError> {
         let depth = node::steps(&member.path).count();
         let mut same = true;
         while self.way.len() > depth {
@@ -325,6 +338,10 @@ impl<S: IndexedFull> Sink for Compare<'_, S> {
 
     fn file(&mut self, member: Member, content: BorrowedFd<'_>) -> Result<(), TreeError> {
         self.compare_file(&member, content)
+    }
+
+    fn links_all(&self) -> bool {
+        false
     }
 
     fn link(

@@ -8,9 +8,11 @@ use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use denizen_archive::tree::{Kind, Member, Sink};
 use denizen_archive::Error;
-use rustic_core::{ErrorKind, ReadSource, ReadSourceEntry, ReadSourceOpen, RusticError, RusticResult};
+use denizen_archive::tree::{Kind, Member, Sink};
+use rustic_core::{
+    ErrorKind, ReadSource, ReadSourceEntry, ReadSourceOpen, RusticError, RusticResult,
+};
 use rustix::fs::Stat;
 
 use crate::Counter;
@@ -78,8 +80,11 @@ impl Feed {
 
     fn content(&self, member: &Member, file: OwnedFd) -> Result<Content, Error> {
         let path = PathBuf::from(node::os(&member.path));
-        let before = rustix::fs::fstat(&file)
-            .map_err(|e| Error::Io { action: "look at", path: path.clone(), source: e.into() })?;
+        let before = rustix::fs::fstat(&file).map_err(|e| Error::Io {
+            action: "look at",
+            path: path.clone(),
+            source: e.into(),
+        })?;
         Ok(Content { file: file.into(), before, path, shared: self.shared.clone() })
     }
 }
@@ -101,6 +106,11 @@ impl Sink for Feed {
         })?;
         let content = self.content(&member, file)?;
         self.put(&member, Some(content))
+    }
+
+    /// The format knows further names of files; of all else there is nothing to share.
+    fn links_all(&self) -> bool {
+        false
     }
 
     /// A file of its own, which the engine finds that it has already.

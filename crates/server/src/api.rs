@@ -6,15 +6,19 @@ use std::sync::Arc;
 use axum::body::Body;
 use axum::extract::{Path, Query, Request, State};
 use axum::http::StatusCode;
+use axum::http::header::{CONTENT_LENGTH, CONTENT_TYPE};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post, put};
 use axum::{Json, Router};
-use denizen::{Credentials, Error, ImportOptions, MicroVmManager, Progress, PullOptions, Stage};
-use futures::{StreamExt, stream};
+use denizen::{
+    ArchiveError, Credentials, Error, ImportOptions, MicroVmManager, Progress, PullOptions, Stage,
+};
+use futures::{StreamExt, TryStreamExt, stream};
 use hyper_util::rt::TokioIo;
 use serde::{Deserialize, Serialize};
 use tokio::net::TcpStream;
 use tokio::sync::Notify;
+use tokio_util::io::{ReaderStream, StreamReader};
 use uuid::Uuid;
 
 use crate::lease::Leases;
@@ -42,6 +46,8 @@ pub(crate) fn router(pool: Arc<MicroVmManager>, leases: Arc<Leases>, stop: Arc<N
         .route("/v1/sessions/{session}/fork", post(fork))
         .route("/v1/sessions/{session}/snapshots", get(snapshots))
         .route("/v1/sessions/{session}/snapshots/{name}", put(snapshot).delete(remove_snapshot))
+        .route("/v1/sessions/{session}/export", get(export))
+        .route("/v1/sessions/{session}/import", post(import))
         .route("/v1/sessions/{session}/logs/{job}", get(log))
         .route("/v1/sessions/{session}/ports/{port}", get(port))
         .with_state(Api { pool, leases, stop })
@@ -71,6 +77,17 @@ impl From<Error> for Refused {
             Error::SnapshotExists { .. } => (StatusCode::CONFLICT, "snapshot_exists"),
             Error::Name { .. } => (StatusCode::BAD_REQUEST, "bad_name"),
             Error::InUse { .. } => (StatusCode::CONFLICT, "in_use"),
+            Error::AlreadyExists { .. } => (StatusCode::CONFLICT, "already_exists"),
+            Error::BrokenOff { .. } => (StatusCode::BAD_REQUEST, "broken_off"),
+            Error::NotImported(ArchiveError::NoSpace { .. })
+            | Error::Backup(ArchiveError::NoSpace { .. }) => {
+                (StatusCode::INSUFFICIENT_STORAGE, "no_space")
+            }
+            Error::NotImported(
+                ArchiveError::Damaged { .. }
+                | ArchiveError::Refused { .. }
+                | ArchiveError::TooLarge { .. },
+            ) => (StatusCode::UNPROCESSABLE_ENTITY, "bad_archive"),
             Error::OtherImage { .. } => (StatusCode::CONFLICT, "other_image"),
             Error::NoDestination => (StatusCode::CONFLICT, "no_destination"),
             Error::VolumeMissing { .. } => (StatusCode::CONFLICT, "volume_missing"),
@@ -271,6 +288,39 @@ async fn remove_snapshot(
     Err(Error::NoSnapshot { session: id, name }.into())
 }
 
+/// The archive's bytes; their number is told first, so that one that breaks off is seen to.
+async fn export(State(api): State<Api>, Path(session): Path<String>) -> Answer<Response> {
+    let id = api.leases.find(&session)?;
+    let export = api.pool.export(id).await?;
+    let headers = [
+        (CONTENT_TYPE, "application/zstd".to_owned()),
+        (CONTENT_LENGTH, export.bytes().to_string()),
+    ];
+    // Whoever reads it keeps the daemon from leaving.
+    let pieces = ReaderStream::new(export).inspect(move |_| api.leases.touch());
+    Ok((headers, Body::from_stream(pieces)).into_response())
+}
+
+/// The body is the archive.
+async fn import(
+    State(api): State<Api>,
+    Path(session): Path<String>,
+    request: Request,
+) -> Answer<Response> {
+    let id = api.leases.find_or_name(&session).await?;
+    let leases = api.leases.clone();
+    let pieces = request.into_body().into_data_stream().map_err(std::io::Error::other);
+    let pieces = pieces.inspect(move |_| leases.touch());
+    match api.pool.import(id, StreamReader::new(pieces)).await {
+        // By the name it was asked for.
+        Err(Error::AlreadyExists { .. }) => Err(Error::AlreadyExists { session }.into()),
+        imported => {
+            imported?;
+            Ok((StatusCode::CREATED, Json(api.pool.inspect(id)?)).into_response())
+        }
+    }
+}
+
 /// One JSON object a line, from now on.
 async fn events(State(api): State<Api>) -> Answer<Response> {
     let events = api.pool.events()?;
@@ -297,7 +347,7 @@ async fn log(
         return Err(Refused { status: StatusCode::NOT_FOUND, code: "no_log", message });
     }
     let pieces = stream::iter(files).then(tokio::fs::File::open).flat_map(|file| match file {
-        Ok(file) => tokio_util::io::ReaderStream::new(file).left_stream(),
+        Ok(file) => ReaderStream::new(file).left_stream(),
         Err(error) => stream::iter([Err(error)]).right_stream(),
     });
     Ok(Body::from_stream(pieces).into_response())

@@ -68,7 +68,7 @@ impl Leases {
     /// Shares the session's guard, acquiring it if nobody has it; a new session is made of this
     /// image, if one is named. Cancel-safe.
     pub(crate) async fn take(&self, id: Uuid, image: Option<&str>) -> Result<Arc<Lease>, Error> {
-        *self.last_use.lock() = Instant::now();
+        self.touch();
         let slot = self.slots.lock().entry(id).or_default().clone();
         let mut shared = slot.lease.lock().await;
         if let Some(lease) = shared.upgrade() {
@@ -93,6 +93,11 @@ impl Leases {
         drop(shared);
         self.forget_unused();
         Ok(lease)
+    }
+
+    /// Tells that the daemon is being used.
+    pub(crate) fn touch(&self) {
+        *self.last_use.lock() = Instant::now();
     }
 
     /// Kills what was started in a session through the daemon. Its requests then give the guard

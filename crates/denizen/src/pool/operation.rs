@@ -103,7 +103,7 @@ async fn create(pool: &Arc<Pool>, place: &Arc<Place>, written: Option<Written>) 
         (state.claimed.remove(&id), state.origins.get(&id).cloned())
     };
     // What a copy was bootstrapped with is copied.
-    let is_copy = matches!(origin, Some(Origin::Copy(_)));
+    let is_copy = matches!(origin, Some(Origin::Copy(_) | Origin::Archive(_)));
     *place.watched.known.lock() = if is_copy { Known::default() } else { Known::empty() };
     let made = if !is_copy && bootstrap::is_wanted(&pool.config) {
         create_in_place(pool, place, origin, written).await
@@ -297,6 +297,9 @@ fn originate(pool: &Pool, site: &Site, origin: Option<&Origin>) -> Fallible<()> 
             moved.map_err(|source| Error::volume("make", &site.home, source))
         }
         Some(Origin::Image(image)) => pool.driver.choose_image(site, image),
+        Some(Origin::Archive(sent)) => {
+            sent.unpack(pool.driver.owners(), &site.home, pool.disk_limit())
+        }
         None => Ok(()),
     }
 }
@@ -447,7 +450,7 @@ async fn freeze(pool: &Pool, place: &Place) -> Ended {
     place.quiet.store(quiet, Ordering::Relaxed);
     let (driver, site) = (pool.driver.clone(), place.site.clone());
     let given_up = GivenUp::default();
-    let flag = given_up.0.clone();
+    let flag = given_up.flag();
     let frozen = blocking(move || {
         let frozen = driver.freeze(&site);
         if flag.load(Ordering::SeqCst) {
@@ -467,7 +470,14 @@ async fn freeze(pool: &Pool, place: &Place) -> Ended {
 
 /// Tells work that goes on by itself that nobody waits for it any more, once it is dropped.
 #[derive(Default)]
-struct GivenUp(Arc<AtomicBool>);
+pub(super) struct GivenUp(Arc<AtomicBool>);
+
+impl GivenUp {
+    /// What is set then.
+    pub(super) fn flag(&self) -> Arc<AtomicBool> {
+        self.0.clone()
+    }
+}
 
 impl Drop for GivenUp {
     fn drop(&mut self) {

@@ -23,7 +23,7 @@ const AGAIN: Duration = Duration::from_secs(60);
 const TRIES: usize = 8;
 
 pub struct Bucket {
-    bucket: AmazonS3,
+    store: AmazonS3,
     place: String,
     prefix: String,
     /// Callers block, on threads that may belong to a runtime or to nobody.
@@ -75,7 +75,7 @@ impl Bucket {
             .build()
             .map_err(|error| failed(error.to_string()))?;
         Ok(Self {
-            bucket: store,
+            store,
             place: place.to_string(),
             prefix: prefix.to_owned(),
             handle: runtime.handle().clone(),
@@ -84,7 +84,11 @@ impl Bucket {
     }
 
     fn path(&self, name: &str) -> Path {
-        if self.prefix.is_empty() { Path::from(name) } else { Path::from(format!("{}/{name}", self.prefix)) }
+        if self.prefix.is_empty() {
+            Path::from(name)
+        } else {
+            Path::from(format!("{}/{name}", self.prefix))
+        }
     }
 
     /// Runs a request to its end. Callers are on threads that may block, some of them within a
@@ -129,16 +133,16 @@ impl Files for Bucket {
 
     fn list(&self, folder: &str) -> io::Result<Vec<(String, u64)>> {
         let path = self.path(folder);
-        let found: Vec<_> = self.wait(self.bucket.list(Some(&path)).try_collect())?;
+        let found: Vec<_> = self.wait(self.store.list(Some(&path)).try_collect())?;
         let cut = if self.prefix.is_empty() { 0 } else { self.prefix.len() + 1 };
-        let names = found.into_iter().filter_map(|meta| {
-            Some((meta.location.as_ref().get(cut..)?.to_owned(), meta.size))
-        });
+        let names = found
+            .into_iter()
+            .filter_map(|meta| Some((meta.location.as_ref().get(cut..)?.to_owned(), meta.size)));
         Ok(names.collect())
     }
 
     fn size(&self, name: &str) -> io::Result<Option<u64>> {
-        match self.wait(self.bucket.head(&self.path(name))) {
+        match self.wait(self.store.head(&self.path(name))) {
             Ok(meta) => Ok(Some(meta.size)),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(error),
@@ -148,9 +152,9 @@ impl Files for Bucket {
     fn read(&self, name: &str, range: Option<Range>) -> io::Result<Bytes> {
         let path = self.path(name);
         let Some(Range { offset, length }) = range else {
-            return self.wait(async { self.bucket.get(&path).await?.bytes().await });
+            return self.wait(async { self.store.get(&path).await?.bytes().await });
         };
-        let part = self.wait(self.bucket.get_range(&path, offset..offset.saturating_add(length)))?;
+        let part = self.wait(self.store.get_range(&path, offset..offset.saturating_add(length)))?;
         if part.len() as u64 != length {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
@@ -161,11 +165,11 @@ impl Files for Bucket {
         let mode = if new { PutMode::Create } else { PutMode::Overwrite };
         let options = PutOptions { mode, ..PutOptions::default() };
         let payload = PutPayload::from_iter(content);
-        self.wait(self.bucket.put_opts(&self.path(name), payload, options)).map(drop)
+        self.wait(self.store.put_opts(&self.path(name), payload, options)).map(drop)
     }
 
     fn remove(&self, name: &str) -> io::Result<()> {
-        self.wait(self.bucket.delete(&self.path(name)))
+        self.wait(self.store.delete(&self.path(name)))
     }
 
     /// What is not whole is not there.

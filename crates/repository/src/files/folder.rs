@@ -127,13 +127,7 @@ impl Files for Folder {
             content.iter().try_for_each(|piece| file.write_all(piece))?;
             file.sync_data()?;
             let flags = if new { RenameFlags::NOREPLACE } else { RenameFlags::empty() };
-            rustix::fs::renameat_with(
-                rustix::fs::CWD,
-                &partial,
-                rustix::fs::CWD,
-                &path,
-                flags,
-            )?;
+            rustix::fs::renameat_with(rustix::fs::CWD, &partial, rustix::fs::CWD, &path, flags)?;
             sync(folder)
         };
         let done = put();
