@@ -89,6 +89,8 @@ pub struct Member {
     pub mtime: Time,
     /// A symlink's target, or the name a hard link shares.
     pub link: Vec<u8>,
+    /// What all names of the file have in common, if the walk found that it has several.
+    pub same: Option<u64>,
     /// Its extended attributes.
     pub xattrs: Attributes,
     /// Size of the content as a reader of the file sees it.
@@ -204,6 +206,7 @@ fn extended(flag: u8, name: &[u8], records: &[u8], out: &mut Vec<u8>) {
         gid: 0,
         mtime: Time::default(),
         link: Vec::new(),
+        same: None,
         xattrs: Vec::new(),
         size: 0,
         segments: None,
@@ -299,6 +302,7 @@ mod tests {
             gid: 2_097_152,
             mtime: Time { seconds: -2, nanoseconds: 750_000_000 },
             link: Vec::new(),
+            same: None,
             xattrs: vec![(b"user.a=b%".to_vec(), b"\0=\n".to_vec())],
             size: 9 << 30,
             segments: None,

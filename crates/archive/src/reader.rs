@@ -210,6 +210,7 @@ impl<'a, R: BufRead> Reader<'a, R> {
             xattrs: extensions.xattrs,
             size: stored,
             segments: None,
+            same: None,
         };
         if flag == b'S' {
             let size = self.number(&block[483..495])?;

@@ -406,6 +406,7 @@ impl<'a, S: Sink> Walk<'a, S> {
             gid: self.owners.map_or(stat.stx_gid, |owners| owners.keep_group(stat.stx_gid)).into(),
             mtime: Time { seconds: stat.stx_mtime.tv_sec, nanoseconds: stat.stx_mtime.tv_nsec },
             link: Vec::new(),
+            same: (kind != Kind::Directory && stat.stx_nlink > 1).then_some(stat.stx_ino),
             xattrs: Vec::new(),
             size: 0,
             segments: None,

@@ -38,14 +38,15 @@ pub fn of(member: &Member, stat: Option<&Stat>) -> Node {
         Timestamp::new(seconds, i32::try_from(nanoseconds).unwrap_or(0)).ok()
     };
     let id = |id: u64| u32::try_from(id).ok();
-    let links = stat.map_or(0, |stat| stat.st_nlink);
+    // How many names it has outside of what is backed up says nothing.
+    let links = u64::from(member.kind != Kind::Directory) + u64::from(member.same.is_some());
     let meta = Metadata {
         mode: Some(mode),
         mtime: time(member.mtime.seconds, member.mtime.nanoseconds.into()),
         ctime: stat.and_then(|stat| time(stat.st_ctime, i64::try_from(stat.st_ctime_nsec).ok()?)),
         uid: id(member.uid),
         gid: id(member.gid),
-        inode: stat.map_or(0, |stat| stat.st_ino),
+        inode: stat.map(|stat| stat.st_ino).or(member.same).unwrap_or(0),
         // Restorers know the names of one file by both numbers. Which disk it was says nothing.
         device_id: u64::from(links > 1),
         size: member.size,
@@ -136,6 +137,7 @@ pub fn back(path: Vec<u8>, node: &Node) -> Result<Option<Member>, Refused> {
         gid: meta.gid.unwrap_or(u32::MAX).into(),
         mtime: Time { seconds, nanoseconds: u32::try_from(nanoseconds).unwrap_or(0) },
         link,
+        same: None,
         xattrs: attributes,
         size: meta.size,
         segments: None,

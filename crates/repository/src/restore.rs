@@ -141,17 +141,17 @@ impl<S: IndexedFull> Restorer<'_, S> {
             if member.kind == Kind::File {
                 files += 1;
                 bytes += member.size;
-                if node.meta.links > 1 && node.meta.inode != 0 {
-                    let key = (node.meta.device_id, node.meta.inode);
-                    match links.get(&key) {
-                        Some(Named { first, content }) if *content == node.content => {
-                            member.kind = Kind::HardLink;
-                            member.link.clone_from(first);
-                        }
-                        _ => {
-                            let content = node.content.clone();
-                            links.insert(key, Named { first: path.clone(), content });
-                        }
+            }
+            if node.meta.links > 1 && node.meta.inode != 0 {
+                let key = (node.meta.device_id, node.meta.inode);
+                match links.get(&key) {
+                    Some(Named { first, content }) if *content == node.content => {
+                        member.kind = Kind::HardLink;
+                        member.link.clone_from(first);
+                    }
+                    _ => {
+                        let content = node.content.clone();
+                        links.insert(key, Named { first: path.clone(), content });
                     }
                 }
             }
