@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
-use denizen::{Isolation, Limits, Network, Rule, Sleep, VmPoolConfig};
+use denizen::{BackupFormat, Isolation, Limits, Network, Rule, Sleep, VmPoolConfig};
 use serde::{Deserialize, Serialize};
 
 use crate::{Failure, Result};
@@ -137,15 +137,37 @@ pub struct Options {
         hide_short_help = true
     )]
     backup_after_seconds: Option<u64>,
-    /// The folder that backups go to
+    /// Where backups go: a folder, or s3://bucket/prefix (with AWS_ACCESS_KEY_ID,
+    /// AWS_SECRET_ACCESS_KEY, AWS_REGION and AWS_ENDPOINT_URL) [default: backups in the state
+    /// folder]
     #[arg(
         long,
         global = true,
         env = "DENIZEN_BACKUP_DESTINATION",
-        value_name = "FOLDER",
+        value_name = "PLACE",
         hide_short_help = true
     )]
     backup_destination: Option<PathBuf>,
+    /// How new backups are kept: in a repository (restic's format: encrypted, each thing once) or
+    /// each as an archive (tar.zst) [default: repository]
+    #[arg(
+        long,
+        global = true,
+        env = "DENIZEN_BACKUP_FORMAT",
+        value_name = "FORMAT",
+        hide_short_help = true
+    )]
+    backup_format: Option<BackupFormat>,
+    /// The file with the repository's password, which is made with a new one [default: backup.key
+    /// in the state folder]
+    #[arg(
+        long,
+        global = true,
+        env = "DENIZEN_BACKUP_KEY",
+        value_name = "FILE",
+        hide_short_help = true
+    )]
+    backup_key: Option<PathBuf>,
     /// The Nix flake whose shell is built when a session is made
     #[arg(
         long,
@@ -232,6 +254,8 @@ struct FileConfig {
     background_is_use: Option<bool>,
     limits: Option<Limits>,
     linger_seconds: Option<u64>,
+    backup_format: Option<BackupFormat>,
+    backup_key: Option<PathBuf>,
     pool: toml::Table,
 }
 
@@ -267,6 +291,10 @@ pub struct Settings {
     pub background_is_use: bool,
     /// What each session may use.
     pub limits: Limits,
+    /// How new backups are kept.
+    pub backup_format: BackupFormat,
+    /// The file with the password of a repository of backups.
+    pub backup_key: PathBuf,
     /// The pool.
     pub pool: VmPoolConfig,
 }
@@ -326,7 +354,8 @@ pub fn load(options: &Options) -> Result<Settings> {
     }
     // The daemon stands elsewhere.
     pool.volume_root = absolute(&pool.volume_root)?;
-    pool.backup_destination = pool.backup_destination.as_deref().map(absolute).transpose()?;
+    pool.backup_destination = pool.backup_destination.as_deref().map(place).transpose()?;
+    let key = options.backup_key.clone().or(given.backup_key);
     let mut limits: Limits =
         options.limits.clone().map(|Toml(it)| it).or(given.limits).unwrap_or_default();
     limits.disk_bytes.get_or_insert(DISK);
@@ -345,6 +374,11 @@ pub fn load(options: &Options) -> Result<Settings> {
         sleep: options.sleep.or(given.sleep).unwrap_or_default(),
         background_is_use: options.background_is_use.or(given.background_is_use).unwrap_or(true),
         limits,
+        backup_format: options
+            .backup_format
+            .or(given.backup_format)
+            .unwrap_or(BackupFormat::Repository),
+        backup_key: absolute(&key.unwrap_or_else(|| state.join("backup.key")))?,
         state,
         cache: absolute(&cache)?,
         pool,
@@ -368,6 +402,12 @@ impl Settings {
             Failure::new(format!("the configuration cannot be written down: {error}"))
         })
     }
+}
+
+/// Where backups go: a folder, or what begins as an address does.
+fn place(path: &Path) -> Result<PathBuf> {
+    let is_address = path.to_str().is_some_and(|text| text.contains("://"));
+    if is_address { Ok(path.to_owned()) } else { absolute(path) }
 }
 
 fn absolute(path: &Path) -> Result<PathBuf> {

@@ -1,6 +1,7 @@
 //! The denizen program. `denizen serve` is the daemon; every other verb is a client of it and
 //! starts one in the background if none answers.
 
+mod backups;
 mod client;
 mod command;
 mod config;
@@ -106,11 +107,19 @@ enum Verb {
         /// Name or UUID
         session: String,
     },
-    /// List what a session can be restored from
+    /// List what a session, or all of them, can be restored from; check it
+    #[command(args_conflicts_with_subcommands = true)]
     Backups {
-        /// Name or UUID
-        session: String,
+        /// Name or UUID; all if none is named
+        session: Option<String>,
+        #[command(subcommand)]
+        verb: Option<backups::BackupsVerb>,
     },
+    /// Make sessions known here of which there are only backups: on a new machine, with the
+    /// destination and the key of the old one
+    #[command(after_help = "Example:
+  denizen --backup-destination s3://bucket/denizen --backup-key ./backup.key recover")]
+    Recover,
     /// Put a session back as a backup or a snapshot has it
     Restore {
         /// Name or UUID
@@ -118,8 +127,11 @@ enum Verb {
         /// The backup; the latest if none is named
         #[arg(long)]
         backup: Option<String>,
+        /// The newest backup of that time or before: `2 hours ago`, 2026-01-31T12:00:00Z
+        #[arg(long, value_name = "TIME", conflicts_with = "backup", value_parser = backups::past)]
+        at: Option<jiff::Timestamp>,
         /// A snapshot instead of a backup
-        #[arg(long, value_name = "NAME", conflicts_with = "backup")]
+        #[arg(long, value_name = "NAME", conflicts_with_all = ["backup", "at"])]
         snapshot: Option<String>,
     },
     /// Make a new session that begins with a copy of another's files, also while that runs
@@ -358,12 +370,15 @@ async fn act(cli: Cli, settings: config::Settings, range: Range) -> Result<i32> 
             let path = client::path(&session, "/backup");
             show::session(&client.json("POST", &path).await?, json)?;
         }
-        Verb::Backups { session } => {
-            let path = client::path(&session, "/backups");
-            show::backups(&client.json("GET", &path).await?, json)?;
+        Verb::Backups { session, verb } => {
+            return backups::run(&client, session.as_deref(), verb, json).await;
         }
-        Verb::Restore { session, backup, snapshot } => {
+        Verb::Recover => backups::recover(&client, json).await?,
+        Verb::Restore { session, backup, at, snapshot } => {
             let mut path = client::path(&session, "/restore");
+            if let Some(at) = at {
+                path.push_str(&format!("?at={}", client::escape(&at.to_string())));
+            }
             if let Some(backup) = backup {
                 path.push_str(&format!("?backup={}", client::escape(&backup)));
             }
@@ -481,6 +496,8 @@ async fn serve(
         .linger(settings.linger)
         .acquire_timeout(settings.acquire_timeout)
         .spares(settings.spares)
+        .backup_format(settings.backup_format)
+        .backup_key(settings.backup_key)
         .build()
         .map_err(|error| {
             use denizen::{Error, RegistryError};

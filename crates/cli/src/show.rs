@@ -5,7 +5,7 @@ use std::io::Write;
 use serde_json::Value;
 
 use crate::config::Settings;
-use crate::{Failure, Result};
+use crate::{Failure, Result, backups};
 
 /// Prints, or says that nobody reads.
 fn print(text: &str) -> Result<()> {
@@ -80,7 +80,60 @@ pub fn session(value: &Value, as_json: bool) -> Result<()> {
 
 /// The backups of a session.
 pub fn backups(value: &Value, as_json: bool) -> Result<()> {
-    list(value, as_json, ["TAKEN", "BYTES", "NAME"], ["taken_at", "bytes", "name"])
+    if as_json {
+        return json(value);
+    }
+    let rows = value.as_array().into_iter().flatten();
+    table(
+        ["TAKEN", "FORMAT", "ADDED", "NAME"],
+        rows.map(|it| [text(&it["taken_at"]), text(&it["format"]), size(&it["bytes"]), name(it)]),
+    )
+}
+
+/// The backups of all sessions.
+pub fn all_backups(value: &Value, as_json: bool) -> Result<()> {
+    if as_json {
+        return json(value);
+    }
+    let rows = value.as_array().into_iter().flatten();
+    let whose = |it: &Value| match &it["session_name"] {
+        Value::String(name) => name.clone(),
+        _ => text(&it["session"]),
+    };
+    table(
+        ["SESSION", "TAKEN", "FORMAT", "ADDED", "HOST", "NAME"],
+        rows.map(|it| {
+            let (taken, format) = (text(&it["taken_at"]), text(&it["format"]));
+            [whose(it), taken, format, size(&it["bytes"]), text(&it["host"]), name(it)]
+        }),
+    )
+}
+
+/// A backup's name, as short as it can be asked for by.
+fn name(backup: &Value) -> String {
+    let name = text(&backup["name"]);
+    // Those of a repository are digests, of which the beginning is enough.
+    if backup["format"] == "repository" { name.chars().take(12).collect() } else { name }
+}
+
+/// What a check of the backups has found.
+pub fn report(value: &Value, as_json: bool) -> Result<()> {
+    if as_json {
+        return json(value);
+    }
+    let mut lines = String::new();
+    for finding in value["findings"].as_array().into_iter().flatten() {
+        lines.push_str(&backups::finding(finding));
+        lines.push('\n');
+    }
+    let count = value["backups"].as_u64().unwrap_or(0);
+    let read = match value["bytes"].as_u64() {
+        Some(0) | None => String::new(),
+        Some(read) => format!(", {} read", bytes(read)),
+    };
+    let unsound = value["findings"].as_array().map_or(0, Vec::len);
+    lines.push_str(&format!("{count} backups{read}, {unsound} with something wrong\n"));
+    print(&lines)
 }
 
 /// The snapshots of a session.

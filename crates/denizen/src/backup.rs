@@ -1,135 +1,257 @@
-//! The seam to where backups go. Whatever the format, a backup is verified before it is
-//! named here, and nothing here deletes one.
+//! The seam to where backups go: a destination, and the format that they have there. A backup is
+//! verified before it is named here.
+//!
+//! New ones are written in one format; all that the destination holds can be restored, so that a
+//! pool whose format is changed loses none. A folder may hold both: archives stand beside a
+//! repository's own folders. Nothing here decides when to back up or what to forget.
 
-use std::fs::{self, File};
+mod archive;
+mod repository;
+
+use std::fmt;
+use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::SystemTime;
 
-use denizen_archive::{Given, Owners};
+use denizen_archive::Owners;
+use denizen_repository::{Counter, Destination, Report};
+use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::error::{Error, Result};
-use crate::isolation::{RECORD, Site};
+use crate::isolation::Site;
 
-pub use denizen_archive::Entry as Backup;
+pub(crate) use archive::{pack, unpack_given};
 
-/// The backups of a pool: archives in a folder.
+/// How backups are kept.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum BackupFormat {
+    /// Each is one compressed tar file, which any tar reads. In a folder only.
+    #[default]
+    Archive,
+    /// All share one encrypted repository in the format of restic, in which each thing is once.
+    Repository,
+}
+
+impl BackupFormat {
+    /// As configuration has it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Archive => "archive",
+            Self::Repository => "repository",
+        }
+    }
+}
+
+impl fmt::Display for BackupFormat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl std::str::FromStr for BackupFormat {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let all = [Self::Archive, Self::Repository];
+        let found = all.into_iter().find(|format| format.name() == text);
+        found.ok_or_else(|| format!("{text:?} is neither `archive` nor `repository`"))
+    }
+}
+
+/// A backup that can be restored.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub struct Backup {
+    /// What it is asked for by.
+    pub name: String,
+    /// The session that it holds.
+    pub session: Uuid,
+    /// The session's name when it was taken, where that is kept.
+    pub session_name: Option<String>,
+    /// The host that wrote it, where that is kept.
+    pub host: Option<String>,
+    /// When it was taken. Later than every older one of the session, even if the clock was set
+    /// back.
+    #[serde(serialize_with = "timestamp")]
+    pub taken_at: jiff::Timestamp,
+    /// How it is kept.
+    pub format: BackupFormat,
+    /// Bytes by which the destination has grown with it.
+    pub bytes: u64,
+    /// The file that it is, if it is one.
+    pub path: Option<PathBuf>,
+}
+
+fn timestamp<S: serde::Serializer>(
+    at: &jiff::Timestamp,
+    serializer: S,
+) -> std::result::Result<S::Ok, S::Error> {
+    serializer.collect_str(at)
+}
+
+/// What is to be kept of a session.
+#[derive(Clone, Copy)]
+pub(crate) struct Saving<'a> {
+    pub(crate) site: &'a Site,
+    pub(crate) name: Option<&'a str>,
+    pub(crate) now: SystemTime,
+    pub(crate) counter: &'a Arc<Counter>,
+    pub(crate) interrupted: &'a AtomicBool,
+}
+
+/// One format of backups, at one destination. All calls block.
+trait Format: fmt::Debug + Send + Sync {
+    /// Writes a backup and reads it back.
+    fn write(&self, saving: Saving<'_>) -> Result<Backup>;
+
+    /// Puts a backup's files into `home`, where they are then as a session's are.
+    fn restore(&self, backup: &Backup, home: &Path, counter: &Counter) -> Result<()>;
+
+    /// What is there, of a session or of all.
+    fn list(&self, session: Option<Uuid>) -> Result<Vec<Backup>>;
+
+    /// Whether what is there is what was written.
+    fn verify(&self, read_data: bool, interrupted: &AtomicBool) -> Result<Report>;
+
+    /// Deletes backups.
+    fn forget(&self, backups: &[Backup]) -> Result<()>;
+
+    /// Gives back the room of what was deleted.
+    fn compact(&self) -> Result<()>;
+
+    /// Deletes what killed processes left half-written.
+    fn sweep(&self) -> Result<()>;
+}
+
+/// The backups of a pool.
 #[derive(Clone, Debug)]
 pub(crate) struct Backups {
-    destination: PathBuf,
-    /// Whose files sessions have ([`crate::isolation::Driver::owners`]).
-    owners: Option<Owners>,
+    format: BackupFormat,
+    archives: Option<Arc<archive::Archives>>,
+    repository: Arc<repository::Stored>,
 }
 
 impl Backups {
-    pub(crate) fn new(destination: PathBuf, owners: Option<Owners>) -> Self {
-        Self { destination, owners }
+    /// `owners` are those whose files sessions have ([`crate::isolation::Driver::owners`]).
+    pub(crate) fn new(
+        destination: Destination,
+        format: BackupFormat,
+        key: PathBuf,
+        owners: Option<Owners>,
+    ) -> Result<Self> {
+        let folder = destination.folder().map(Path::to_owned);
+        if folder.is_none() && format == BackupFormat::Archive {
+            return Err(Error::config(
+                "backup_destination",
+                format!(
+                    "{destination} is no folder, which archives need: use the repository format"
+                ),
+            ));
+        }
+        let archives = folder.map(|folder| Arc::new(archive::Archives::new(folder, owners)));
+        let is_used = format == BackupFormat::Repository;
+        let repository = Arc::new(repository::Stored::new(destination, key, is_used, owners));
+        Ok(Self { format, archives, repository })
+    }
+
+    fn formats(&self) -> impl Iterator<Item = &dyn Format> {
+        let archives = self.archives.as_deref().map(|it| it as &dyn Format);
+        archives.into_iter().chain([&*self.repository as &dyn Format])
+    }
+
+    fn of(&self, format: BackupFormat) -> Result<&dyn Format> {
+        let found = match format {
+            BackupFormat::Archive => self.archives.as_deref().map(|it| it as &dyn Format),
+            BackupFormat::Repository => Some(&*self.repository as &dyn Format),
+        };
+        found.ok_or(Error::NoDestination)
     }
 
     /// Writes and verifies a backup; gives its name.
-    pub(crate) fn write(
-        &self,
-        site: &Site,
-        now: SystemTime,
-        interrupted: &AtomicBool,
-    ) -> Result<String> {
-        fs::create_dir_all(&self.destination).map_err(|source| {
-            Error::volume("make the backup destination", &self.destination, source)
-        })?;
-        let now = jiff::Timestamp::try_from(now).unwrap_or_else(|_| jiff::Timestamp::now());
-        let packed = pack(site, &self.destination, self.owners, now, interrupted);
-        packed.map(|entry| entry.id.to_string())
+    pub(crate) fn write(&self, saving: Saving<'_>) -> Result<String> {
+        Ok(self.of(self.format)?.write(saving)?.name)
     }
 
     /// Puts a backup's files into `home`, where they are then as a session's are.
-    pub(crate) fn restore(&self, session: Uuid, name: &str, home: &Path) -> Result<()> {
-        unpack(&self.find(session, name)?.path, self.owners, home)
+    pub(crate) fn restore(
+        &self,
+        session: Uuid,
+        name: &str,
+        home: &Path,
+        counter: &Counter,
+    ) -> Result<()> {
+        let backup = self.find(session, name)?;
+        self.of(backup.format)?.restore(&backup, home, counter)
     }
 
-    /// A backup as an archive that can be restored anywhere.
-    pub(crate) fn open(&self, session: Uuid, name: &str) -> Result<File> {
-        let path = self.find(session, name)?.path;
+    /// A backup as an archive that can be restored anywhere. `staging` is an empty folder.
+    pub(crate) fn open(
+        &self,
+        session: Uuid,
+        name: &str,
+        staging: &Path,
+        owners: Option<Owners>,
+        interrupted: &AtomicBool,
+    ) -> Result<File> {
+        let backup = self.find(session, name)?;
+        let path = if let Some(path) = backup.path {
+            path
+        } else {
+            let home = staging.join("session");
+            self.of(backup.format)?.restore(&backup, &home, &Counter::default())?;
+            let site = Site::in_folder(session, home);
+            pack(&site, staging, owners, jiff::Timestamp::now(), interrupted)?.path
+        };
         File::open(&path).map_err(|source| Error::volume("read", &path, source))
     }
 
     fn find(&self, session: Uuid, name: &str) -> Result<Backup> {
-        let all = denizen_archive::list(&self.destination, Some(session))?;
-        let found = all.into_iter().find(|entry| entry.id.to_string() == name);
+        let found = self.list(Some(session))?.into_iter().find(|backup| backup.name == name);
         found.ok_or_else(|| Error::NoBackup { session, name: Some(name.to_owned()) })
     }
 
-    /// What can be restored, newest first.
-    pub(crate) fn list(&self, session: Uuid) -> Result<Vec<Backup>> {
-        Ok(denizen_archive::list(&self.destination, Some(session))?)
+    /// What can be restored of a session, or of all, newest first.
+    pub(crate) fn list(&self, session: Option<Uuid>) -> Result<Vec<Backup>> {
+        let mut all = Vec::new();
+        for format in self.formats() {
+            all.extend(format.list(session)?);
+        }
+        all.sort_by(|a, b| b.taken_at.cmp(&a.taken_at).then_with(|| a.name.cmp(&b.name)));
+        Ok(all)
+    }
+
+    /// Whether all that is there is what was written; with `read_data` every byte of it.
+    pub(crate) fn verify(&self, read_data: bool, interrupted: &AtomicBool) -> Result<Report> {
+        let mut report = Report::default();
+        for format in self.formats() {
+            let part = format.verify(read_data, interrupted)?;
+            report.backups += part.backups;
+            report.bytes += part.bytes;
+            report.findings.extend(part.findings);
+        }
+        Ok(report)
+    }
+
+    /// Deletes backups, and gives back the room that only they took.
+    pub(crate) fn forget(&self, backups: &[Backup]) -> Result<()> {
+        for format in [BackupFormat::Archive, BackupFormat::Repository] {
+            let some: Vec<Backup> =
+                backups.iter().filter(|backup| backup.format == format).cloned().collect();
+            if !some.is_empty() {
+                let format = self.of(format)?;
+                format.forget(&some)?;
+                format.compact()?;
+            }
+        }
+        Ok(())
     }
 
     /// Deletes what killed processes left half-written.
     pub(crate) fn sweep(&self) -> Result<()> {
-        if self.destination.exists() {
-            denizen_archive::clean(&self.destination, None)?;
-        }
-        Ok(())
+        self.formats().try_for_each(Format::sweep)
     }
-}
-
-/// Writes an archive of a session's volume and root changes.
-pub(crate) fn pack(
-    site: &Site,
-    destination: &Path,
-    owners: Option<Owners>,
-    now: jiff::Timestamp,
-    interrupted: &AtomicBool,
-) -> Result<Backup> {
-    let changes = site.root_changes();
-    let beside = changes.is_dir().then_some(changes.as_path());
-    let source = denizen_archive::Source { volume: &site.volume, beside, owners };
-    let written = denizen_archive::write(source, destination, site.id, now, interrupted)?;
-    for skipped in &written.skipped {
-        tracing::warn!(session = %site.id, ?skipped, "not in the backup");
-    }
-    Ok(written.entry)
-}
-
-/// Puts what an archive holds into a session's folder, which has none of it.
-pub(crate) fn unpack(archive: &Path, owners: Option<Owners>, home: &Path) -> Result<()> {
-    let file = File::open(archive).map_err(|source| Error::volume("read", archive, source))?;
-    let given = Given { file: &file, name: archive, limit: None };
-    unpack_given(given, owners, home, &AtomicBool::new(false))
-}
-
-/// As [`unpack`], of an archive from elsewhere.
-pub(crate) fn unpack_given(
-    given: Given<'_>,
-    owners: Option<Owners>,
-    home: &Path,
-    interrupted: &AtomicBool,
-) -> Result<()> {
-    let into = Site::in_folder(Uuid::nil(), home.to_owned());
-    let restored = denizen_archive::restore_given(given, &into.volume, owners, interrupted)?;
-    for warning in &restored.warnings {
-        tracing::warn!(archive = %given.name.display(), %warning, "restored with a loss");
-    }
-    let beside = into.volume.join(denizen_archive::BESIDE);
-    if are_root_changes(&beside) {
-        // No session's: whoever wrote the backup may have numbered them as one's.
-        let us = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
-        let ours = |path: &Path| std::os::unix::fs::lchown(path, Some(us.0), Some(us.1));
-        ours(&beside)
-            .and_then(|()| ours(&beside.join(RECORD)))
-            .and_then(|()| fs::rename(&beside, into.root_changes()))
-            .map_err(|source| Error::volume("restore", &beside, source))?;
-    }
-    Ok(())
-}
-
-/// Whether this is what a session has beside its volume, not a folder of its own by that name:
-/// real folders, and a file that says over what they go.
-fn are_root_changes(folder: &Path) -> bool {
-    let is_folder = |path: &Path| fs::symlink_metadata(path).is_ok_and(|meta| meta.is_dir());
-    let record = folder.join(RECORD);
-    let fits = |entry: fs::DirEntry| entry.path() == record || is_folder(&entry.path());
-    is_folder(folder)
-        && fs::symlink_metadata(&record).is_ok_and(|meta| meta.is_file())
-        && fs::read_dir(folder).is_ok_and(|mut all| all.all(|entry| entry.is_ok_and(fits)))
 }

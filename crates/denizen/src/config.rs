@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 use std::{fs, io};
 
+use denizen_repository::Destination;
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
@@ -39,8 +40,8 @@ pub struct VmPoolConfig {
     /// Seconds of being stopped after which a session is backed up. Needs
     /// `backup_destination`.
     pub backup_after_seconds: Option<u64>,
-    /// The folder that backups are written to. With it, nothing is deleted before a verified
-    /// backup holds it.
+    /// Where backups are written to: a folder, or `s3://bucket/prefix`. With it, nothing is
+    /// deleted before a verified backup holds it.
     pub backup_destination: Option<PathBuf>,
     /// A program and its arguments, run in the volume once, when a session is made.
     pub bootstrap_command: Option<Vec<String>>,
@@ -86,7 +87,7 @@ impl VmPoolConfig {
             if self.backup_destination.is_none() {
                 return Err(Error::config(
                     "backup_after_seconds",
-                    "needs backup_destination, the folder that backups go to",
+                    "needs backup_destination, where backups go to",
                 ));
             }
         }
@@ -95,12 +96,23 @@ impl VmPoolConfig {
         }
         if self.enabled {
             writable("volume_root", &self.volume_root)?;
-            if let Some(destination) = &self.backup_destination {
-                writable("backup_destination", destination)?;
+            if let Some(destination) = &self.backup_destination
+                && let Destination::Folder(folder) = backup_destination(destination)?
+            {
+                writable("backup_destination", &folder)?;
             }
         }
         Ok(())
     }
+}
+
+/// What `backup_destination` stands for.
+pub(crate) fn backup_destination(path: &Path) -> Result<Destination> {
+    // What is not text is a folder.
+    let Some(text) = path.to_str() else { return Ok(Destination::Folder(path.to_owned())) };
+    text.parse().map_err(|error: denizen_repository::Error| {
+        Error::config("backup_destination", error.to_string())
+    })
 }
 
 /// Makes the folder if need be and writes a file in it: permissions alone do not tell of a
@@ -155,7 +167,7 @@ pub struct VmPoolRuntimeConfig {
     pub prune_after: Duration,
     /// Stopped for this long, a session is backed up.
     pub backup_after: Option<Duration>,
-    /// The folder that backups are written to.
+    /// Where backups are written to: a folder, or `s3://bucket/prefix`.
     pub backup_destination: Option<PathBuf>,
     /// A program and its arguments, run in the volume once, when a session is made.
     pub bootstrap_command: Option<Vec<String>>,

@@ -229,6 +229,10 @@ pub enum Error {
     #[error(transparent)]
     Backup(#[from] ArchiveError),
 
+    /// A backup repository could not be written, read or listed.
+    #[error(transparent)]
+    Repository(#[from] denizen_repository::Error),
+
     /// This machine, or this user on it, cannot keep sessions apart as was asked.
     #[error("isolation {isolation} is not to be had here: {problem}")]
     Isolation {

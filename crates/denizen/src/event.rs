@@ -72,6 +72,8 @@ pub enum EventKind {
     Removed,
     /// A volume that nobody knew of was found and taken in.
     Adopted,
+    /// It was known by its backups alone, and is archived here now.
+    Recovered,
     /// Its volume has vanished, though denizen did not delete it.
     Missing,
     /// Something done for it failed.

@@ -51,12 +51,13 @@ mod snapshot;
 mod time;
 mod volume;
 
-pub use backup::Backup;
+pub use backup::{Backup, BackupFormat};
 pub use command::{Command, Execution, Exit, Limit, LimitWatch, Output};
 pub use config::{VmPoolConfig, VmPoolRuntimeConfig};
 pub use denizen_agent::{Agent, Chunk, Stream};
 pub use denizen_image::{Credentials, ImportOptions, Progress, PullOptions, Stage, Transport};
 pub use denizen_network::{InvalidRule, Rule, Rules};
+pub use denizen_repository::{Finding as BackupFinding, Report as BackupReport};
 pub use error::{ArchiveError, Error, RegistryError, Result};
 pub use event::{Event, EventKind, Events};
 pub use isolation::{ImageInfo, Isolation, Limits, Network};

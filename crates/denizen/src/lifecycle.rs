@@ -340,6 +340,8 @@ pub enum Change {
     Removed,
     /// A volume without a row was found and taken in.
     Adopted,
+    /// It was known by its backups alone, and is archived here now.
+    Recovered,
     /// The volume has vanished from the disk.
     Missing,
     /// An operation failed; tried again at the given time if it is one that is retried.
@@ -704,6 +706,36 @@ impl Lifecycle {
             out.push(Effect::Save(row.clone()));
         }
         self.take_in(row);
+    }
+
+    /// A session is known by its backups alone; false if it is known here already. It is
+    /// archived from now on.
+    pub fn recovered(
+        &mut self,
+        now: PoolTime,
+        id: Uuid,
+        backup: String,
+        out: &mut Vec<Effect>,
+    ) -> bool {
+        self.now = self.now.max(now);
+        // One that is about to be made is nobody's yet, but will be another one.
+        if self.sessions.contains_key(&id) {
+            return false;
+        }
+        let (now, backup) = (self.now, Some(backup));
+        let row = Row {
+            id,
+            phase: Phase::Archived,
+            created_at: now,
+            last_used: now,
+            stopped_at: now,
+            unsaved: false,
+            backup,
+        };
+        out.push(Effect::Save(row.clone()));
+        out.push(Effect::Notify { id, change: Change::Recovered });
+        self.take_in(row);
+        true
     }
 
     fn take_in(&mut self, row: Row) {

@@ -4,15 +4,16 @@ use std::collections::HashMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, SystemTime};
 
 use denizen_agent::Agent;
 use denizen_image::{ImportOptions, Progress, PullOptions, Store};
+use denizen_repository::Report as BackupReport;
 use tokio::io::AsyncRead;
 use uuid::Uuid;
 
-use crate::backup::Backup;
+use crate::backup::{Backup, BackupFormat};
 use crate::command::{Command, LimitWatch};
 use crate::config::VmPoolRuntimeConfig;
 use crate::error::{Error, Result};
@@ -137,6 +138,21 @@ impl Builder {
         self
     }
 
+    /// How new backups are written. What the destination has in the other format can be restored
+    /// all the same. Default: [`BackupFormat::Archive`].
+    pub fn backup_format(mut self, format: BackupFormat) -> Self {
+        self.settings.backup_format = format;
+        self
+    }
+
+    /// The file with the password of the backup repository. It is made, with a new one, where
+    /// there is neither the file nor a repository; without it nothing of a repository can be
+    /// read, here or elsewhere. Default: `.denizen/backup.key` in the volume root.
+    pub fn backup_key(mut self, file: impl Into<PathBuf>) -> Self {
+        self.settings.backup_key = Some(file.into());
+        self
+    }
+
     /// What becomes of sessions that are idle. Default: [`Sleep::Stop`]. Freezing needs
     /// [`Isolation::Sandbox`] and a control group that this process is granted.
     pub fn sleep(mut self, sleep: Sleep) -> Self {
@@ -176,6 +192,8 @@ impl MicroVmManager {
     /// Begins to choose what the configuration has no fields for.
     pub fn builder(config: VmPoolRuntimeConfig) -> Builder {
         let settings = Settings {
+            backup_format: BackupFormat::default(),
+            backup_key: None,
             isolation: Isolation::default(),
             instances: Options::default(),
             clock: Arc::new(SystemClock),
@@ -340,17 +358,70 @@ impl MicroVmManager {
     /// [`Error::Disabled`], [`Error::NoDestination`], [`Error::Backup`].
     pub async fn backups(&self, session_id: Uuid) -> Result<Vec<Backup>> {
         let pool = self.pool()?.clone();
-        blocking(move || pool.backups()?.list(session_id)).await
+        blocking(move || pool.backups()?.list(Some(session_id))).await
     }
 
-    /// Puts a session back as a backup (the latest, if none is named) has it. Changes since
+    /// What all sessions can be restored from, newest first: also such as are not known here,
+    /// which [`MicroVmManager::recover`] brings. Cancel-safe.
+    ///
+    /// # Errors
+    /// As [`MicroVmManager::backups`].
+    pub async fn all_backups(&self) -> Result<Vec<Backup>> {
+        let pool = self.pool()?.clone();
+        blocking(move || pool.backups()?.list(None)).await
+    }
+
+    /// The newest backup of a session that was taken at `time` or before. Cancel-safe.
+    ///
+    /// # Errors
+    /// As [`MicroVmManager::backups`]; [`Error::NoBackup`] if it is later than that that the
+    /// first one was taken.
+    pub async fn backup_at(&self, session_id: Uuid, time: SystemTime) -> Result<Backup> {
+        let found = self
+            .backups(session_id)
+            .await?
+            .into_iter()
+            .find(|backup| SystemTime::from(backup.taken_at) <= time);
+        found.ok_or(Error::NoBackup { session: session_id, name: None })
+    }
+
+    /// Checks all backups of the destination: that what they need is there; with `read_data`
+    /// also that every byte of it is what was written. What is wrong is no error but in the
+    /// report. Cancel-safe: dropped, it is given up.
+    ///
+    /// # Errors
+    /// As [`MicroVmManager::backups`].
+    pub async fn verify_backups(&self, read_data: bool) -> Result<BackupReport> {
+        let pool = self.pool()?.clone();
+        let given_up = GiveUp(Arc::default());
+        let flag = given_up.0.clone();
+        blocking(move || pool.backups()?.verify(read_data, &flag)).await
+    }
+
+    /// Makes every session of which there is a backup, and that is not known here, known as
+    /// archived, under the name that it had unless another has it here: its files come with its
+    /// first use. Gives those that are new. For a new machine, which has nothing but the
+    /// destination and the key. Cancel-safe: what has begun goes on.
+    ///
+    /// # Errors
+    /// As [`MicroVmManager::backups`], [`Error::Registry`].
+    pub async fn recover(&self) -> Result<Vec<SessionInfo>> {
+        self.pool()?.recover_sessions().await
+    }
+
+    /// Puts a session back as a backup (the latest, if none is named) has it. The beginning of a
+    /// backup's name will do, if no other begins with it. Changes since
     /// the last backup are saved first. A restore that fails leaves what was there.
     /// Cancel-safe: what has begun goes on.
     ///
     /// # Errors
     /// As [`MicroVmManager::backup`], [`Error::NoBackup`], [`Error::AtCapacity`].
     pub async fn restore(&self, session_id: Uuid, backup: Option<&str>) -> Result<()> {
-        let want = Want::Restored(backup.map(|name| Saved::Backup(name.to_owned())));
+        let backup = match backup {
+            Some(name) => Some(self.pool()?.find_backup(session_id, name).await?),
+            None => None,
+        };
+        let want = Want::Restored(backup.map(Saved::Backup));
         self.pool()?.ask(session_id, want).await.map(drop)
     }
 
@@ -588,6 +659,15 @@ impl MicroVmManager {
             Some(pool) => pool.shutdown(true).await,
             None => Ok(()),
         }
+    }
+}
+
+/// Has work that nobody waits for any more end.
+struct GiveUp(Arc<AtomicBool>);
+
+impl Drop for GiveUp {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
     }
 }
 

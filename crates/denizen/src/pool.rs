@@ -26,8 +26,9 @@ use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::JoinSet;
 use uuid::Uuid;
 
-use crate::backup::Backups;
+use crate::backup::{BackupFormat, Backups};
 use crate::bootstrap;
+use crate::config;
 use crate::config::VmPoolRuntimeConfig;
 use crate::error::{Error, Result};
 use crate::event::{
@@ -62,6 +63,8 @@ pub(crate) struct Settings {
     pub(crate) acquire_timeout: Option<Duration>,
     pub(crate) background_is_use: bool,
     pub(crate) spares: usize,
+    pub(crate) backup_format: BackupFormat,
+    pub(crate) backup_key: Option<PathBuf>,
 }
 
 /// A session's place in this process.
@@ -305,8 +308,13 @@ impl Pool {
         });
         let rows = rows.collect();
 
-        let backups = config.backup_destination.clone();
-        let backups = backups.map(|destination| Backups::new(destination, driver.owners()));
+        let backups = config.backup_destination.as_deref().map(|destination| {
+            let destination = config::backup_destination(destination)?;
+            let key = settings.backup_key.clone();
+            let key = key.unwrap_or_else(|| volumes.own().join("backup.key"));
+            Backups::new(destination, settings.backup_format, key, driver.owners())
+        });
+        let backups = backups.transpose()?;
         let policy = Policy {
             max_vms: config.max_vms,
             idle_shutdown: config.idle_shutdown,
@@ -547,6 +555,7 @@ impl Pool {
             Change::Deleted => EventKind::Deleted,
             Change::Removed => EventKind::Removed,
             Change::Adopted => EventKind::Adopted,
+            Change::Recovered => EventKind::Recovered,
             Change::Missing => EventKind::Missing,
             Change::Failed { op, retry_at } => EventKind::Failed {
                 operation: op_name(&op),
@@ -779,6 +788,61 @@ impl Pool {
             Ok(id)
         })
         .await
+    }
+
+    /// A backup of a session by its name, or by what only its name begins with.
+    pub(crate) async fn find_backup(self: &Arc<Self>, id: Uuid, name: &str) -> Result<String> {
+        let pool = self.clone();
+        let wanted = name.to_owned();
+        let none = || Error::NoBackup { session: id, name: Some(name.to_owned()) };
+        let mut found: Vec<String> = blocking(move || {
+            let all = pool.backups()?.list(Some(id))?.into_iter().map(|backup| backup.name);
+            Ok(all.filter(|name| name.starts_with(&wanted)).collect())
+        })
+        .await?;
+        if let Some(whole) = found.iter().position(|found| found == name) {
+            return Ok(found.swap_remove(whole));
+        }
+        let only = found.pop().ok_or_else(none)?;
+        if found.is_empty() { Ok(only) } else { Err(none()) }
+    }
+
+    /// Makes known what is known only by its backups.
+    pub(crate) async fn recover_sessions(self: &Arc<Self>) -> Result<Vec<SessionInfo>> {
+        let pool = self.clone();
+        blocking(move || {
+            let mut found = Vec::new();
+            // The newest of each comes first.
+            for backup in pool.backups()?.list(None)? {
+                let id = backup.session;
+                let backup_name = backup.name.clone();
+                let is_new =
+                    pool.apply(|state, now, out| state.core.recovered(now, id, backup_name, out));
+                if !is_new {
+                    continue;
+                }
+                if let Some(name) = backup.session_name.and_then(|name| name.parse().ok()) {
+                    pool.give_name(&name, id)?;
+                }
+                found.push(pool.inspect(id)?);
+            }
+            Ok(found)
+        })
+        .await
+    }
+
+    /// Gives a session a name that no other has. Blocks.
+    fn give_name(&self, name: &SessionName, id: Uuid) -> Result<()> {
+        let mut registry = self.registry.lock();
+        if self.named(name).is_some() {
+            tracing::warn!(session = %id, %name, "recovered without its name, which another has");
+            return Ok(());
+        }
+        registry.name(name, id)?;
+        let mut state = self.state.lock();
+        state.ids.insert(name.to_string(), id);
+        state.names.insert(id, name.clone());
+        Ok(())
     }
 
     pub(crate) fn sessions(&self) -> Vec<SessionInfo> {

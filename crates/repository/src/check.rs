@@ -19,7 +19,7 @@ use crate::{Counter, Engine, Repository, entry, session_of};
 const MOST_THREADS: usize = 4;
 
 /// Something that is not as it was written.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct Finding {
     /// The backup that cannot be restored for it; none if it belongs to no backup.
     pub backup: Option<String>,
@@ -32,7 +32,7 @@ pub struct Finding {
 }
 
 /// What a check has found.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct Report {
     /// Backups that were looked at.
     pub backups: u64,

@@ -220,6 +220,20 @@ impl Repository {
         Ok(Self { files, key, known: Mutex::default() })
     }
 
+    /// Whether there is a repository at a destination.
+    ///
+    /// # Errors
+    /// What met the reading of it.
+    pub fn exists(destination: &Destination) -> Result<bool> {
+        let files = destination.files()?;
+        let size = files.size("config").map_err(|error| Error::Engine {
+            action: "open",
+            place: files.place(),
+            problem: error.to_string(),
+        })?;
+        Ok(size.is_some())
+    }
+
     /// What people call the place; no secret is in it.
     pub fn place(&self) -> String {
         self.files.place()

@@ -36,6 +36,9 @@ pub(crate) fn router(pool: Arc<MicroVmManager>, leases: Arc<Leases>, stop: Arc<N
         .route("/v1/shutdown", post(shutdown))
         .route("/v1/events", get(events))
         .route("/v1/images", get(images).post(bring_image).delete(remove_image))
+        .route("/v1/backups", get(all_backups))
+        .route("/v1/backups/verify", post(verify_backups))
+        .route("/v1/recover", post(recover))
         .route("/v1/sessions", get(list))
         .route("/v1/sessions/{session}", get(inspect).delete(remove))
         .route("/v1/sessions/{session}/start", post(start))
@@ -201,28 +204,37 @@ async fn backup(State(api): State<Api>, Path(session): Path<String>) -> Answer<R
     Ok(Json(api.pool.inspect(id)?).into_response())
 }
 
-#[derive(Serialize)]
-struct BackupInfo {
-    name: String,
-    taken_at: String,
-    bytes: u64,
-    path: PathBuf,
+async fn all_backups(State(api): State<Api>) -> Answer<Response> {
+    Ok(Json(api.pool.all_backups().await?).into_response())
+}
+
+#[derive(Deserialize)]
+struct VerifyQuery {
+    #[serde(default)]
+    read_data: bool,
+}
+
+async fn verify_backups(
+    State(api): State<Api>,
+    Query(query): Query<VerifyQuery>,
+) -> Answer<Response> {
+    Ok(Json(api.pool.verify_backups(query.read_data).await?).into_response())
+}
+
+async fn recover(State(api): State<Api>) -> Answer<Response> {
+    Ok(Json(api.pool.recover().await?).into_response())
 }
 
 async fn backups(State(api): State<Api>, Path(session): Path<String>) -> Answer<Response> {
     let id = api.leases.find(&session)?;
-    let all = api.pool.backups(id).await?.into_iter().map(|backup| BackupInfo {
-        name: backup.id.to_string(),
-        taken_at: backup.taken_at.to_string(),
-        bytes: backup.bytes,
-        path: backup.path,
-    });
-    Ok(Json(all.collect::<Vec<_>>()).into_response())
+    Ok(Json(api.pool.backups(id).await?).into_response())
 }
 
 #[derive(Deserialize)]
 struct RestoreQuery {
     backup: Option<String>,
+    /// As it was at that time (RFC 3339), instead of a backup.
+    at: Option<jiff::Timestamp>,
     /// Instead of a backup.
     snapshot: Option<String>,
 }
@@ -233,13 +245,17 @@ async fn restore(
     Query(query): Query<RestoreQuery>,
 ) -> Answer<Response> {
     let id = api.leases.find(&session)?;
-    match (query.backup, query.snapshot) {
-        (Some(_), Some(_)) => {
-            let message = "either a backup or a snapshot is restored".to_owned();
+    match (query.backup, query.at, query.snapshot) {
+        (None, None, Some(name)) => api.pool.restore_snapshot(id, &name.parse()?).await?,
+        (None, Some(at), None) => {
+            let backup = api.pool.backup_at(id, at.into()).await?;
+            api.pool.restore(id, Some(&backup.name)).await?;
+        }
+        (backup, None, None) => api.pool.restore(id, backup.as_deref()).await?,
+        _ => {
+            let message = "either a backup, a time or a snapshot is restored".to_owned();
             return Err(Refused { status: StatusCode::BAD_REQUEST, code: "bad_request", message });
         }
-        (None, Some(name)) => api.pool.restore_snapshot(id, &name.parse()?).await?,
-        (backup, None) => api.pool.restore(id, backup.as_deref()).await?,
     }
     Ok(Json(api.pool.inspect(id)?).into_response())
 }

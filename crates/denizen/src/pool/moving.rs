@@ -156,7 +156,9 @@ fn archive(hold: &Hold, interrupted: &AtomicBool) -> Result<File> {
         && row.phase == Phase::Archived
     {
         let name = row.backup.ok_or(Error::NoBackup { session: id, name: None })?;
-        return pool.backups()?.open(id, &name);
+        let staging = pool.volumes.stage(id)?;
+        let owners = pool.driver.owners();
+        return pool.backups()?.open(id, &name, staging.path(), owners, interrupted);
     }
     let staging = pool.volumes.stage(id)?;
     let now = jiff::Timestamp::now();

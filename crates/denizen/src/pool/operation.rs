@@ -9,10 +9,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use denizen_agent::{Agent, Spec, Stdio};
+use denizen_repository::Counter;
 use tokio::sync::oneshot;
 use uuid::Uuid;
 
 use super::{Copying, Origin, Place, Pool, Spare, State, blocking};
+use crate::backup::Saving;
 use crate::disk::Known;
 use crate::error::{Error, Result as Fallible};
 use crate::event::{Event, EventKind};
@@ -509,7 +511,14 @@ async fn save(pool: &Arc<Pool>, id: Uuid, seq: Seq) -> Result {
             return Ok(Outcome::Missing);
         }
         let site = pool.volumes.site(id);
-        let name = pool.backups()?.write(&site, pool.clock.wall(), &interrupted)?;
+        let name = pool.state.lock().names.get(&id).map(ToString::to_string);
+        let name = pool.backups()?.write(Saving {
+            site: &site,
+            name: name.as_deref(),
+            now: pool.clock.wall(),
+            counter: &Arc::default(),
+            interrupted: &interrupted,
+        })?;
         Ok(Outcome::BackedUp(name))
     })
     .await
@@ -521,9 +530,9 @@ async fn restore(pool: &Arc<Pool>, place: &Arc<Place>, saved: Saved) -> Result {
         let id = place.site.id;
         let staging = pool.volumes.stage(id)?;
         let restored = match &saved {
-            Saved::Backup(name) => {
-                pool.backups().and_then(|backups| backups.restore(id, name, staging.path()))
-            }
+            Saved::Backup(name) => pool
+                .backups()
+                .and_then(|backups| backups.restore(id, name, staging.path(), &Counter::default())),
             Saved::Snapshot(name) => name
                 .parse()
                 .and_then(|name| pool.volumes.snapshot(id, &name))

@@ -1,0 +1,85 @@
+//! `denizen backups`: what the destination holds, and whether it is sound.
+
+use clap::Subcommand;
+use jiff::{Span, Timestamp, Zoned};
+use serde_json::Value;
+
+use crate::client::{self, Client};
+use crate::show;
+use crate::{Failure, Result};
+
+#[derive(Subcommand)]
+pub enum BackupsVerb {
+    /// Check all backups of the destination: that all that they need is there
+    Verify {
+        /// Also that every byte of them is what was written, which reads all of it
+        #[arg(long)]
+        read_data: bool,
+    },
+}
+
+/// Does what is asked of the backups of a session, or of all; gives the exit code.
+pub async fn run(
+    client: &Client,
+    session: Option<&str>,
+    verb: Option<BackupsVerb>,
+    json: bool,
+) -> Result<i32> {
+    match (verb, session) {
+        (Some(BackupsVerb::Verify { read_data }), _) => {
+            let path = format!("/v1/backups/verify?read_data={read_data}");
+            let report = client.json("POST", &path).await?;
+            show::report(&report, json)?;
+            // As diff(1) and its like tell: it was done, and something is not as it should be.
+            Ok(i32::from(report["findings"].as_array().is_some_and(|all| !all.is_empty())))
+        }
+        (None, Some(session)) => {
+            let path = client::path(session, "/backups");
+            show::backups(&client.json("GET", &path).await?, json).map(|()| 0)
+        }
+        (None, None) => {
+            show::all_backups(&client.json("GET", "/v1/backups").await?, json).map(|()| 0)
+        }
+    }
+}
+
+/// A time that is over: as RFC 3339 has it, or how long ago it was.
+pub fn past(text: &str) -> std::result::Result<Timestamp, String> {
+    if let Ok(at) = text.parse::<Timestamp>() {
+        return Ok(at);
+    }
+    let span: Span = text.parse().map_err(|_| {
+        "neither a time (2026-01-31T12:00:00Z) nor how long ago (`2 hours ago`)".to_owned()
+    })?;
+    // `2 hours` is as good as `2 hours ago`.
+    let span = if span.is_positive() { span.negate() } else { span };
+    let at = Zoned::now().checked_add(span).map_err(|error| error.to_string())?;
+    Ok(at.timestamp())
+}
+
+/// Recovers sessions, and says how many.
+pub async fn recover(client: &Client, json: bool) -> Result<()> {
+    let found = client.json("POST", "/v1/recover").await?;
+    if !json && found.as_array().is_some_and(Vec::is_empty) {
+        return Err(Failure::new("no session is in the destination that is not known here"));
+    }
+    show::sessions(&found, json)
+}
+
+/// Where a report tells of a backup.
+pub fn finding(finding: &Value) -> String {
+    let text = |field: &str| finding[field].as_str().map(str::to_owned);
+    let mut line = text("backup").unwrap_or_else(|| "the destination".to_owned());
+    if let Some(session) = text("session") {
+        line.push_str(&format!(" of {session}"));
+    }
+    line.push_str(&format!(": {}", text("problem").unwrap_or_default()));
+    match text("instead") {
+        Some(instead) => line.push_str(&format!("\n  the newest sound one is {instead}")),
+        None if finding["session"].is_string() => {
+            line.push_str("\n  there is no sound one of that session");
+        }
+        None => {}
+    }
+    line
+}

@@ -1,0 +1,186 @@
+//! Archives: each backup is one compressed tar file in a folder.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
+
+use denizen_archive::{Entry, Error as ArchiveError, Given, Owners};
+use denizen_repository::{Counter, Finding, Report};
+use uuid::Uuid;
+
+use super::{Backup, BackupFormat, Format, Saving};
+use crate::error::{Error, Result};
+use crate::isolation::{RECORD, Site};
+
+#[derive(Debug)]
+pub(super) struct Archives {
+    folder: PathBuf,
+    owners: Option<Owners>,
+}
+
+impl Archives {
+    pub(super) fn new(folder: PathBuf, owners: Option<Owners>) -> Self {
+        Self { folder, owners }
+    }
+}
+
+impl Format for Archives {
+    fn write(&self, saving: Saving<'_>) -> Result<Backup> {
+        fs::create_dir_all(&self.folder)
+            .map_err(|source| Error::volume("make the backup destination", &self.folder, source))?;
+        let Saving { site, now, interrupted, .. } = saving;
+        let now = jiff::Timestamp::try_from(now).unwrap_or_else(|_| jiff::Timestamp::now());
+        pack(site, &self.folder, self.owners, now, interrupted).map(told)
+    }
+
+    fn restore(&self, backup: &Backup, home: &Path, _: &Counter) -> Result<()> {
+        let path = self.folder.join(&backup.name);
+        let file = File::open(&path).map_err(|source| Error::volume("read", &path, source))?;
+        let given = Given { file: &file, name: &path, limit: None };
+        unpack_given(given, self.owners, home, &AtomicBool::new(false))
+    }
+
+    fn list(&self, session: Option<Uuid>) -> Result<Vec<Backup>> {
+        match denizen_archive::list(&self.folder, session) {
+            // The other format may be the one that is used.
+            Err(ArchiveError::DestinationMissing { .. }) => Ok(Vec::new()),
+            found => Ok(found?.into_iter().map(told).collect()),
+        }
+    }
+
+    /// An archive is one stream: nothing can be said of it without reading it.
+    fn verify(&self, _read_data: bool, interrupted: &AtomicBool) -> Result<Report> {
+        let mut report = Report::default();
+        // Newest first; what is found is told with the next sound one before it.
+        let mut unsound: Vec<(Backup, String)> = Vec::new();
+        let tell = |unsound: &mut Vec<(Backup, String)>, instead: Option<&Backup>| {
+            let session = instead.map(|it| it.session);
+            let told = unsound.extract_if(.., |(it, _)| session.is_none_or(|s| s == it.session));
+            told.map(|(backup, problem)| Finding {
+                session: Some(backup.session),
+                backup: Some(backup.name),
+                problem,
+                instead: instead.map(|it| it.name.clone()),
+            })
+            .collect::<Vec<_>>()
+        };
+        let mut findings = Vec::new();
+        for backup in self.list(None)? {
+            if interrupted.load(std::sync::atomic::Ordering::Relaxed) {
+                let path = self.folder.clone();
+                return Err(ArchiveError::Cancelled { path }.into());
+            }
+            report.backups += 1;
+            match denizen_archive::verify(&self.folder.join(&backup.name)) {
+                Ok(_) => {
+                    report.bytes += backup.bytes;
+                    findings.extend(tell(&mut unsound, Some(&backup)));
+                }
+                Err(error @ (ArchiveError::Damaged { .. } | ArchiveError::Refused { .. })) => {
+                    unsound.push((backup, error.to_string()));
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+        findings.extend(tell(&mut unsound, None));
+        report.findings = findings;
+        Ok(report)
+    }
+
+    fn forget(&self, backups: &[Backup]) -> Result<()> {
+        for backup in backups {
+            let path = self.folder.join(&backup.name);
+            match fs::remove_file(&path) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(Error::volume("delete", &path, error));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn compact(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn sweep(&self) -> Result<()> {
+        if self.folder.exists() {
+            denizen_archive::clean(&self.folder, None)?;
+        }
+        Ok(())
+    }
+}
+
+fn told(entry: Entry) -> Backup {
+    Backup {
+        name: entry.id.to_string(),
+        session: entry.session,
+        session_name: None,
+        host: None,
+        taken_at: entry.taken_at,
+        format: BackupFormat::Archive,
+        bytes: entry.bytes,
+        path: Some(entry.path),
+    }
+}
+
+/// Writes an archive of a session's volume and root changes.
+pub(crate) fn pack(
+    site: &Site,
+    destination: &Path,
+    owners: Option<Owners>,
+    now: jiff::Timestamp,
+    interrupted: &AtomicBool,
+) -> Result<Entry> {
+    let changes = site.root_changes();
+    let beside = changes.is_dir().then_some(changes.as_path());
+    let source = denizen_archive::Source { volume: &site.volume, beside, owners };
+    let written = denizen_archive::write(source, destination, site.id, now, interrupted)?;
+    for skipped in &written.skipped {
+        tracing::warn!(session = %site.id, ?skipped, "not in the backup");
+    }
+    Ok(written.entry)
+}
+
+/// Puts what an archive holds into a session's folder, which has none of it.
+pub(crate) fn unpack_given(
+    given: Given<'_>,
+    owners: Option<Owners>,
+    home: &Path,
+    interrupted: &AtomicBool,
+) -> Result<()> {
+    let into = Site::in_folder(Uuid::nil(), home.to_owned());
+    let restored = denizen_archive::restore_given(given, &into.volume, owners, interrupted)?;
+    for warning in &restored.warnings {
+        tracing::warn!(archive = %given.name.display(), %warning, "restored with a loss");
+    }
+    let beside = into.volume.join(denizen_archive::BESIDE);
+    if are_root_changes(&beside) {
+        own_root_changes(&beside)?;
+        fs::rename(&beside, into.root_changes())
+            .map_err(|source| Error::volume("restore", &beside, source))?;
+    }
+    Ok(())
+}
+
+/// Makes the folder of root changes ours, and what it says of them: they are no session's, but
+/// whoever wrote the backup may have numbered them as one's.
+pub(super) fn own_root_changes(folder: &Path) -> Result<()> {
+    let us = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
+    let ours = |path: &Path| std::os::unix::fs::lchown(path, Some(us.0), Some(us.1));
+    ours(folder)
+        .and_then(|()| ours(&folder.join(RECORD)))
+        .map_err(|source| Error::volume("restore", folder, source))
+}
+
+/// Whether this is what a session has beside its volume, not a folder of its own by that name:
+/// real folders, and a file that says over what they go.
+pub(super) fn are_root_changes(folder: &Path) -> bool {
+    let is_folder = |path: &Path| fs::symlink_metadata(path).is_ok_and(|meta| meta.is_dir());
+    let record = folder.join(RECORD);
+    let fits = |entry: fs::DirEntry| entry.path() == record || is_folder(&entry.path());
+    is_folder(folder)
+        && fs::symlink_metadata(&record).is_ok_and(|meta| meta.is_file())
+        && fs::read_dir(folder).is_ok_and(|mut all| all.all(|entry| entry.is_ok_and(fits)))
+}
