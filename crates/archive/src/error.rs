@@ -59,7 +59,7 @@ pub enum Error {
     /// The volume was written to while it was being read. Nothing was kept; try again when
     /// it is at rest.
     #[error(
-        "{} {how} while it was being backed up: try again when nothing writes to it",
+        "{} {how} while it was being read: try again when nothing writes to it",
         path.display()
     )]
     Changed {

@@ -1,5 +1,5 @@
 //! Backups of a directory tree, each one compressed tar file that is whole or absent; and copies
-//! of one beside it ([`copy`]).
+//! of one beside it ([`copy`]), and what two of them differ in ([`diff`]).
 //!
 //! This crate writes, checks, restores and lists archives, and copies trees by the same rules. It decides nothing: when to back
 //! up, what to keep and what to delete is the pool's business. It never follows a symlink,
@@ -56,6 +56,7 @@
 //! off exactly in front of its seal is such an archive too: complete, but unsealed.
 
 mod copy;
+mod diff;
 mod error;
 mod format;
 mod owners;
@@ -66,6 +67,7 @@ mod walk;
 mod write;
 
 pub use copy::{Copied, copy};
+pub use diff::{Aspect, Difference, Node, diff};
 pub use error::Error;
 pub use owners::Owners;
 pub use restore::{Given, Restored, restore, restore_as, restore_given};

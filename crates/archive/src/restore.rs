@@ -12,6 +12,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::thread;
@@ -29,6 +30,8 @@ use crate::{Error, Summary};
 const MOST_PENDING: usize = 256 << 20;
 /// The most warnings that are kept as text.
 const MOST_WARNINGS: usize = 256;
+/// How many directories are kept open on the way to where entries are made.
+const OPEN_FOLDERS: usize = 64;
 /// How many decompressed chunks wait for the thread that writes files.
 const CHUNKS: usize = 8;
 
@@ -177,9 +180,9 @@ pub struct Place<'a> {
     archive: &'a Path,
     into: &'a Path,
     cancelled: &'a AtomicBool,
-    root: OwnedFd,
-    /// The directory of the last entry, by its normalised path.
-    current: Option<(Vec<u8>, OwnedFd)>,
+    root: Rc<OwnedFd>,
+    /// Directories on the way to the last one that was looked for, by their normalised paths.
+    way: Vec<(Vec<u8>, Rc<OwnedFd>)>,
     pending: Vec<Pending>,
     pending_bytes: usize,
     user: Uid,
@@ -208,8 +211,8 @@ impl<'a> Place<'a> {
             archive,
             into,
             cancelled,
-            root,
-            current: None,
+            root: Rc::new(root),
+            way: Vec::new(),
             pending: Vec::new(),
             pending_bytes: 0,
             user: rustix::process::geteuid(),
@@ -281,13 +284,11 @@ impl<'a> Place<'a> {
         if name.is_empty() {
             return Err(self.refuse(&member, "stands for the volume but is no directory"));
         }
-        // Found first, because it takes the place of the current directory.
         let target = match member.kind {
             Kind::HardLink => Some(self.link_target(&member)?),
             _ => None,
         };
-        let parent = parent.to_vec();
-        let folder = self.folder(&parent, &member)?;
+        let folder = self.folder(parent, Some(&member))?;
         let exists = |place: &Self, e| match e {
             Errno::EXIST => place.refuse(&member, "is in the archive twice"),
             e => place.failed("make", &member.path, e),
@@ -334,14 +335,13 @@ impl<'a> Place<'a> {
             }
             Kind::Directory => {}
         }
-        self.current = Some((parent, folder));
         Ok(())
     }
 
     fn directory(&mut self, path: Vec<u8>, member: Member) -> Result<(), Error> {
         if !path.is_empty() {
             let (parent, name) = split(&path);
-            let folder = self.folder(parent, &member)?;
+            let folder = self.folder(parent, Some(&member))?;
             match rustix::fs::mkdirat(&folder, name, Mode::RWXU) {
                 Ok(()) => {}
                 // Again, or made before as somebody's parent. Opening it fails if it is
@@ -356,7 +356,6 @@ impl<'a> Place<'a> {
                 }
                 Err(e) => return Err(self.failed("make", &member.path, e)),
             }
-            self.current = Some((parent.to_vec(), folder));
         }
         let meta = Meta::from(member);
         let attributes: usize = meta.xattrs.iter().map(|(n, v)| n.len() + v.len() + 48).sum();
@@ -392,65 +391,64 @@ impl<'a> Place<'a> {
     }
 
     /// The directory a hard link's other name is in, and that name.
-    fn link_target(&mut self, member: &Member) -> Result<(OwnedFd, Vec<u8>), Error> {
+    fn link_target(&mut self, member: &Member) -> Result<(Rc<OwnedFd>, Vec<u8>), Error> {
         let path = match self.normalise(&member.link) {
             Ok(path) if !path.is_empty() => path,
             _ => return Err(self.refuse(member, "links to something outside")),
         };
         let (parent, name) = split(&path);
-        // A target must be there already, so its parents are not made.
-        let mut folder = None::<OwnedFd>;
+        // A target must be there already, so its parents are not made. Nor are they kept open:
+        // the next entry is where the link is.
+        let mut folder = self.root.clone();
         for step in parent.split(|&b| b == b'/').filter(|step| !step.is_empty()) {
-            let from = folder.as_ref().map_or(self.root.as_fd(), AsFd::as_fd);
-            folder = Some(open_folder(from, step).map_err(|e| match e {
+            folder = Rc::new(open_folder(folder.as_fd(), step).map_err(|e| match e {
                 Errno::NOENT => self.refuse(member, "links to an entry that is not there"),
                 Errno::NOTDIR | Errno::LOOP => self.refuse(member, "links through a symlink"),
                 e => self.failed("open", &member.link, e),
             })?);
         }
-        let folder = match folder {
-            Some(folder) => folder,
-            None => self.dup_root()?,
-        };
         Ok((folder, name.to_vec()))
     }
 
-    /// Opens the directory `path`, making what is missing on the way. It is handed over and
-    /// comes back as `current`.
-    fn folder(&mut self, path: &[u8], member: &Member) -> Result<OwnedFd, Error> {
-        let (mut fd, rest) = match self.current.take() {
-            Some((known, fd)) if known == path => return Ok(fd),
-            Some((known, fd)) if !known.is_empty() && is_below(path, &known) => {
-                (fd, &path[known.len() + 1..])
-            }
-            _ => (self.dup_root()?, path),
-        };
-        for step in rest.split(|&b| b == b'/').filter(|step| !step.is_empty()) {
+    /// Opens the directory `path`; makes what is missing on the way if it is for a new entry.
+    fn folder(&mut self, path: &[u8], entry: Option<&Member>) -> Result<Rc<OwnedFd>, Error> {
+        while self.way.last().is_some_and(|(known, _)| known != path && !is_below(path, known)) {
+            self.way.pop();
+        }
+        let known = self.way.last().map(|(known, fd)| (known.len(), fd.clone()));
+        let (mut done, mut fd) = known.unwrap_or_else(|| (0, self.root.clone()));
+        while done < path.len() {
+            let start = if done == 0 { 0 } else { done + 1 };
+            let rest = &path[start..];
+            done = start + rest.iter().position(|&b| b == b'/').unwrap_or(rest.len());
+            let step = &path[start..done];
             let mut next = open_folder(fd.as_fd(), step);
-            if matches!(next, Err(Errno::NOENT)) {
+            if entry.is_some() && matches!(next, Err(Errno::NOENT)) {
                 rustix::fs::mkdirat(&fd, step, Mode::from_raw_mode(0o755))
                     .map_err(|e| self.failed("make", path, e))?;
                 next = open_folder(fd.as_fd(), step);
             }
-            fd = next.map_err(|e| match e {
-                Errno::NOTDIR | Errno::LOOP => {
+            fd = Rc::new(next.map_err(|e| match (e, entry) {
+                (Errno::NOTDIR | Errno::LOOP, Some(member)) => {
                     self.refuse(member, "lies below a symlink or a file")
                 }
-                e => self.failed("open", path, e),
-            })?;
+                (e, _) => self.failed("open", path, e),
+            })?);
+            if self.way.len() == OPEN_FOLDERS {
+                self.way.remove(0);
+            }
+            self.way.push((path[..done].to_vec(), fd.clone()));
         }
         Ok(fd)
     }
 
-    fn dup_root(&self) -> Result<OwnedFd, Error> {
-        self.root.try_clone().map_err(|e| Error::io("open", self.into, e))
-    }
-
-    /// Gives directories what they get, deepest first so that each can still be reached.
+    /// Gives directories what they get, each after what is in it so that this can be reached.
     pub fn finish(&mut self) -> Result<(), Error> {
         let mut pending = std::mem::take(&mut self.pending);
-        // Stable, so the last of several entries for one directory stays the last.
-        pending.sort_by(|a, b| b.depth.cmp(&a.depth).then_with(|| a.path.cmp(&b.path)));
+        // Stable, so the last of several entries for one directory stays the last. No name has a
+        // NUL in it: below comes after above, and neighbours are next to each other.
+        let steps = |path: &[u8]| path.iter().map(|&b| if b == b'/' { 0 } else { b }).collect();
+        pending.sort_by_cached_key(|it| std::cmp::Reverse::<Vec<u8>>(steps(&it.path)));
         let settled = pending
             .chunk_by(|a, b| a.path == b.path)
             .filter_map(<[Pending]>::last)
@@ -475,28 +473,13 @@ impl<'a> Place<'a> {
         self.check_cancelled()?;
         let (parent, name) = split(&directory.path);
         let fd = if name.is_empty() {
-            self.dup_root()?
+            self.root.clone()
         } else {
-            let folder = self.reopen(parent)?;
-            let fd = open_folder(folder.as_fd(), name)
-                .map_err(|e| self.failed("open", &directory.path, e))?;
-            self.current = Some((parent.to_vec(), folder));
-            fd
+            let folder = self.folder(parent, None)?;
+            let fd = open_folder(folder.as_fd(), name);
+            Rc::new(fd.map_err(|e| self.failed("open", &directory.path, e))?)
         };
         self.settle(fd.as_fd(), &directory.path, &directory.meta)
-    }
-
-    fn reopen(&mut self, path: &[u8]) -> Result<OwnedFd, Error> {
-        if let Some((known, fd)) = self.current.take()
-            && known == path
-        {
-            return Ok(fd);
-        }
-        let mut fd = self.dup_root()?;
-        for step in path.split(|&b| b == b'/').filter(|step| !step.is_empty()) {
-            fd = open_folder(fd.as_fd(), step).map_err(|e| self.failed("open", path, e))?;
-        }
-        Ok(fd)
     }
 
     /// Owner, then mode (a change of owner clears setuid), then attributes (a change of owner
@@ -648,7 +631,7 @@ impl<'a> Place<'a> {
         made.sort_by_key(|directory| directory.depth);
         for directory in &made {
             let (parent, name) = split(&directory.path);
-            if let Ok(folder) = self.reopen(parent) {
+            if let Ok(folder) = self.folder(parent, None) {
                 let _ = rustix::fs::chmodat(&folder, name, Mode::RWXU, AtFlags::empty());
             }
         }

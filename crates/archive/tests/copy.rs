@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::AtomicBool;
 
-use denizen_archive::{Copied, Error, Reason, copy};
+use denizen_archive::{Aspect, Copied, Error, Reason, copy, diff};
 use rustix::fs::{CWD, FileType, Mode};
 
 use crate::support::*;
@@ -187,4 +187,38 @@ fn a_tree_that_changes_meanwhile_is_told() {
     });
     assert!(matches!(error, Error::Changed { .. }), "{error}");
     assert!(!bench.into.exists());
+}
+
+#[test]
+fn copies_differ_in_what_was_changed() {
+    let bench = Bench::new();
+    random_tree(&bench.volume, 7, 120);
+    special(|name| bench.volume.join(name));
+    copied(&bench.volume, &bench.into);
+    let found = || diff(Some(&bench.volume), Some(&bench.into), &NEVER).unwrap();
+    assert_eq!(found(), []);
+    let at = |name: &str| bench.into.join(name);
+    fs::remove_file(at("up")).unwrap();
+    fs::create_dir(at("up")).unwrap();
+    xattr::set(at("big"), "user.more", b"more").unwrap();
+    fs::remove_file(at("dangling again")).unwrap();
+    // As large as before.
+    fs::write(at("file"), "y").unwrap();
+    let shown = found().into_iter().map(|one| (one.path, one.after.is_some(), one.aspects));
+    let shown: Vec<_> = shown.filter(|(path, ..)| path != Path::new("")).collect();
+    let mut expected = vec![
+        ("big", true, vec![Aspect::Attributes]),
+        ("dangling again", false, vec![]),
+        ("file", true, vec![Aspect::Content]),
+        ("up", true, vec![Aspect::Kind, Aspect::Mode]),
+    ];
+    if is_root() {
+        // Writing takes capabilities away.
+        expected[2].2.push(Aspect::Attributes);
+    }
+    let expected: Vec<_> =
+        expected.into_iter().map(|(path, after, what)| (path.into(), after, what)).collect();
+    assert_eq!(shown, expected);
+    let all = diff(None, Some(&bench.volume), &NEVER).unwrap();
+    assert!(all.len() > 100 && all.iter().all(|one| one.before.is_none()));
 }

@@ -241,6 +241,33 @@ pub fn escape(text: &str) -> String {
         .collect()
 }
 
+/// The query of a URI, if there is something to ask for.
+pub fn query(name: &str, value: Option<String>) -> String {
+    value.map_or_else(String::new, |value| format!("?{name}={}", escape(&value)))
+}
+
+/// Where the API has the differences between two states, as they are named on a command line.
+pub fn diff(from: &str, to: Option<&str>) -> Result<String> {
+    let split = |state: &str| match state.split_once(':') {
+        Some((session, snapshot)) => (session.to_owned(), Some(snapshot.to_owned())),
+        None => (state.to_owned(), None),
+    };
+    let (session, snapshot) = split(from);
+    let other = to.map_or_else(|| (session.clone(), None), split);
+    if other == (session.clone(), snapshot.clone()) {
+        let message =
+            format!("nothing can differ: name a snapshot ({session}:NAME) or another session");
+        return Err(Failure::new(message));
+    }
+    let mut query = format!("/diff?other={}", escape(&other.0));
+    for (name, snapshot) in [("snapshot", snapshot), ("other_snapshot", other.1)] {
+        if let Some(snapshot) = snapshot {
+            query.push_str(&format!("&{name}={}", escape(&snapshot)));
+        }
+    }
+    Ok(path(&session, &query))
+}
+
 /// Where the API has a session, and what belongs to it.
 pub fn path(session: &str, rest: &str) -> String {
     format!("/v1/sessions/{}{rest}", escape(session))

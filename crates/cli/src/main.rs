@@ -178,6 +178,22 @@ enum Verb {
         /// The archive; - is standard input, as is none
         file: Option<PathBuf>,
     },
+    /// List what differs between two states of sessions, each SESSION or SESSION:SNAPSHOT
+    #[command(
+        after_help = "Paths begin with `volume/`, or with `root/` for what was changed in a \
+sandbox's root: a folder for each overlay, `main` for that over `/`.
+
+Examples:
+  denizen diff demo:before            since the snapshot
+  denizen diff demo:before demo:after
+  denizen diff demo other"
+    )]
+    Diff {
+        /// The first
+        from: String,
+        /// The second [default: the same session, as it is now]
+        to: Option<String>,
+    },
     /// Remove sessions, their local files and snapshots; backups stay
     Rm {
         /// Names or UUIDs
@@ -356,10 +372,7 @@ async fn act(cli: Cli, settings: config::Settings, range: Range) -> Result<i32> 
             client.json("POST", &path).await?;
         }
         Verb::Create { session, image } => {
-            let mut path = client::path(&session, "/start");
-            if let Some(image) = image {
-                path.push_str(&format!("?image={}", client::escape(&image)));
-            }
+            let path = client::path(&session, "/start") + &client::query("image", image);
             show::session(&client.json("POST", &path).await?, json)?;
         }
         Verb::Start { session } => {
@@ -388,10 +401,7 @@ async fn act(cli: Cli, settings: config::Settings, range: Range) -> Result<i32> 
             show::session(&client.json("POST", &path).await?, json)?;
         }
         Verb::Fork { session, snapshot } => {
-            let mut path = client::path(&session, "/fork");
-            if let Some(snapshot) = snapshot {
-                path.push_str(&format!("?snapshot={}", client::escape(&snapshot)));
-            }
+            let path = client::path(&session, "/fork") + &client::query("snapshot", snapshot);
             show::session(&client.json("POST", &path).await?, json)?;
         }
         Verb::Export { session, output } => moving::export(&client, &session, output).await?,
@@ -403,6 +413,10 @@ async fn act(cli: Cli, settings: config::Settings, range: Range) -> Result<i32> 
         Verb::Snapshots { session } => {
             let path = client::path(&session, "/snapshots");
             show::snapshots(&client.json("GET", &path).await?, json)?;
+        }
+        Verb::Diff { from, to } => {
+            let path = client::diff(&from, to.as_deref())?;
+            show::differences(&client.json("GET", &path).await?, json)?;
         }
         Verb::Rm { sessions, force, snapshot } => {
             for session in sessions {

@@ -145,6 +145,43 @@ pub fn snapshots(value: &Value, as_json: bool) -> Result<()> {
     table(["TAKEN", "NAME"], rows.map(|one| [time(&one["taken_at"]), text(&one["name"])]))
 }
 
+/// What differs, a line for each path.
+pub fn differences(value: &Value, as_json: bool) -> Result<()> {
+    if as_json {
+        return json(value);
+    }
+    let mut lines = String::new();
+    for one in value.as_array().into_iter().flatten() {
+        let (sign, node) = match one["change"].as_str() {
+            Some("added") => ('+', &one["after"]),
+            Some("removed") => ('-', &one["before"]),
+            _ => ('~', &one["after"]),
+        };
+        let mut what = text(&node["kind"]);
+        if node["kind"] == "file" && sign != '~' {
+            what.push_str(&format!(", {}", size(&node["size"])));
+        }
+        for aspect in one["aspects"].as_array().into_iter().flatten().filter_map(Value::as_str) {
+            let of = |side: &str| match aspect {
+                "kind" => text(&one[side]["kind"]),
+                "content" if node["kind"] == "file" => size(&one[side]["size"]),
+                "mode" => text(&one[side]["mode"]),
+                "owner" => format!("{}:{}", one[side]["user"], one[side]["group"]),
+                _ => String::new(),
+            };
+            let (before, after) = (of("before"), of("after"));
+            what.push_str(&format!(", {aspect}"));
+            if before != after {
+                what.push_str(&format!(" {before} -> {after}"));
+            }
+        }
+        // A name may hold anything; a line of output may not.
+        let path = one["path"].as_str().unwrap_or_default().escape_debug();
+        lines.push_str(&format!("{sign} {}/{path}  ({what})\n", text(&one["tree"])));
+    }
+    print(&lines)
+}
+
 /// Images.
 pub fn images(value: &Value, as_json: bool) -> Result<()> {
     list(value, as_json, ["NAME", "LAYERS", "DIGEST"], ["name", "layers", "digest"])

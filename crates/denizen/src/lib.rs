@@ -65,5 +65,5 @@ pub use lifecycle::Sleep;
 pub use manager::{Builder, MicroVmManager, VmExecutionGuard};
 pub use name::{SessionName, SnapshotName};
 pub use pool::{Export, SessionInfo};
-pub use snapshot::Snapshot;
+pub use snapshot::{Aspect, Difference, Node, Snapshot, Version};
 pub use time::{Clock, SystemClock};

@@ -872,6 +872,10 @@ impl Lifecycle {
         self.running -= 1;
         self.wished -= usize::from(running.wished_by.is_some());
         match outcome {
+            // Nothing of the session has changed, what failed before included.
+            Outcome::Done if matches!(running.op, Op::Copy(_)) => {
+                self.fulfil_wish(id, &running, out);
+            }
             Outcome::Done | Outcome::Quiet | Outcome::BackedUp(_) => {
                 self.succeeded(id, &running, outcome, out);
             }
@@ -928,11 +932,6 @@ impl Lifecycle {
         let saved_for_ever = self.has(Fault::SavedForEver);
         let last_words_count = self.has(Fault::LastWordsCountAsSaved);
         let snapshot_saves = self.has(Fault::SnapshotCountsAsSaved);
-        if let Op::Copy(_) = running.op {
-            // Nothing of the session has changed, what failed before included.
-            self.fulfil_wish(id, running, out);
-            return;
-        }
         let Some(session) = self.sessions.get_mut(&id) else { return };
         session.failures = 0;
         self.failing.remove(&id);
@@ -1019,7 +1018,7 @@ impl Lifecycle {
                 out.push(Effect::Notify { id, change: Change::Removed });
                 return;
             }
-            // Answered above.
+            // Has changed nothing; see `finished`.
             Op::Copy(_) => return,
         };
         if let Some(session) = self.sessions.get(&id) {

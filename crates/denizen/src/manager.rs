@@ -22,7 +22,7 @@ use crate::isolation::{ImageInfo, Isolation, Limits, Network, Options, info};
 use crate::lifecycle::{Saved, Sleep, Want};
 use crate::name::{SessionName, SnapshotName};
 use crate::pool::{Export, Hold, Pool, SessionInfo, Settings, Tasks, blocking};
-use crate::snapshot::Snapshot;
+use crate::snapshot::{Difference, Snapshot, Version};
 use crate::time::{Clock, SystemClock};
 use crate::volume::Volumes;
 
@@ -531,6 +531,19 @@ impl MicroVmManager {
         pool.with_volumes(session_id, move |volumes| volumes.snapshot(session_id, &wanted)).await?;
         let saved = Saved::Snapshot(name.to_string());
         pool.ask(session_id, Want::Restored(Some(saved))).await.map(drop)
+    }
+
+    /// What two versions of sessions differ in, by path: kinds, contents, permissions, owners and
+    /// attributes, in their volumes and in what was changed in their roots. A file with the same
+    /// size and the same time of change counts as the same. What a session has now is copied for
+    /// this as by [`MicroVmManager::fork`].
+    ///
+    /// Cancel-safe: what was copied goes.
+    ///
+    /// # Errors
+    /// [`Error::NoSnapshot`], and as [`MicroVmManager::fork`].
+    pub async fn diff(&self, before: Version, after: Version) -> Result<Vec<Difference>> {
+        self.pool()?.diff(before, after).await
     }
 
     /// Forgets a session and deletes its local files, saved or not, and its snapshots. Its

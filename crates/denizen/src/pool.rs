@@ -41,6 +41,7 @@ use crate::lifecycle::{
 };
 use crate::name::{SessionName, SnapshotName};
 use crate::registry::{Registry, Write, phase_name};
+use crate::snapshot::{Difference, Version};
 use crate::time::{Clock, PoolClock};
 use crate::volume::{Staged, Volumes};
 
@@ -710,6 +711,30 @@ impl Pool {
         let _forget = Forget(self, copy);
         self.ask_in_time(id, |patient| Want::Copied { copy, patient }).await?;
         Ok(into)
+    }
+
+    /// What two versions of sessions differ in. What a session has now is copied first, so that
+    /// it is of one instant and need not stand still for longer. Cancel-safe.
+    pub(crate) async fn diff(
+        self: &Arc<Self>,
+        before: Version,
+        after: Version,
+    ) -> Result<Vec<Difference>> {
+        let (before, _first) = self.version(before).await?;
+        let (after, _second) = self.version(after).await?;
+        blocking(move || crate::snapshot::diff(&before, &after)).await
+    }
+
+    /// Where the files of a version are, and what keeps them there.
+    async fn version(self: &Arc<Self>, version: Version) -> Result<(Site, Option<Arc<Staged>>)> {
+        let Version { session, snapshot } = version;
+        if let Some(name) = snapshot {
+            let find = move |volumes: &Volumes| volumes.snapshot(session, &name);
+            return Ok((self.with_volumes(session, find).await?, None));
+        }
+        self.known(session)?;
+        let copy = self.copy(session, None).await?;
+        Ok((Site::in_folder(session, copy.path().to_owned()), Some(copy)))
     }
 
     /// Copies a snapshot, which nothing changes. Cancel-safe.

@@ -2,7 +2,7 @@
 //!
 //! A snapshot is as good as the disk it is on: it must never count as a backup.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::time::SystemTime;
 
@@ -13,6 +13,8 @@ use crate::error::Result;
 use crate::event::unix_seconds;
 use crate::isolation::Site;
 use crate::name::SnapshotName;
+
+pub use denizen_archive::{Aspect, Node};
 
 /// A session's files as they once were, on the same disk.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -52,4 +54,53 @@ pub(crate) fn copy(from: &Site, home: &Path) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// A session as it is, or as a snapshot has it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Version {
+    /// The session.
+    pub session: Uuid,
+    /// The snapshot; none is the session as it is now.
+    pub snapshot: Option<SnapshotName>,
+}
+
+/// Something that is not in both of two versions, or not the same.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Difference {
+    /// `volume`, or `root`: what was changed in a root of its own, a folder for each overlay.
+    pub tree: &'static str,
+    /// Where it is in that.
+    pub path: PathBuf,
+    /// What is there in the first.
+    pub before: Option<Node>,
+    /// What is there in the second.
+    pub after: Option<Node>,
+    /// In what they differ, if it is in both.
+    pub aspects: Vec<Aspect>,
+}
+
+/// What two folders of sessions differ in. Nothing may write there meanwhile. Blocks.
+pub(crate) fn diff(before: &Site, after: &Site) -> Result<Vec<Difference>> {
+    let never = AtomicBool::new(false);
+    let mut all = Vec::new();
+    let trees = [
+        ("root", before.root_changes(), after.root_changes()),
+        ("volume", before.volume.clone(), after.volume.clone()),
+    ];
+    for (tree, before, after) in trees {
+        let [before, after] = [&before, &after].map(|tree| tree.is_dir().then_some(tree.as_path()));
+        let found = denizen_archive::diff(before, after, &never)?;
+        all.extend(found.into_iter().map(
+            |denizen_archive::Difference { path, before, after, aspects }| Difference {
+                tree,
+                path,
+                before,
+                after,
+                aspects,
+            },
+        ));
+    }
+    Ok(all)
 }

@@ -10,7 +10,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use denizen::{
-    Error, EventKind, Isolation, MicroVmManager, SnapshotName, VmPoolConfig, VmPoolRuntimeConfig,
+    Error, EventKind, Isolation, MicroVmManager, SnapshotName, Version, VmPoolConfig,
+    VmPoolRuntimeConfig,
 };
 use tempfile::TempDir;
 use uuid::Uuid;
@@ -304,6 +305,54 @@ async fn what_fails_or_is_given_up_leaves_nothing() {
     world.clear().await;
     assert!(pool.snapshots(id).await.unwrap().is_empty());
     assert_eq!(pool.sessions().unwrap().len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_differs_is_listed() {
+    for isolation in ALL {
+        let world = World::new(isolation);
+        let pool = world.open();
+        let id = Uuid::new_v4();
+        let line = "echo same > same; echo one > file; echo old > gone; touch mode; mkdir d; \
+                    ln -s x link; touch -d 2020-01-01 same";
+        run(&pool, id, line).await;
+        pool.snapshot(id, &name("before")).await.unwrap();
+        let root = match isolation {
+            Isolation::Sandbox => "; echo new > /etc/denizen-test",
+            _ => "",
+        };
+        // As large as before; and what has another time only is no difference.
+        let line = "echo two > file; rm gone; chmod 600 mode; echo new > d/new; ln -sf y link; \
+                    touch same";
+        run(&pool, id, &format!("{line}{root}")).await;
+        let now = Version { session: id, snapshot: None };
+        let before = Version { snapshot: Some(name("before")), ..now.clone() };
+        let all = pool.diff(before.clone(), now.clone()).await.unwrap();
+        let shown = |one: &denizen::Difference| {
+            let aspects: Vec<_> = one.aspects.iter().map(|aspect| aspect.name()).collect();
+            let sides = (one.before.is_some(), one.after.is_some());
+            (one.path.to_str().unwrap().to_owned(), sides, aspects.join(","))
+        };
+        let of = |tree| all.iter().filter(move |one| one.tree == tree).map(shown);
+        let expected = [
+            ("d/new", (false, true), ""),
+            ("file", (true, true), "content"),
+            ("gone", (true, false), ""),
+            ("link", (true, true), "content"),
+            ("mode", (true, true), "mode"),
+        ];
+        let expected = expected.map(|(path, sides, what)| (path.into(), sides, what.into()));
+        assert_eq!(of("volume").collect::<Vec<_>>(), expected, "{isolation:?}");
+        if isolation == Isolation::Sandbox {
+            let root: Vec<_> = of("root").map(|(path, ..)| path).collect();
+            assert!(root.contains(&"main/etc/denizen-test".to_owned()), "{root:?}");
+        }
+        assert_eq!(pool.diff(now.clone(), before).await.unwrap().len(), all.len());
+        let fork = Version { session: pool.fork(id).await.unwrap(), snapshot: None };
+        assert_eq!(pool.diff(now, fork).await.unwrap(), []);
+        world.clear().await;
+        pool.shutdown().await.unwrap();
+    }
 }
 
 /// A file system in a file, where this user may mount one.

@@ -11,7 +11,8 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post, put};
 use axum::{Json, Router};
 use denizen::{
-    ArchiveError, Credentials, Error, ImportOptions, MicroVmManager, Progress, PullOptions, Stage,
+    ArchiveError, Aspect, Credentials, Difference, Error, ImportOptions, MicroVmManager, Node,
+    Progress, PullOptions, Stage, Version,
 };
 use futures::{StreamExt, TryStreamExt, stream};
 use hyper_util::rt::TokioIo;
@@ -47,6 +48,7 @@ pub(crate) fn router(pool: Arc<MicroVmManager>, leases: Arc<Leases>, stop: Arc<N
         .route("/v1/sessions/{session}/backups", get(backups))
         .route("/v1/sessions/{session}/restore", post(restore))
         .route("/v1/sessions/{session}/fork", post(fork))
+        .route("/v1/sessions/{session}/diff", get(diff))
         .route("/v1/sessions/{session}/snapshots", get(snapshots))
         .route("/v1/sessions/{session}/snapshots/{name}", put(snapshot).delete(remove_snapshot))
         .route("/v1/sessions/{session}/export", get(export))
@@ -335,6 +337,77 @@ async fn import(
             Ok((StatusCode::CREATED, Json(api.pool.inspect(id)?)).into_response())
         }
     }
+}
+
+/// From which version to which.
+#[derive(Deserialize)]
+struct DiffQuery {
+    /// The first is what this snapshot has.
+    snapshot: Option<String>,
+    /// The second is of this session; of the same one, if none is named.
+    other: Option<String>,
+    /// The second is what this snapshot has.
+    other_snapshot: Option<String>,
+}
+
+#[derive(Serialize)]
+struct DifferenceInfo {
+    change: &'static str,
+    tree: &'static str,
+    path: String,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    aspects: Vec<&'static str>,
+    before: Option<NodeInfo>,
+    after: Option<NodeInfo>,
+}
+
+#[derive(Serialize)]
+struct NodeInfo {
+    kind: &'static str,
+    size: u64,
+    mode: String,
+    user: u64,
+    group: u64,
+}
+
+impl From<Node> for NodeInfo {
+    fn from(node: Node) -> Self {
+        let Node { kind, size, mode, user, group } = node;
+        Self { kind, size, mode: format!("{mode:04o}"), user, group }
+    }
+}
+
+impl From<Difference> for DifferenceInfo {
+    fn from(difference: Difference) -> Self {
+        let Difference { tree, path, before, after, aspects, .. } = difference;
+        Self {
+            change: match (&before, &after) {
+                (None, _) => "added",
+                (_, None) => "removed",
+                _ => "changed",
+            },
+            tree,
+            path: path.to_string_lossy().into_owned(),
+            aspects: aspects.into_iter().map(Aspect::name).collect(),
+            before: before.map(NodeInfo::from),
+            after: after.map(NodeInfo::from),
+        }
+    }
+}
+
+async fn diff(
+    State(api): State<Api>,
+    Path(session): Path<String>,
+    Query(query): Query<DiffQuery>,
+) -> Answer<Response> {
+    let version = |session: &str, snapshot: Option<String>| {
+        let snapshot = snapshot.map(|name| name.parse()).transpose()?;
+        Ok::<_, Error>(Version { session: api.leases.find(session)?, snapshot })
+    };
+    let before = version(&session, query.snapshot)?;
+    let after = version(query.other.as_ref().unwrap_or(&session), query.other_snapshot)?;
+    let all = api.pool.diff(before, after).await?.into_iter().map(DifferenceInfo::from);
+    Ok(Json(all.collect::<Vec<_>>()).into_response())
 }
 
 /// One JSON object a line, from now on.
