@@ -336,6 +336,37 @@ fn backup_restore_fork_and_remove() {
 }
 
 #[test]
+fn snapshots_and_differences() {
+    let user = User::new();
+    user.exec("a", "echo old > file; echo kept > kept");
+    assert!(user.run(&["snapshot", "a", "before"]).status.success());
+    user.exec("a", "echo newer > file; rm kept; chmod 700 .");
+    let all = user.json(&["snapshots", "a"]);
+    assert_eq!(all[0]["name"], "before");
+    let shown = text(&user.run(&["diff", "a:before"]).stdout);
+    assert_eq!(shown.lines().filter(|line| line.contains(" volume/")).count(), 3, "{shown}");
+    let lines = [
+        "~ volume/  (folder, mode 0755 -> 0700)",
+        "~ volume/file  (file, content",
+        "- volume/kept  (file",
+    ];
+    assert!(lines.iter().all(|line| shown.contains(line)), "{shown}");
+    let nothing = user.run(&["diff", "a"]);
+    assert!(text(&nothing.stderr).contains("nothing can differ"), "{nothing:?}");
+    let fork = user.json(&["fork", "a", "--snapshot", "before"])["id"].as_str().unwrap().to_owned();
+    assert_eq!(text(&user.exec(&fork, "cat file kept").stdout), "old\nkept\n");
+    assert!(user.run(&["restore", "a", "--snapshot", "before"]).status.success());
+    assert_eq!(text(&user.exec("a", "cat file kept").stdout), "old\nkept\n");
+    let same = user.json(&["diff", "a", &fork]);
+    let same = same.as_array().unwrap().iter().filter(|one| one["tree"] == "volume");
+    assert_eq!(same.count(), 0);
+    assert!(user.run(&["rm", "a", "--snapshot", "before"]).status.success());
+    let gone = user.run(&["rm", "a", "--snapshot", "before"]);
+    assert!(text(&gone.stderr).contains("no snapshot before"), "{gone:?}");
+    assert!(user.run(&["inspect", "a"]).status.success(), "the session itself is still there");
+}
+
+#[test]
 fn a_shell_has_a_real_terminal() {
     let user = User::new();
     // script(1) gives the program a terminal to be on.
