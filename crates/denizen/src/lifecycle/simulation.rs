@@ -932,7 +932,7 @@ fn a_seed_is_a_history() {
 
 #[test]
 fn every_planted_fault_is_caught() {
-    const ALL: [Fault; 30] = [
+    const ALL: [Fault; 29] = [
         Fault::CapacityOffByOne,
         Fault::SavedForEver,
         Fault::PruneWhileHeld,
