@@ -1,11 +1,11 @@
 //! The files of a repository as the engine wants them; one for each operation.
 //!
-//! It refuses the snapshot of a backup whose files could not all be read: the engine itself
-//! would only log that.
+//! It lets nothing more through once something has failed, above all no snapshot: the engine
+//! itself would only log that a file could not be read.
 
 use std::collections::HashSet;
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
@@ -15,18 +15,35 @@ use rustic_core::{
 
 use crate::files::{Files, Range};
 
-/// Where an operation is called off.
+/// Where an operation is called off, and what is known of it.
 #[derive(Debug, Default)]
 pub struct Gate {
     closed: AtomicBool,
     /// Why, for the first reason there was.
-    reason: Mutex<Option<denizen_archive::Error>>,
+    reason: Mutex<Option<Reason>>,
     /// What the operation has written.
     written: Mutex<Vec<(FileType, Id)>>,
+    /// How many entries the engine was told of.
+    entries: AtomicU64,
+    /// Whether snapshots are not written: what they are of is not read back yet.
+    holds_snapshots: bool,
+}
+
+#[derive(Debug)]
+pub enum Reason {
+    /// The files of the session.
+    Tree(denizen_archive::Error),
+    /// Those of the repository. The engine may tell only what came of it.
+    Repository(String),
 }
 
 impl Gate {
-    pub fn close(&self, reason: denizen_archive::Error) {
+    /// One that lets no snapshot through.
+    pub fn without_snapshots() -> Self {
+        Self { holds_snapshots: true, ..Self::default() }
+    }
+
+    pub fn close(&self, reason: Reason) {
         let mut first = self.reason.lock().unwrap_or_else(PoisonError::into_inner);
         first.get_or_insert(reason);
         self.closed.store(true, Ordering::Release);
@@ -36,8 +53,17 @@ impl Gate {
         self.closed.load(Ordering::Acquire)
     }
 
-    pub fn reason(&self) -> Option<denizen_archive::Error> {
+    pub fn reason(&self) -> Option<Reason> {
         self.reason.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// One more entry.
+    pub fn count(&self) {
+        self.entries.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub fn entries(&self) -> u64 {
+        self.entries.load(Ordering::Relaxed)
     }
 
     /// What has been written of a kind.
@@ -47,15 +73,29 @@ impl Gate {
     }
 }
 
-/// How many files are kept where a request is dear: what is read next is mostly in the same one.
-const KEPT: usize = 8;
+/// How much is read at once: what is read next mostly follows. More where a request is dear.
+const WINDOW: u64 = 256 << 10;
+const FAR_WINDOW: u64 = 2 << 20;
+/// How many such parts are kept.
+const KEPT: usize = 16;
+
+/// A part of a file, once it is read.
+type Part = Arc<Mutex<Option<Bytes>>>;
+
+#[derive(Clone, Debug)]
+struct Window {
+    pack: Id,
+    start: u64,
+    end: u64,
+    part: Part,
+}
 
 #[derive(Debug)]
 pub struct Backend {
     files: Arc<dyn Files>,
     gate: Arc<Gate>,
     /// What was read last, the latest last.
-    kept: Mutex<Vec<(Id, Bytes)>>,
+    kept: Mutex<Vec<Window>>,
 }
 
 impl Backend {
@@ -63,43 +103,49 @@ impl Backend {
         Self { files, gate, kept: Mutex::default() }
     }
 
-    /// A part of a file that is fetched as a whole.
-    fn part(&self, name: &str, id: &Id, range: Range) -> io::Result<Bytes> {
-        let known = {
+    /// The part of a file that holds pieces, exactly. What follows is read with it.
+    pub fn part(&self, pack: &Id, offset: u64, length: u64) -> io::Result<Bytes> {
+        let end = offset.saturating_add(length);
+        let window = {
             let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
-            let at = kept.iter().position(|(known, _)| known == id);
-            at.map(|at| {
-                let found = kept.remove(at);
-                kept.push(found.clone());
-                found.1
-            })
+            let holds = |it: &Window| it.pack == *pack && it.start <= offset && end <= it.end;
+            let window = if let Some(at) = kept.iter().position(holds) {
+                kept.remove(at)
+            } else {
+                if kept.len() >= KEPT {
+                    kept.remove(0);
+                }
+                let size = if self.files.is_far() { FAR_WINDOW } else { WINDOW };
+                let end = end.max(offset.saturating_add(size));
+                Window { pack: *pack, start: offset, end, part: Part::default() }
+            };
+            kept.push(window.clone());
+            window
         };
-        let whole = if let Some(whole) = known {
-            whole
+        // Whoever comes second waits for what the first one reads.
+        let mut part = window.part.lock().unwrap_or_else(PoisonError::into_inner);
+        let bytes = if let Some(bytes) = &*part {
+            bytes.clone()
         } else {
-            let whole = self.files.read(name, None)?;
-            let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
-            if kept.len() >= KEPT {
-                kept.remove(0);
-            }
-            kept.push((*id, whole.clone()));
-            whole
+            let range = Range { offset: window.start, length: window.end - window.start };
+            let bytes = self.files.read(&name(FileType::Pack, pack), Some(range))?;
+            part.insert(bytes).clone()
         };
-        let start = usize::try_from(range.offset).map_err(io::Error::other)?;
-        let end = usize::try_from(range.offset + range.length).map_err(io::Error::other)?;
-        if end > whole.len() {
-            return Err(io::ErrorKind::UnexpectedEof.into());
+        drop(part);
+        let start = usize::try_from(offset - window.start).map_err(io::Error::other)?;
+        let end = usize::try_from(end - window.start).map_err(io::Error::other)?;
+        if end > bytes.len() {
+            return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "it is cut short"));
         }
-        Ok(whole.slice(start..end))
+        Ok(bytes.slice(start..end))
     }
+}
 
-    fn done<T>(&self, action: &str, name: &str, result: io::Result<T>) -> RusticResult<T> {
-        result.map_err(|error| {
-            let place = self.files.place();
-            let guidance = format!("cannot {action} {name} in {place}: {error}");
-            RusticError::new(ErrorKind::Backend, guidance)
-        })
-    }
+fn done<T>(action: &str, name: &str, result: io::Result<T>) -> RusticResult<T> {
+    result.map_err(|error| {
+        let guidance = format!("cannot {action} {name}: {error}");
+        RusticError::new(ErrorKind::Backend, guidance)
+    })
 }
 
 /// The layout of a repository (restic's design document, "Repository Layout").
@@ -119,11 +165,11 @@ impl ReadBackend for Backend {
 
     fn list_with_size(&self, kind: FileType) -> RusticResult<Vec<(Id, u32)>> {
         if kind == FileType::Config {
-            let size = self.done("look for", "config", self.files.size("config"))?;
+            let size = done("look for", "config", self.files.size("config"))?;
             let size = size.map(|size| (Id::default(), u32::try_from(size).unwrap_or(u32::MAX)));
             return Ok(size.into_iter().collect());
         }
-        let found = self.done("list", kind.dirname(), self.files.list(kind.dirname()))?;
+        let found = done("list", kind.dirname(), self.files.list(kind.dirname()))?;
         let known = found.into_iter().filter_map(|(path, size)| {
             let id: Id = path.rsplit('/').next()?.parse().ok()?;
             (name(kind, &id) == path).then_some((id, u32::try_from(size).unwrap_or(u32::MAX)))
@@ -133,7 +179,7 @@ impl ReadBackend for Backend {
 
     fn read_full(&self, kind: FileType, id: &Id) -> RusticResult<Bytes> {
         let name = name(kind, id);
-        self.done("read", &name, self.files.read(&name, None))
+        done("read", &name, self.files.read(&name, None))
     }
 
     fn read_partial(
@@ -145,13 +191,16 @@ impl ReadBackend for Backend {
         length: u32,
     ) -> RusticResult<Bytes> {
         let name = name(kind, id);
-        let range = Range { offset: offset.into(), length: length.into() };
-        let read = if kind == FileType::Pack && self.files.is_far() {
-            self.part(&name, id, range)
+        let read = if kind == FileType::Pack {
+            self.part(id, offset.into(), length.into())
         } else {
-            self.files.read(&name, Some(range))
+            let range = Range { offset: offset.into(), length: length.into() };
+            self.files.read(&name, Some(range)).and_then(|part| match part.len() {
+                got if got as u64 == range.length => Ok(part),
+                _ => Err(io::ErrorKind::UnexpectedEof.into()),
+            })
         };
-        self.done("read", &name, read)
+        done("read", &name, read)
     }
 
     fn warmup_path(&self, kind: FileType, id: &Id) -> String {
@@ -161,7 +210,7 @@ impl ReadBackend for Backend {
 
 impl WriteBackend for Backend {
     fn create(&self) -> RusticResult<()> {
-        self.done("make folders for", "a repository", self.files.prepare())
+        done("make folders for", "a repository", self.files.prepare())
     }
 
     fn write_bytes(
@@ -171,15 +220,22 @@ impl WriteBackend for Backend {
         _cacheable: bool,
         content: BytesList,
     ) -> RusticResult<()> {
-        if kind == FileType::Snapshot && self.gate.is_closed() {
+        if self.gate.is_closed() {
             return Err(RusticError::new(ErrorKind::Backend, "the backup was called off"));
+        }
+        if kind == FileType::Snapshot && self.gate.holds_snapshots {
+            return Ok(());
         }
         let name = name(kind, id);
         // Two hosts that make a repository at the same time must not both believe they did.
         let new = kind == FileType::Config;
-        self.done("write", &name, self.files.write(&name, content.into_vec(), new))?;
+        let written = self.files.write(&name, content.into_vec(), new);
+        if let Err(error) = &written {
+            self.gate.close(Reason::Repository(format!("cannot write {name}: {error}")));
+        }
+        // Even then it may be there.
         self.gate.written.lock().unwrap_or_else(PoisonError::into_inner).push((kind, *id));
-        Ok(())
+        done("write", &name, written)
     }
 
     fn remove(&self, kind: FileType, id: &Id, _cacheable: bool) -> RusticResult<()> {
@@ -187,7 +243,7 @@ impl WriteBackend for Backend {
         match self.files.remove(&name) {
             // Another host was faster.
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            removed => self.done("remove", &name, removed),
+            removed => done("remove", &name, removed),
         }
     }
 }

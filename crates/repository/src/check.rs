@@ -1,19 +1,21 @@
 //! Whether what is in a repository is what was written.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Mutex;
 use std::sync::PoisonError;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use rustic_core::repofile::{BlobType, NodeType, SnapshotFile, SnapshotId};
-use rustic_core::{BlobId, DataId, FileType, Id, IndexedFull, TreeId};
+use rustic_core::repofile::{NodeType, SnapshotFile};
+use rustic_core::{DataId, FileType, Id, TreeId};
 use uuid::Uuid;
 
 use crate::backend::{Gate, name};
-use crate::error::{Error, Result, told};
+use crate::cipher::digest;
+use crate::error::{Error, Result};
 use crate::files::Files;
-use crate::restore::{is_of, piece};
-use crate::{Counter, Engine, Repository, entry, session_of};
+use crate::mend::{Read, is_lost};
+use crate::pieces::{Pieces, Problem};
+use crate::{Counter, Repository, entry, session_of};
 
 /// How many threads read at most: a check runs beside the sessions.
 const MOST_THREADS: usize = 4;
@@ -67,31 +69,51 @@ impl Packs {
     }
 }
 
+/// What is known of a folder.
+#[derive(Clone, Debug, Default)]
+struct Known {
+    /// The first thing that is wrong with it, or below it.
+    problem: Option<String>,
+    /// How many entries there are in it and below.
+    entries: u64,
+}
+
 /// One on the way down.
 struct Folder {
     id: TreeId,
     /// What is still to be looked at below it.
     below: Vec<TreeId>,
-    problem: Option<String>,
+    known: Known,
+}
+
+impl Folder {
+    fn add(&mut self, below: &Known) {
+        self.known.entries = self.known.entries.saturating_add(below.entries);
+        if self.known.problem.is_none() {
+            self.known.problem.clone_from(&below.problem);
+        }
+    }
 }
 
 /// Looks at trees, each once.
-struct Trees<'a, S> {
-    engine: &'a Engine<S>,
+struct Trees<'a> {
+    pieces: &'a Pieces,
     packs: &'a Packs,
-    /// What is wrong with those that were looked at, or below them.
-    known: HashMap<TreeId, Option<String>>,
-    /// What is found of the pieces of files.
-    pieces: HashMap<DataId, Option<String>>,
+    /// Those that were looked at.
+    known: HashMap<TreeId, Known>,
+    /// The pieces of files that are there.
+    there: HashSet<DataId>,
+    /// Files that do not hold what they should.
+    suspects: HashSet<Id>,
 }
 
-impl<'a, S: IndexedFull> Trees<'a, S> {
-    fn new(engine: &'a Engine<S>, packs: &'a Packs) -> Self {
-        Self { engine, packs, known: HashMap::new(), pieces: HashMap::new() }
+impl<'a> Trees<'a> {
+    fn new(pieces: &'a Pieces, packs: &'a Packs) -> Self {
+        let (known, there, suspects) = Default::default();
+        Self { pieces, packs, known, there, suspects }
     }
 
-    /// The first thing that is wrong with a tree or below it.
-    fn problem(&mut self, root: TreeId) -> Option<String> {
+    fn look(&mut self, root: TreeId) -> Known {
         if let Some(known) = self.known.get(&root) {
             return known.clone();
         }
@@ -99,81 +121,73 @@ impl<'a, S: IndexedFull> Trees<'a, S> {
         while let Some(top) = way.last_mut() {
             if let Some(below) = top.below.pop() {
                 match self.known.get(&below) {
-                    Some(known) => top.problem = top.problem.take().or_else(|| known.clone()),
+                    Some(known) => top.add(known),
                     None => way.push(self.enter(below)),
                 }
                 continue;
             }
-            let Some(Folder { id, problem, .. }) = way.pop() else { break };
-            self.known.insert(id, problem.clone());
-            match way.last_mut() {
-                Some(above) => above.problem = above.problem.take().or(problem),
-                None => return problem,
+            let Some(Folder { id, known, .. }) = way.pop() else { break };
+            if let Some(above) = way.last_mut() {
+                above.add(&known);
             }
+            self.known.insert(id, known);
         }
-        None
+        self.known.get(&root).cloned().unwrap_or_default()
     }
 
     fn enter(&mut self, id: TreeId) -> Folder {
         match self.folder(id) {
-            Ok(below) => Folder { id, below, problem: None },
-            Err(problem) => Folder { id, below: Vec::new(), problem: Some(problem) },
+            Ok((below, entries)) => Folder { id, below, known: Known { problem: None, entries } },
+            Err(problem) => {
+                self.suspects.extend(problem.pack);
+                let known = Known { problem: Some(problem.text), entries: 0 };
+                Folder { id, below: Vec::new(), known }
+            }
         }
     }
 
-    fn folder(&mut self, id: TreeId) -> std::result::Result<Vec<TreeId>, String> {
-        let blob = self.engine.get_blob_cached(&BlobId::from(id), BlobType::Tree);
-        let blob = blob.map_err(|error| told(&error))?;
-        if !is_of(&blob, &id.to_hex()) {
-            return Err(format!("the folder {id} is altered"));
+    fn folder(&mut self, id: TreeId) -> std::result::Result<(Vec<TreeId>, u64), Problem> {
+        // Also where it can be read from what was read before.
+        let spot = self.pieces.spot(&id)?;
+        if let Some(text) = self.packs.problem(&spot.pack, spot.end()) {
+            return Err(Problem { text, pack: Some(spot.pack) });
         }
-        let tree = self.engine.get_tree(&id).map_err(|error| told(&error))?;
+        let tree = self.pieces.tree(&id)?;
         let mut below = Vec::new();
         for node in &tree.nodes {
             match (&node.node_type, node.subtree) {
                 (NodeType::Dir, Some(tree)) => below.push(tree),
                 (NodeType::Dir, None) => {
-                    return Err(format!("{} has no entries", node.name().display()));
+                    let text = format!("{} has no entries", node.name().display());
+                    return Err(Problem { text, pack: None });
                 }
                 _ => {}
             }
             for piece in node.content.iter().flatten() {
-                if !self.pieces.contains_key(piece) {
-                    let problem = self.piece_problem(piece);
-                    self.pieces.insert(*piece, problem);
-                }
-                if let Some(Some(problem)) = self.pieces.get(piece) {
-                    return Err(problem.clone());
+                if !self.there.contains(piece) {
+                    let spot = self.pieces.spot(piece)?;
+                    if let Some(text) = self.packs.problem(&spot.pack, spot.end()) {
+                        return Err(Problem { text, pack: Some(spot.pack) });
+                    }
+                    self.there.insert(*piece);
                 }
             }
         }
-        Ok(below)
-    }
-
-    fn piece_problem(&self, piece: &DataId) -> Option<String> {
-        let Ok(entry) = self.engine.get_index_entry(piece) else {
-            return Some(format!("the piece {piece} is nowhere"));
-        };
-        let end = u64::from(entry.location.offset) + u64::from(entry.location.length);
-        self.packs.problem(&entry.pack, end)
+        Ok((below, tree.nodes.len() as u64))
     }
 }
 
 /// Reads back pieces, with several threads, and gives the first problem.
-fn read_back<S: IndexedFull + Sync>(
-    engine: &Engine<S>,
-    pieces: &[DataId],
-    cancelled: &AtomicBool,
-) -> Option<String> {
+fn read_back(pieces: &Pieces, wanted: &[DataId], cancelled: &AtomicBool) -> Option<Problem> {
     let (next, found) = (AtomicUsize::new(0), Mutex::new(None));
     std::thread::scope(|scope| {
         for _ in 0..threads() {
             scope.spawn(|| {
-                while let Some(id) = pieces.get(next.fetch_add(1, Ordering::Relaxed)) {
+                while let Some(id) = wanted.get(next.fetch_add(1, Ordering::Relaxed)) {
                     if cancelled.load(Ordering::Relaxed) {
                         return;
                     }
-                    if let Err(problem) = piece(engine, id) {
+                    if let Err(problem) = pieces.data(id) {
                         found.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(problem);
                         return;
                     }
@@ -184,60 +198,79 @@ fn read_back<S: IndexedFull + Sync>(
     found.into_inner().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn threads() -> usize {
+pub fn threads() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from).min(MOST_THREADS)
 }
 
 /// Whether all that a tree needs is there, without reading it.
-pub fn is_whole<S: IndexedFull>(
-    files: &dyn Files,
-    engine: &Engine<S>,
-    tree: TreeId,
-) -> std::result::Result<(), String> {
-    let packs = Packs::list(files).map_err(|error| error.to_string())?;
-    Trees::new(engine, &packs).problem(tree).map_or(Ok(()), Err)
+pub fn is_whole(files: &dyn Files, pieces: &Pieces, tree: TreeId) -> bool {
+    Packs::list(files).is_ok_and(|packs| Trees::new(pieces, &packs).look(tree).problem.is_none())
+}
+
+/// Why what was just written is no backup.
+pub struct Unsound {
+    pub error: Error,
+    /// Files that do not hold what they should.
+    pub suspects: HashSet<Id>,
+}
+
+impl From<Error> for Unsound {
+    fn from(error: Error) -> Self {
+        Self { error, suspects: HashSet::new() }
+    }
 }
 
 impl Repository {
-    /// Whether a backup that was just written is one: all that it needs is there, and what is
-    /// new reads back as it was.
+    /// Whether what was just written is a backup: all that it needs is there, and what is new
+    /// reads back as it was.
     pub(crate) fn verify_new(
         &self,
         snapshot: &SnapshotFile,
         gate: &Gate,
         cancelled: &AtomicBool,
-    ) -> Result<()> {
-        let place = self.place();
-        let unverified = |problem| Error::Unverified { place: place.clone(), problem };
-        let engine = self.engine(std::sync::Arc::default()).and_then(Engine::to_indexed);
-        let engine = engine.map_err(self.failed("read from"))?;
-        let again = engine.get_file::<SnapshotFile>(&snapshot.id);
-        let again = again.map_err(|error| unverified(told(&error)))?;
-        if again.tree != snapshot.tree {
-            return Err(unverified("the snapshot is another one".to_owned()));
-        }
+    ) -> Result<(), Unsound> {
+        let unverified = |problem| Error::Unverified { place: self.place(), problem };
+        let pieces = self.pieces()?;
         let packs = Packs::list(&*self.files).map_err(|error| unverified(error.to_string()))?;
-        let mut trees = Trees::new(&engine, &packs);
-        if let Some(problem) = trees.problem(snapshot.tree) {
-            return Err(unverified(problem));
+        let mut trees = Trees::new(&pieces, &packs);
+        let known = trees.look(snapshot.tree);
+        if let Some(problem) = known.problem {
+            return Err(Unsound { error: unverified(problem), suspects: trees.suspects });
+        }
+        // The engine leaves out what it cannot do, and says so only in its log.
+        if known.entries != gate.entries() {
+            let problem = format!("it has {} entries of {}", known.entries, gate.entries());
+            return Err(unverified(problem).into());
         }
         let written = gate.written(FileType::Pack);
-        let is_new = |piece: &DataId| {
-            engine.get_index_entry(piece).is_ok_and(|entry| written.contains(&entry.pack))
+        let place_of = |piece: &DataId| {
+            let spot = pieces.spot(piece).ok().filter(|spot| written.contains(&spot.pack))?;
+            Some((spot.pack, spot.offset, *piece))
         };
-        let new: Vec<DataId> = trees.pieces.keys().copied().filter(is_new).collect();
-        if let Some(problem) = read_back(&engine, &new, cancelled) {
-            return Err(unverified(problem));
+        let mut new: Vec<_> = trees.there.iter().filter_map(place_of).collect();
+        // As they are on disk.
+        new.sort_unstable();
+        let new: Vec<_> = new.into_iter().map(|(_, _, piece)| piece).collect();
+        if let Some(Problem { text, pack }) = read_back(&pieces, &new, cancelled) {
+            let suspects = pack.into_iter().collect();
+            return Err(Unsound { error: unverified(text), suspects });
         }
+        self.check_cancelled(cancelled)?;
+        Ok(())
+    }
+
+    fn check_cancelled(&self, cancelled: &AtomicBool) -> Result<()> {
         if cancelled.load(Ordering::Relaxed) {
-            let path = place.into();
-            return Err(denizen_archive::Error::Cancelled { path }.into());
+            return Err(denizen_archive::Error::Cancelled { path: self.place().into() }.into());
         }
         Ok(())
     }
 
     /// Checks every backup: that all that it needs is there; with `read_data` also that every
     /// byte of it is what was written. Blocks.
+    ///
+    /// What is found to be damaged is taken out of the index, so that the next backup of what it
+    /// held writes it anew; what is there but in no index is found again.
     ///
     /// # Errors
     /// What met the destination. What is wrong in it is no error but in the report.
@@ -247,46 +280,61 @@ impl Repository {
         counter: &Counter,
         cancelled: &AtomicBool,
     ) -> Result<Report> {
-        let place = self.place();
-        let failed = |action| self.failed(action);
-        let mut report = Report::default();
+        let (mut report, mut altered) = (Report::default(), HashSet::new());
         let mut packs = Packs::list(&*self.files).map_err(|error| Error::Engine {
             action: "list what is in",
-            place: place.clone(),
+            place: self.place(),
             problem: error.to_string(),
         })?;
         if read_data {
-            packs.altered = self.altered(&packs, counter, cancelled);
+            (packs.altered, altered) = self.altered(&packs, counter, cancelled);
             report.bytes = counter.moved();
+            self.check_cancelled(cancelled)?;
         }
-        let engine = self.engine(std::sync::Arc::default()).map_err(failed("read from"))?;
-        // One by one, as one that is damaged must not hide the others.
+        let mut loose = Vec::new();
         let mut snapshots = Vec::new();
-        for id in engine.list::<SnapshotId>().map_err(failed("list the backups in"))? {
-            match engine.get_file::<SnapshotFile>(&id) {
-                Ok(mut snapshot) => {
-                    snapshot.id = id;
-                    snapshots.push(snapshot);
-                }
-                Err(error) => report.findings.push(Finding {
-                    backup: Some(id.to_hex().as_str().to_owned()),
+        for file in self.names(FileType::Snapshot)? {
+            match self.snapshot(&file)? {
+                Read::Sound(snapshot) => snapshots.push(snapshot),
+                Read::Altered => loose.push(Finding {
+                    backup: file.rsplit('/').next().map(str::to_owned),
                     session: None,
-                    problem: told(&error),
+                    problem: format!("{file} is altered"),
                     instead: None,
                 }),
+                Read::Gone => {}
             }
         }
+        snapshots.retain(|it| session_of(it).is_some());
         snapshots.sort_by_key(|snapshot| snapshot.time.timestamp());
-        let engine = engine.to_indexed().map_err(failed("read the index of"))?;
-        let mut trees = Trees::new(&engine, &packs);
+        report.backups = snapshots.len() as u64;
+        let (first, mut suspects) = self.look_at(&snapshots, &packs)?;
+        suspects.extend(&altered);
+        let mut last = first.clone();
+        if !suspects.is_empty() || first.iter().any(Option::is_some) {
+            let mended = self.mend(&suspects)?;
+            loose.extend(mended.problems.into_iter().map(|problem| Finding {
+                backup: None,
+                session: None,
+                problem,
+                instead: None,
+            }));
+            // Now what is altered is no longer in the index, piece by piece.
+            for pack in altered {
+                packs.altered.remove(&name(FileType::Pack, &pack));
+            }
+            packs.sizes = Packs::list(&*self.files).map_or(packs.sizes, |packs| packs.sizes);
+            last = self.look_at(&snapshots, &packs)?.0;
+        }
+        self.check_cancelled(cancelled)?;
         let mut sound: HashMap<Uuid, String> = HashMap::new();
         let mut bad = Vec::new();
-        for snapshot in snapshots.iter().filter(|it| session_of(it).is_some()) {
+        for ((snapshot, first), last) in snapshots.iter().zip(first).zip(last) {
             let Some(entry) = entry(snapshot) else { continue };
-            report.backups += 1;
-            match trees.problem(snapshot.tree) {
+            match last {
                 None => drop(sound.insert(entry.session, entry.id)),
-                Some(problem) => bad.push((entry, problem)),
+                // The first time it was still known where it should be.
+                Some(last) => bad.push((entry, first.unwrap_or(last))),
             }
         }
         report.findings.extend(bad.into_iter().map(|(entry, problem)| Finding {
@@ -295,50 +343,62 @@ impl Repository {
             session: Some(entry.session),
             problem,
         }));
+        report.findings.extend(loose);
         Ok(report)
     }
 
-    /// Reads all files that hold pieces; their names are their digests.
+    /// What is wrong with each of these, and in which files.
+    fn look_at(
+        &self,
+        snapshots: &[SnapshotFile],
+        packs: &Packs,
+    ) -> Result<(Vec<Option<String>>, HashSet<Id>)> {
+        let pieces = self.pieces()?;
+        let mut trees = Trees::new(&pieces, packs);
+        let found = snapshots.iter().map(|snapshot| trees.look(snapshot.tree).problem).collect();
+        Ok((found, trees.suspects))
+    }
+
+    /// Reads all files that hold pieces; their names are their digests. Gives also those of which
+    /// something is lost for good: the others may be read another time.
     fn altered(
         &self,
         packs: &Packs,
         counter: &Counter,
         cancelled: &AtomicBool,
-    ) -> HashMap<String, String> {
+    ) -> (HashMap<String, String>, HashSet<Id>) {
         let names: Vec<&String> = packs.sizes.keys().collect();
-        let (next, found) = (AtomicUsize::new(0), Mutex::new(HashMap::new()));
+        let next = AtomicUsize::new(0);
+        let found = Mutex::new((HashMap::new(), HashSet::new()));
         std::thread::scope(|scope| {
             for _ in 0..threads() {
                 scope.spawn(|| {
-                    while let Some(name) = names.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    while let Some(file) = names.get(next.fetch_add(1, Ordering::Relaxed)) {
                         if cancelled.load(Ordering::Relaxed) {
                             return;
                         }
-                        let id = name.rsplit('/').next().unwrap_or_default();
-                        let problem = match self.files.read(name, None) {
+                        // What has another name is not the repository's.
+                        let id = file.rsplit('/').next().and_then(|id| id.parse::<Id>().ok());
+                        let Some(id) = id else { continue };
+                        let (problem, lost) = match self.files.read(file, None) {
                             Ok(bytes) => {
                                 counter.bytes(bytes.len() as u64);
-                                (!is_of(&bytes, id)).then(|| format!("{name} is altered"))
+                                if digest(&bytes) == id {
+                                    continue;
+                                }
+                                (format!("{file} is altered"), true)
                             }
-                            Err(error) => Some(format!("{name} cannot be read: {error}")),
+                            Err(error) => {
+                                (format!("{file} cannot be read: {error}"), is_lost(&error))
+                            }
                         };
-                        if let Some(problem) = problem {
-                            let mut found = found.lock().unwrap_or_else(PoisonError::into_inner);
-                            found.insert((*name).clone(), problem);
-                        }
+                        let mut found = found.lock().unwrap_or_else(PoisonError::into_inner);
+                        found.0.insert((*file).clone(), problem);
+                        found.1.extend(lost.then_some(id));
                     }
                 });
             }
         });
         found.into_inner().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Has the index name only what is there, so that the rest is written again.
-    pub(crate) fn forget_damaged(&self) -> Result<()> {
-        let options = rustic_core::RepairIndexOptions::default();
-        let engine = self.engine(std::sync::Arc::default());
-        engine
-            .and_then(|engine| engine.repair_index(&options, false))
-            .map_err(self.failed("repair the index of"))
     }
 }

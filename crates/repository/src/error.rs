@@ -1,4 +1,7 @@
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
+
+use rustic_core::{ErrorKind, RusticError, RusticResult};
 
 /// Why a repository could not be used.
 #[derive(Debug, thiserror::Error)]
@@ -75,5 +78,17 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 /// What the engine says, in one line.
 pub fn told(error: &rustic_core::RusticError) -> String {
     let text = error.display_log();
-    text.split_whitespace().collect::<Vec<_>>().join(" ")
+    let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    text.strip_prefix("Error: ").unwrap_or(&text).to_owned()
+}
+
+/// The engine panics where it does not expect what comes, in threads of its own too.
+pub fn guarded<T>(run: impl FnOnce() -> RusticResult<T>) -> RusticResult<T> {
+    // Whatever a panic leaves half-done is dropped with it: nothing of ours is shared with it but
+    // what stays whole.
+    catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<String>().map(String::as_str);
+        let text = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("it panicked");
+        Err(RusticError::new(ErrorKind::Internal, text.to_owned()))
+    })
 }

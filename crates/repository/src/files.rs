@@ -22,7 +22,9 @@ use crate::error::Error;
 /// A part of a file.
 #[derive(Clone, Copy, Debug)]
 pub struct Range {
+    /// Where it begins.
     pub offset: u64,
+    /// How long it is.
     pub length: u64,
 }
 
@@ -43,7 +45,7 @@ pub trait Files: fmt::Debug + Send + Sync {
     /// The size of a file, if it is there.
     fn size(&self, name: &str) -> io::Result<Option<u64>>;
 
-    /// A file, or exactly that part of it.
+    /// A file, or what there is of that part of it.
     fn read(&self, name: &str, range: Option<Range>) -> io::Result<Bytes>;
 
     /// Writes a file, durably. With `new`, one that is there is not replaced

@@ -23,34 +23,41 @@
 
 mod backend;
 mod check;
+mod cipher;
 mod error;
 mod files;
+mod mend;
 mod node;
+mod open;
+mod pieces;
 mod restore;
 mod source;
 
+use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use bytesize::ByteSize;
-use denizen_archive::tree::{Kind, Member, Walk, open};
+use denizen_archive::tree::{Kind, Member, Walk, open as open_tree};
 use rustic_core::jiff::{SignedDuration, Timestamp, tz::TimeZone};
-use rustic_core::repofile::{Chunker, MasterKey, SnapshotFile, SnapshotId};
+use rustic_core::repofile::{MasterKey, SnapshotFile, SnapshotId};
 use rustic_core::{
-    BackupOptions, ConfigOptions, Credentials, FileType, IndexedIds, KeyOptions, OpenStatus,
-    PruneOptions, RepositoryBackends, RepositoryOptions, RusticResult,
+    BackupOptions, Credentials, FileType, Id, OpenStatus, PruneOptions, RepositoryBackends,
+    RepositoryOptions, RusticError, RusticResult,
 };
 use uuid::Uuid;
 
 pub use check::{Finding, Report};
 pub use denizen_archive::{Owners, Restored, Skipped};
 pub use error::Error;
-pub use files::Destination;
+pub use files::{Destination, Files, Range};
 
-use backend::{Backend, Gate};
-use error::{Result, told};
-use files::Files;
+use backend::{Backend, Gate, Reason, name};
+use check::Unsound;
+use cipher::Cipher;
+use error::{Result, guarded, told};
+use mend::Read;
+use pieces::Pieces;
 
 type Engine<S> = rustic_core::Repository<S>;
 
@@ -74,6 +81,7 @@ const LEVEL: i32 = 3;
 pub struct Repository {
     files: Arc<dyn Files>,
     key: MasterKey,
+    cipher: Cipher,
     /// The snapshots as last seen: none of them ever changes.
     known: Mutex<Vec<SnapshotFile>>,
 }
@@ -177,47 +185,23 @@ impl Repository {
     /// [`Error::WrongKey`] if it was made with another password, or what met the reading or
     /// making of it.
     pub fn open(destination: &Destination, password: &str) -> Result<Self> {
-        let files = destination.files()?;
-        let place = files.place();
-        let failed = |action, error: Box<rustic_core::RusticError>| {
-            if error.is_incorrect_password() {
-                return Error::WrongKey { place: place.clone() };
-            }
-            Error::Engine { action, place: place.clone(), problem: told(&error) }
-        };
-        let credentials = Credentials::password(password);
-        let there = || {
-            let size = files.size("config");
-            size.map_err(|error| Error::Engine {
-                action: "open",
-                place: place.clone(),
-                problem: error.to_string(),
-            })
-        };
-        let opened = if there()?.is_some() {
-            engine(&files, Arc::default()).and_then(|engine| engine.open(&credentials))
-        } else {
-            let config = ConfigOptions::default()
-                .set_version(2_u32)
-                .set_compression(LEVEL)
-                .set_chunker(Chunker::FixedSize)
-                .set_chunk_size(ByteSize::b(PIECE))
-                .set_datapack_size(ByteSize::b(PACK))
-                .set_datapack_growfactor(0_u32)
-                // We read back all that is written, ourselves.
-                .set_extra_verify(false);
-            let made = engine(&files, Arc::default())
-                .and_then(|engine| engine.init(&credentials, &KeyOptions::default(), &config));
-            match made {
-                // Another host may have made it at this moment.
-                Err(_) if there()?.is_some() => {
-                    engine(&files, Arc::default()).and_then(|engine| engine.open(&credentials))
-                }
-                made => made,
-            }
-        };
-        let key = opened.map_err(|error| failed("open", error))?.key();
-        Ok(Self { files, key, known: Mutex::default() })
+        Self::open_in(destination.files()?, password)
+    }
+
+    /// The same where the files are in a place of another kind.
+    ///
+    /// # Errors
+    /// As with [`Repository::open`].
+    pub fn open_in(files: Arc<dyn Files>, password: &str) -> Result<Self> {
+        let key = open::open(&files, password)?;
+        let cipher = Cipher::new(&key).ok_or_else(|| Error::WrongKey { place: files.place() })?;
+        Ok(Self { files, key, cipher, known: Mutex::default() })
+    }
+
+    /// The same repository where its files are reached in another way: the key is known.
+    #[must_use]
+    pub fn through(&self, files: Arc<dyn Files>) -> Self {
+        Self { files, key: self.key.clone(), cipher: self.cipher.clone(), known: Mutex::default() }
     }
 
     /// Whether there is a repository at a destination.
@@ -239,20 +223,51 @@ impl Repository {
         self.files.place()
     }
 
-    fn engine(&self, gate: Arc<Gate>) -> RusticResult<Engine<OpenStatus>> {
-        engine(&self.files, gate)?.open(&Credentials::Masterkey(self.key.clone()))
-    }
-
-    fn failed(&self, action: &'static str) -> impl Fn(Box<rustic_core::RusticError>) -> Error {
+    fn failed(&self, action: &'static str) -> impl Fn(Box<RusticError>) -> Error {
         let place = self.place();
         move |error| Error::Engine { action, place: place.clone(), problem: told(&error) }
     }
 
-    /// Writes a backup and reads back what is new in it, and whether all else is there. What
-    /// neither changed nor is new since the session's latest backup is not read again.
+    /// Has the engine do something.
+    fn with<T>(
+        &self,
+        action: &'static str,
+        gate: &Arc<Gate>,
+        run: impl FnOnce(Engine<OpenStatus>) -> RusticResult<T>,
+    ) -> Result<T> {
+        let key = Credentials::Masterkey(self.key.clone());
+        let done = guarded(|| run(engine(&self.files, gate.clone())?.open(&key)?));
+        done.map_err(|error| match gate.reason() {
+            // The engine may tell only what came of it.
+            Some(Reason::Repository(problem)) => {
+                Error::Engine { action, place: self.place(), problem }
+            }
+            _ => self.failed(action)(error),
+        })
+    }
+
+    /// All pieces, by the index as it is now.
+    fn pieces(&self) -> Result<Pieces> {
+        match self.indexed() {
+            // It may be damaged. What else it was is met again.
+            Err(_) if self.mend(&HashSet::new())?.changed => self.indexed(),
+            indexed => indexed,
+        }
+    }
+
+    fn indexed(&self) -> Result<Pieces> {
+        let backend = Arc::new(Backend::new(self.files.clone(), Arc::default()));
+        let key = Credentials::Masterkey(self.key.clone());
+        let opened = guarded(|| over(backend.clone())?.open(&key)?.to_indexed());
+        let engine = opened.map_err(self.failed("read the index of"))?;
+        Ok(Pieces { engine, backend, cipher: self.cipher.clone() })
+    }
+
+    /// Writes a backup, after it has read back what is new in it and looked whether all else is
+    /// there. What neither changed nor is new since the session's latest backup is not read again.
     ///
     /// Blocks. `cancelled` is looked at every few files and for every piece that is read. On any
-    /// error there is no backup; what was written for it is used by the next one.
+    /// error there is no backup that was not read back.
     ///
     /// # Errors
     /// [`Error::Tree`] if the files changed meanwhile or could not be read,
@@ -264,64 +279,74 @@ impl Repository {
         counter: &Arc<Counter>,
         cancelled: &AtomicBool,
     ) -> Result<Written> {
-        let failed = self.failed("write to");
         let known = self.snapshots()?;
         let latest = known.iter().filter(|it| session_of(it) == Some(source.session));
-        let latest = latest.max_by_key(|it| it.time.timestamp()).cloned();
-        let snapshot = describe(source, now, latest.as_ref());
-        if let Some(latest) = &latest {
-            let engine = self.engine(Arc::default()).and_then(Engine::to_indexed);
-            let engine = engine.map_err(&failed)?;
-            let compare = restore::Compare::new(&engine, latest.tree);
+        let latest = latest.max_by_key(|it| it.time.timestamp());
+        let snapshot = describe(source, now, latest);
+        if let Some(latest) = latest {
+            let pieces = self.pieces()?;
+            let indexes = self.names(FileType::Index)?;
+            let compare = restore::Compare::new(&pieces, latest.tree);
             if let Some(skipped) = compare.run(source, cancelled)?
                 // What is there already is not read again; it only has to be there.
-                && check::is_whole(&*self.files, &engine, latest.tree).is_ok()
+                && check::is_whole(&*self.files, &pieces, latest.tree)
             {
                 let summary = latest.summary.clone().map(|mut summary| {
                     summary.data_added_packed = 0;
                     summary
                 });
                 let snapshot = SnapshotFile { tree: latest.tree, summary, ..snapshot };
-                return Ok(Written { entry: self.publish(snapshot)?, skipped });
+                return Ok(Written { entry: self.publish(snapshot, &indexes)?, skipped });
             }
         }
-        let mut parent = latest.as_ref();
+        let mut again = true;
         loop {
-            let gate = Arc::new(Gate::default());
+            let gate = Arc::new(Gate::without_snapshots());
             let (snapshot, skipped) =
-                self.archive(source, snapshot.clone(), parent, &gate, counter, cancelled)?;
+                self.archive(source, snapshot.clone(), latest, &gate, counter, cancelled)?;
+            let indexes = self.names(FileType::Index)?;
             match self.verify_new(&snapshot, &gate, cancelled) {
-                Ok(()) => return Ok(Written { entry: self.note(snapshot), skipped }),
-                Err(error) => {
-                    self.engine(Arc::default())
-                        .and_then(|engine| engine.delete_snapshots(&[snapshot.id]))
-                        .map_err(&failed)?;
-                    // What an earlier backup has written is gone, or is not what it was: nothing
-                    // of it must be counted on, and all of it is written anew.
-                    if parent.take().is_none() {
+                Ok(()) => return Ok(Written { entry: self.publish(snapshot, &indexes)?, skipped }),
+                Err(Unsound { error, suspects }) => {
+                    // What an earlier backup or this one has written is gone, or is not what it
+                    // was. Once that is no longer in the index, it is written anew.
+                    if !again || suspects.is_empty() && matches!(error, Error::Tree(_)) {
                         return Err(error);
                     }
-                    tracing::warn!(%error, "what earlier backups have written is written again");
-                    self.forget_damaged()?;
+                    if !self.mend(&suspects)?.changed {
+                        return Err(error);
+                    }
+                    tracing::warn!(%error, "what is damaged in the repository is written again");
+                    again = false;
                 }
             }
         }
     }
 
-    /// Writes a snapshot of what is there, and reads it back.
-    fn publish(&self, mut snapshot: SnapshotFile) -> Result<Entry> {
-        let failed = self.failed("write to");
+    /// Writes the snapshot of what was read back. `indexes` is what was in the index then.
+    fn publish(&self, mut snapshot: SnapshotFile, indexes: &[String]) -> Result<Entry> {
         let gate = Arc::new(Gate::default());
-        let engine = self.engine(gate.clone()).map_err(&failed)?;
-        engine.save_snapshots(vec![snapshot.clone()]).map_err(&failed)?;
-        let id = gate.written(FileType::Snapshot).into_iter().next().map(SnapshotId::from);
-        let again = id.map(|id| engine.get_file::<SnapshotFile>(&id)).transpose();
-        match (id, again.map_err(&failed)?) {
-            (Some(id), Some(again)) if again.tree == snapshot.tree => snapshot.id = id,
+        let written = self.with("write to", &gate, |engine| {
+            engine.save_snapshots(vec![snapshot.clone()])?;
+            let id = gate.written(FileType::Snapshot).into_iter().next().map(SnapshotId::from);
+            id.map(|id| Ok((id, engine.get_file::<SnapshotFile>(&id)?))).transpose()
+        })?;
+        match written {
+            Some((id, again)) if again.tree == snapshot.tree => snapshot.id = id,
             _ => {
                 let problem = "the new snapshot is another one".to_owned();
                 return Err(Error::Unverified { place: self.place(), problem });
             }
+        }
+        // Whoever removes what is not needed may have looked before the snapshot was there.
+        let now: HashSet<String> = self.names(FileType::Index)?.into_iter().collect();
+        if !indexes.iter().all(|index| now.contains(index))
+            && !check::is_whole(&*self.files, &self.pieces()?, snapshot.tree)
+            && (!self.mend(&HashSet::new())?.changed
+                || !check::is_whole(&*self.files, &self.pieces()?, snapshot.tree))
+        {
+            let problem = "what it needs was removed".to_owned();
+            return Err(Error::Unverified { place: self.place(), problem });
         }
         Ok(self.note(snapshot))
     }
@@ -336,37 +361,51 @@ impl Repository {
         counter: &Arc<Counter>,
         cancelled: &AtomicBool,
     ) -> Result<(SnapshotFile, Vec<Skipped>)> {
-        let failed = self.failed("write to");
         let mut options = BackupOptions::default().no_scan(true);
         match parent {
-            Some(parent) => options.parent_opts.parents = vec![parent.id.to_string()],
+            Some(parent) => options.parent_opts.parents = vec![parent.id.to_hex().to_string()],
             None => options.parent_opts.force = true,
         }
-        let engine = self.engine(gate.clone()).and_then(Engine::to_indexed_ids);
-        let engine = engine.map_err(&failed)?;
         let (entries, feed) = source::source(gate.clone(), counter.clone());
         std::thread::scope(|scope| {
             let walking = std::thread::Builder::new().name("denizen-walk".into());
             let walking = walking.spawn_scoped(scope, || {
                 let walked = walk(source, feed, cancelled);
-                walked.map_err(|error| gate.close(error)).unwrap_or_default()
+                walked.map_err(|error| gate.close(Reason::Tree(error))).unwrap_or_default()
             });
             let walking = walking.map_err(|source| {
                 let path = PathBuf::from("a thread to walk the session's files");
                 Error::Io { path, source }
             })?;
-            let archived = archive(&engine, &options, &entries, snapshot);
-            let skipped = walking.join().unwrap_or_default();
+            let key = Credentials::Masterkey(self.key.clone());
+            let archived = guarded(|| {
+                // Taken along, so that the walk does not wait for an engine that has failed.
+                let entries = entries;
+                let engine = engine(&self.files, gate.clone())?.open(&key)?.to_indexed_ids()?;
+                engine.archive(&options, &entries, snapshot, &[PathBuf::from("/")])
+            });
+            let walked = walking.join();
+            let failed = self.failed("write to");
             match (archived, gate.reason()) {
                 // What went wrong first explains what went wrong after it.
-                (Err(error), Some(denizen_archive::Error::Cancelled { .. }))
+                (Err(error), Some(Reason::Tree(denizen_archive::Error::Cancelled { .. })))
                     if !cancelled.load(Ordering::Relaxed) =>
                 {
                     Err(failed(error))
                 }
-                (_, Some(reason)) => Err(reason.into()),
+                (_, Some(Reason::Tree(reason))) => Err(reason.into()),
+                (_, Some(Reason::Repository(problem))) => {
+                    Err(Error::Engine { action: "write to", place: self.place(), problem })
+                }
                 (Err(error), None) => Err(failed(error)),
-                (Ok(snapshot), None) => Ok((snapshot, skipped)),
+                (Ok(snapshot), None) => {
+                    let skipped = walked.map_err(|_| Error::Engine {
+                        action: "write to",
+                        place: self.place(),
+                        problem: "the walk panicked".to_owned(),
+                    })?;
+                    Ok((snapshot, skipped))
+                }
             }
         })
     }
@@ -381,14 +420,40 @@ impl Repository {
         entry.unwrap_or_else(|| unreachable!("it was described by us"))
     }
 
-    /// All snapshots, as they are now. Those seen before are not read again.
+    /// All snapshots, as they are now, but those that are damaged. Those seen before are not read
+    /// again.
     fn snapshots(&self) -> Result<Vec<SnapshotFile>> {
-        let failed = self.failed("list the backups in");
-        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        let engine = self.engine(Arc::default()).map_err(&failed)?;
-        let all = engine.update_all_snapshots(std::mem::take(&mut *known)).map_err(&failed)?;
-        known.clone_from(&all);
+        let mut before: HashMap<String, SnapshotFile> = {
+            let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+            known.iter().map(|it| (name(FileType::Snapshot, &it.id), it.clone())).collect()
+        };
+        let mut all = Vec::new();
+        for file in self.names(FileType::Snapshot)? {
+            if let Some(known) = before.remove(&file) {
+                all.push(known);
+                continue;
+            }
+            match self.snapshot(&file)? {
+                Read::Sound(snapshot) => all.push(snapshot),
+                // One that is damaged must not hide the others. A check tells of it.
+                Read::Altered => tracing::warn!(place = self.place(), file, "a backup is damaged"),
+                Read::Gone => {}
+            }
+        }
+        self.known.lock().unwrap_or_else(PoisonError::into_inner).clone_from(&all);
         Ok(all)
+    }
+
+    fn snapshot(&self, file: &str) -> Result<Read<SnapshotFile>> {
+        let id = file.rsplit('/').next().and_then(|id| id.parse::<Id>().ok());
+        Ok(match (self.content::<SnapshotFile>(file)?, id) {
+            (Read::Sound(mut snapshot), Some(id)) => {
+                snapshot.id = id.into();
+                Read::Sound(snapshot)
+            }
+            (Read::Gone, _) => Read::Gone,
+            _ => Read::Altered,
+        })
     }
 
     /// The backups of a session, or of all, newest first.
@@ -426,10 +491,19 @@ impl Repository {
         cancelled: &AtomicBool,
     ) -> Result<Restored> {
         let snapshot = self.find(backup)?;
-        let engine = self.engine(Arc::default()).and_then(Engine::to_indexed);
-        let engine = engine.map_err(self.failed("read from"))?;
-        let restorer = restore::Restorer { engine: &engine, place: self.place(), backup, counter };
-        restorer.restore(snapshot.tree, home, only, owners, cancelled)
+        let place = self.place();
+        let mut again = true;
+        loop {
+            let pieces = self.pieces()?;
+            let restorer = restore::Restorer { pieces: &pieces, place: &place, backup, counter };
+            match restorer.restore(snapshot.tree, home, only, owners, cancelled) {
+                // It may still be there, but not in the index.
+                Err(Error::Damaged { .. }) if again && self.mend(&HashSet::new())?.changed => {
+                    again = false;
+                }
+                restored => return restored,
+            }
+        }
     }
 
     /// Forgets backups. What only they need is removed by [`Repository::prune`].
@@ -443,8 +517,7 @@ impl Repository {
             .filter(|it| backups.iter().any(|backup| it.id.to_hex().as_str() == backup))
             .map(|it| it.id)
             .collect();
-        let failed = self.failed("remove backups from");
-        self.engine(Arc::default()).and_then(|engine| engine.delete_snapshots(&ids)).map_err(failed)
+        self.with("remove backups from", &Arc::default(), |engine| engine.delete_snapshots(&ids))
     }
 
     /// Removes what no backup needs: marks it now, and removes what was marked a day ago and is
@@ -453,11 +526,11 @@ impl Repository {
     /// # Errors
     /// What met the destination.
     pub fn prune(&self) -> Result<()> {
-        let failed = self.failed("compact");
-        let engine = self.engine(Arc::default()).map_err(&failed)?;
-        let options = PruneOptions::default();
-        let plan = engine.prune_plan(&options).map_err(&failed)?;
-        engine.prune(&options, plan).map_err(&failed)
+        self.with("compact", &Arc::default(), |engine| {
+            let options = PruneOptions::default();
+            let plan = engine.prune_plan(&options)?;
+            engine.prune(&options, plan)
+        })
     }
 
     /// Removes what killed writers have left half-written.
@@ -474,19 +547,12 @@ impl Repository {
 }
 
 fn engine(files: &Arc<dyn Files>, gate: Arc<Gate>) -> RusticResult<Engine<()>> {
-    let backend = Arc::new(Backend::new(files.clone(), gate));
-    let options = RepositoryOptions::default().no_cache(true);
-    Engine::new(&options, &RepositoryBackends::new(backend, None))
+    over(Arc::new(Backend::new(files.clone(), gate)))
 }
 
-/// The engine's worker threads panic where they do not expect an end.
-fn archive<S: IndexedIds>(
-    engine: &Engine<S>,
-    options: &BackupOptions,
-    source: &source::Source,
-    snapshot: SnapshotFile,
-) -> RusticResult<SnapshotFile> {
-    engine.archive(options, source, snapshot, &[PathBuf::from("/")])
+fn over(backend: Arc<Backend>) -> RusticResult<Engine<()>> {
+    let options = RepositoryOptions::default().no_cache(true);
+    Engine::new(&options, &RepositoryBackends::new(backend, None))
 }
 
 /// Walks all that is backed up, in the order of the format: by name.
@@ -497,9 +563,9 @@ fn walk(
 ) -> std::result::Result<Vec<Skipped>, denizen_archive::Error> {
     let mut walk = Walk::new(source.volume, source.owners, cancelled, feed);
     if let Some(root) = source.root {
-        walk.run_beside(open(root)?, ROOT)?;
+        walk.run_beside(open_tree(root)?, ROOT)?;
     }
-    walk.run_beside(open(source.volume)?, VOLUME)?;
+    walk.run_beside(open_tree(source.volume)?, VOLUME)?;
     Ok(walk.skipped)
 }
 

@@ -8,36 +8,27 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
+use std::sync::mpsc::{Receiver, RecvError, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{Scope, ScopedJoinHandle};
 
-use bytes::Bytes;
 use denizen_archive::tree::{Kind, Member, Place, Sink, Walk, open, prepare};
 use denizen_archive::{Error as TreeError, Owners, Restored, Skipped};
-use rustic_core::repofile::{BlobType, Node, NodeType};
-use rustic_core::{BlobId, DataId, IndexedFull, TreeId};
-use sha2::{Digest as _, Sha256};
+use rustic_core::repofile::{Node, NodeType};
+use rustic_core::{DataId, TreeId};
 
-use crate::error::{Error, Result, told};
-use crate::{Counter, Engine, ROOT, Source, VOLUME, node};
+use crate::check::threads;
+use crate::error::{Error, Result};
+use crate::pieces::{Pieces, Problem};
+use crate::{Counter, ROOT, Source, VOLUME, node};
 
 /// What a page of zeros is looked for by: less is not worth a hole.
 const PAGE: usize = 4096;
+static EMPTY: [u8; PAGE] = [0; PAGE];
 
-/// A piece of a file, if it is what its name says.
-pub fn piece<S: IndexedFull>(
-    engine: &Engine<S>,
-    id: &DataId,
-) -> std::result::Result<Bytes, String> {
-    let bytes = engine.get_blob_cached(&BlobId::from(*id), BlobType::Data);
-    let bytes = bytes.map_err(|error| told(&error))?;
-    is_of(&bytes, &id.to_hex()).then_some(bytes).ok_or(format!("the piece {id} is altered"))
-}
-
-pub fn is_of(bytes: &[u8], id: &str) -> bool {
-    let digest = Sha256::digest(bytes);
-    let mut hex = String::with_capacity(64);
-    digest.iter().for_each(|byte| hex.push_str(&format!("{byte:02x}")));
-    hex == id
-}
+/// How many pieces are read ahead of what is written. Each has a megabyte at most, or what
+/// another program has made.
+const AHEAD: usize = 32;
 
 /// The entries of a folder on the way through a tree.
 struct Folder {
@@ -49,24 +40,37 @@ struct Folder {
 /// A file with several names.
 struct Named {
     first: Vec<u8>,
+    kind: NodeType,
     content: Option<Vec<DataId>>,
 }
 
-pub struct Restorer<'a, S> {
-    pub engine: &'a Engine<S>,
-    pub place: String,
+/// A piece, once it is read.
+type Piece = std::result::Result<Vec<u8>, Problem>;
+
+/// What is told to who makes the entries, in the order in which they are made.
+enum Told {
+    /// The pieces of a file follow.
+    Entry(Member),
+    Piece(Receiver<Piece>),
+    /// All that comes of what was wanted has been told.
+    End,
+}
+
+pub struct Restorer<'a> {
+    pub pieces: &'a Pieces,
+    pub place: &'a str,
     pub backup: &'a str,
     pub counter: &'a Counter,
 }
 
-impl<S: IndexedFull> Restorer<'_, S> {
+impl Restorer<'_> {
     fn damaged(&self, problem: impl Into<String>) -> Error {
-        let (place, backup) = (self.place.clone(), self.backup.to_owned());
+        let (place, backup) = (self.place.to_owned(), self.backup.to_owned());
         Error::Damaged { place, backup, problem: problem.into() }
     }
 
     fn folder(&self, path: Vec<u8>, tree: &TreeId) -> Result<Folder> {
-        let tree = self.engine.get_tree(tree).map_err(|error| self.damaged(told(&error)))?;
+        let tree = self.pieces.tree(tree).map_err(|problem| self.damaged(problem.text))?;
         Ok(Folder { path, nodes: tree.nodes.into_iter() })
     }
 
@@ -79,7 +83,7 @@ impl<S: IndexedFull> Restorer<'_, S> {
         cancelled: &AtomicBool,
     ) -> Result<Restored> {
         let created = prepare(home)?;
-        let label = PathBuf::from(&self.place).join(self.backup);
+        let label = PathBuf::from(self.place).join(self.backup);
         let mut place = Place::new(&label, home, owners, cancelled)?;
         let made = self.make_all(tree, only, &mut place).and_then(|counts| {
             place.finish()?;
@@ -95,13 +99,55 @@ impl<S: IndexedFull> Restorer<'_, S> {
         }
     }
 
+    /// Pieces are read by several threads, ahead of this one, which makes the entries.
     fn make_all(
         &self,
         tree: TreeId,
         only: Option<&Path>,
         place: &mut Place<'_>,
     ) -> Result<(u64, u64)> {
-        let (mut files, mut bytes, mut found) = (0, 0, only.is_none());
+        std::thread::scope(|scope| {
+            let (telling, told) = sync_channel(AHEAD);
+            let (wanting, wanted) = sync_channel::<(DataId, SyncSender<Piece>)>(AHEAD);
+            let wanted = Arc::new(Mutex::new(wanted));
+            let list = move || self.tell(tree, only, &telling, &wanting);
+            let telling = spawn(scope, "denizen-list", list)?;
+            for _ in 0..threads() {
+                let wanted = wanted.clone();
+                spawn(scope, "denizen-read", move || self.read(&wanted))?;
+            }
+            drop(wanted);
+            let made = self.make(&told, place);
+            // Whereupon the threads end.
+            drop(told);
+            let told = telling.join().unwrap_or_else(|_| Err(self.damaged("the reader panicked")));
+            // If the list ended early, it says why.
+            match (made, told) {
+                (Ok(Some(made)), Ok(())) => Ok(made),
+                (Err(error), _) | (_, Err(error)) => Err(error),
+                (Ok(None), Ok(())) => Err(self.damaged("it ends early")),
+            }
+        })
+    }
+
+    fn read(&self, wanted: &Mutex<Receiver<(DataId, SyncSender<Piece>)>>) {
+        loop {
+            let next = wanted.lock().unwrap_or_else(PoisonError::into_inner).recv();
+            let Ok((id, piece)) = next else { return };
+            // Nobody may want it any more.
+            let _ = piece.send(self.pieces.data(&id));
+        }
+    }
+
+    /// Tells of all entries. Ends early, without an error, if nobody listens any more.
+    fn tell(
+        &self,
+        tree: TreeId,
+        only: Option<&Path>,
+        telling: &SyncSender<Told>,
+        wanting: &SyncSender<(DataId, SyncSender<Piece>)>,
+    ) -> Result<()> {
+        let mut found = only.is_none();
         let wanted: Vec<&[u8]> =
             only.map_or(Vec::new(), |only| node::steps(only.as_os_str().as_bytes()).collect());
         let mut links: HashMap<(u64, u64), Named> = HashMap::new();
@@ -121,7 +167,7 @@ impl<S: IndexedFull> Restorer<'_, S> {
             if wanted.get(depth - 1).is_some_and(|step| *step != name.as_bytes()) {
                 continue;
             }
-            found |= depth == wanted.len();
+            found |= depth >= wanted.len();
             if depth == 1 && only.is_none() && name != VOLUME && name != ROOT {
                 return Err(self.damaged(format!("{} is not a session's", shown(&path))));
             }
@@ -130,36 +176,78 @@ impl<S: IndexedFull> Restorer<'_, S> {
                 back.map_err(|problem| self.damaged(format!("{} {problem}", shown(&path))))?;
             let Some(mut member) = back else { continue };
             if member.kind == Kind::Directory {
-                place.make(member, |_, _, _| Ok(()))?;
                 let Some(tree) = node.subtree else {
                     return Err(self.damaged(format!("{} has no entries", shown(&path))));
                 };
+                if telling.send(Told::Entry(member)).is_err() {
+                    return Ok(());
+                }
                 path.push(b'/');
                 way.push(self.folder(path, &tree)?);
                 continue;
             }
-            if member.kind == Kind::File {
-                files += 1;
-                bytes += member.size;
+            // What is on the way to it must be a folder.
+            if depth < wanted.len() {
+                continue;
             }
             if node.meta.links > 1 && node.meta.inode != 0 {
                 let key = (node.meta.device_id, node.meta.inode);
                 match links.get(&key) {
-                    Some(Named { first, content }) if *content == node.content => {
+                    Some(Named { first, kind, content })
+                        if *kind == node.node_type && *content == node.content =>
+                    {
                         member.kind = Kind::HardLink;
                         member.link.clone_from(first);
                     }
                     _ => {
-                        let content = node.content.clone();
-                        links.insert(key, Named { first: path.clone(), content });
+                        let (kind, content) = (node.node_type.clone(), node.content.clone());
+                        links.insert(key, Named { first: path.clone(), kind, content });
                     }
                 }
             }
+            let is_file = member.kind == Kind::File;
+            if telling.send(Told::Entry(member)).is_err() {
+                return Ok(());
+            }
+            for id in node.content.iter().flatten().filter(|_| is_file) {
+                let (sender, piece) = sync_channel(1);
+                if wanting.send((*id, sender)).is_err() || telling.send(Told::Piece(piece)).is_err()
+                {
+                    return Ok(());
+                }
+            }
+        }
+        if !found {
+            let path = only.unwrap_or(Path::new("")).display();
+            return Err(self.damaged(format!("it has no {path}")));
+        }
+        // If nobody listens, nobody minds.
+        let _ = telling.send(Told::End);
+        Ok(())
+    }
+
+    /// Makes what it is told of; nothing if that ended early.
+    fn make(&self, told: &Receiver<Told>, place: &mut Place<'_>) -> Result<Option<(u64, u64)>> {
+        let (mut files, mut bytes) = (0, 0);
+        let mut next = told.recv();
+        loop {
+            let member = match next {
+                Ok(Told::Entry(member)) => member,
+                Ok(Told::End) => return Ok(Some((files, bytes))),
+                // The pieces of something that has none.
+                Ok(Told::Piece(_)) | Err(_) => return Ok(None),
+            };
+            if member.kind == Kind::File {
+                files += 1;
+                bytes += member.size;
+            }
             self.counter.entry(&member);
             // An error of the repository's, on its way through the restorer of trees.
-            let mut problem = None;
+            let (mut problem, mut after) = (None, None);
+            let path = member.path.clone();
             let made = place.make(member, |place, fd, member| {
-                self.content(place, fd, member, &node).unwrap_or_else(|text| {
+                let made = self.content(place, fd, member, told, &mut after);
+                made.unwrap_or_else(|text| {
                     problem = Some(text);
                     Err(TreeError::Cancelled { path: PathBuf::new() })
                 })
@@ -170,67 +258,77 @@ impl<S: IndexedFull> Restorer<'_, S> {
                 }
                 (made, _) => made?,
             }
+            place.check_cancelled()?;
+            next = after.unwrap_or_else(|| told.recv());
         }
-        if !found {
-            let path = only.unwrap_or(Path::new("")).display();
-            return Err(self.damaged(format!("it has no {path}")));
-        }
-        Ok((files, bytes))
     }
 
-    /// Writes what a file holds; the outer error is the repository's.
+    /// Writes what a file holds; the outer error is the repository's. `after` becomes what is
+    /// told after it.
     fn content(
         &self,
         place: &Place<'_>,
         fd: &OwnedFd,
         member: &Member,
-        node: &Node,
+        told: &Receiver<Told>,
+        after: &mut Option<std::result::Result<Told, RecvError>>,
     ) -> std::result::Result<std::result::Result<(), TreeError>, String> {
         let failed = |e| place.failed("write", &member.path, e);
-        let mut offset = 0;
-        for id in node.content.iter().flatten() {
-            let piece = piece(self.engine, id)?;
-            for page in piece.chunk_by_zeros() {
-                if page.iter().any(|&byte| byte != 0)
-                    && let Err(error) = write(fd, page, offset)
-                {
+        let (mut offset, mut ends_in_hole) = (0, false);
+        let next = loop {
+            let piece = match told.recv() {
+                Ok(Told::Piece(piece)) => piece,
+                next => break next,
+            };
+            let piece = piece.recv().map_err(|_| "the reader panicked".to_owned())?;
+            let piece = piece.map_err(|problem| problem.text)?;
+            if offset + piece.len() as u64 > member.size {
+                return Err(format!("it has more than {} bytes", member.size));
+            }
+            for (is_empty, stretch) in stretches(&piece) {
+                ends_in_hole = is_empty;
+                if !is_empty && let Err(error) = write(fd, stretch, offset) {
                     return Ok(Err(failed(error)));
                 }
-                offset += page.len() as u64;
+                offset += stretch.len() as u64;
             }
             self.counter.bytes(piece.len() as u64);
             if let Err(error) = place.check_cancelled() {
                 return Ok(Err(error));
             }
-        }
-        if offset != member.size {
+        };
+        // Without an end it was the list that failed.
+        if next.is_ok() && offset != member.size {
             return Err(format!("it has {offset} bytes instead of {}", member.size));
         }
-        Ok(rustix::fs::ftruncate(fd, member.size).map_err(failed))
+        *after = Some(next);
+        if ends_in_hole {
+            return Ok(rustix::fs::ftruncate(fd, member.size).map_err(failed));
+        }
+        Ok(Ok(()))
     }
 }
 
-trait ByZeros {
-    /// In pieces that are all zeros or are to be written as they are.
-    fn chunk_by_zeros(&self) -> impl Iterator<Item = &[u8]>;
+fn spawn<'s, T: Send + 's>(
+    scope: &'s Scope<'s, '_>,
+    name: &str,
+    run: impl FnOnce() -> T + Send + 's,
+) -> Result<ScopedJoinHandle<'s, T>> {
+    let spawned = std::thread::Builder::new().name(name.into()).spawn_scoped(scope, run);
+    spawned.map_err(|source| Error::Io { path: PathBuf::from("a thread to restore"), source })
 }
 
-impl ByZeros for Bytes {
-    fn chunk_by_zeros(&self) -> impl Iterator<Item = &[u8]> {
-        let mut rest: &[u8] = self;
-        let is_empty = |page: &[u8]| page.len() == PAGE && page.iter().all(|&byte| byte == 0);
-        std::iter::from_fn(move || {
-            if rest.is_empty() {
-                return None;
-            }
-            let first = is_empty(&rest[..PAGE.min(rest.len())]);
-            let alike = rest.chunks(PAGE).take_while(|page| is_empty(page) == first);
-            let length: usize = alike.map(<[u8]>::len).sum();
-            let (piece, later) = rest.split_at(length);
-            rest = later;
-            Some(piece)
-        })
-    }
+/// In stretches that are to be written as they are, and others that are all zeros.
+fn stretches(bytes: &[u8]) -> impl Iterator<Item = (bool, &[u8])> {
+    let mut rest = bytes;
+    std::iter::from_fn(move || {
+        let is_empty = |page: &[u8]| page == &EMPTY[..page.len()];
+        let first = is_empty(rest.chunks(PAGE).next()?);
+        let alike = rest.chunks(PAGE).take_while(|page| is_empty(page) == first);
+        let (stretch, later) = rest.split_at(alike.map(<[u8]>::len).sum());
+        rest = later;
+        Some((first, stretch))
+    })
 }
 
 fn write(fd: &OwnedFd, mut bytes: &[u8], mut offset: u64) -> rustix::io::Result<()> {
@@ -248,15 +346,15 @@ fn shown(path: &[u8]) -> String {
 
 /// Whether files are still as a backup has them: all that the format keeps of them, and for
 /// regular files also their number and the time of their last change of any kind.
-pub struct Compare<'a, S> {
-    engine: &'a Engine<S>,
+pub struct Compare<'a> {
+    pieces: &'a Pieces,
     way: Vec<std::vec::IntoIter<Node>>,
     differs: bool,
 }
 
-impl<'a, S: IndexedFull> Compare<'a, S> {
-    pub fn new(engine: &'a Engine<S>, tree: TreeId) -> Self {
-        let mut compare = Self { engine, way: Vec::new(), differs: false };
+impl<'a> Compare<'a> {
+    pub fn new(pieces: &'a Pieces, tree: TreeId) -> Self {
+        let mut compare = Self { pieces, way: Vec::new(), differs: false };
         compare.enter(&tree);
         compare
     }
@@ -280,7 +378,7 @@ impl<'a, S: IndexedFull> Compare<'a, S> {
     }
 
     fn enter(&mut self, tree: &TreeId) {
-        match self.engine.get_tree(tree) {
+        match self.pieces.tree(tree) {
             Ok(tree) => self.way.push(tree.nodes.into_iter()),
             // Then it is written anew.
             Err(_) => self.differs = true,
@@ -331,7 +429,7 @@ impl<'a, S: IndexedFull> Compare<'a, S> {
     }
 }
 
-impl<S: IndexedFull> Sink for Compare<'_, S> {
+impl Sink for Compare<'_> {
     fn entry(&mut self, member: Member) -> Result<(), TreeError> {
         self.compare(&member, None)
     }

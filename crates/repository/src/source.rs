@@ -16,7 +16,7 @@ use rustic_core::{
 use rustix::fs::Stat;
 
 use crate::Counter;
-use crate::backend::Gate;
+use crate::backend::{Gate, Reason};
 use crate::node;
 
 /// How many entries the walk is ahead: each may hold a file open.
@@ -25,7 +25,10 @@ const AHEAD: usize = 128;
 type Entry = ReadSourceEntry<Content>;
 
 /// The engine's end.
-pub struct Source(Mutex<Option<Receiver<Entry>>>);
+pub struct Source {
+    found: Mutex<Option<Receiver<Entry>>>,
+    gate: Arc<Gate>,
+}
 
 /// The walk's end.
 pub struct Feed {
@@ -40,7 +43,8 @@ struct Shared {
 
 pub fn source(gate: Arc<Gate>, counter: Arc<Counter>) -> (Source, Feed) {
     let (entries, found) = sync_channel(AHEAD);
-    (Source(Mutex::new(Some(found))), Feed { entries, shared: Arc::new(Shared { gate, counter }) })
+    let source = Source { found: Mutex::new(Some(found)), gate: gate.clone() };
+    (source, Feed { entries, shared: Arc::new(Shared { gate, counter }) })
 }
 
 impl ReadSource for Source {
@@ -53,17 +57,25 @@ impl ReadSource for Source {
 
     /// There is one walk: a second time there is nothing.
     fn entries(&self) -> Iter {
-        Iter(self.0.lock().unwrap_or_else(PoisonError::into_inner).take())
+        let found = self.found.lock().unwrap_or_else(PoisonError::into_inner).take();
+        Iter { found, gate: self.gate.clone() }
     }
 }
 
-pub struct Iter(Option<Receiver<Entry>>);
+pub struct Iter {
+    found: Option<Receiver<Entry>>,
+    gate: Arc<Gate>,
+}
 
 impl Iterator for Iter {
     type Item = RusticResult<Entry>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        self.0.as_ref()?.recv().ok().map(Ok)
+        // The engine would go on to the end of what has failed already.
+        if self.gate.is_closed() {
+            self.found = None;
+        }
+        self.found.as_ref()?.recv().ok().map(Ok)
     }
 }
 
@@ -73,6 +85,7 @@ impl Feed {
         let stat = content.as_ref().map(|content| &content.before);
         let node = node::of(member, stat);
         self.shared.counter.entry(member);
+        self.shared.gate.count();
         let entry = ReadSourceEntry { path: path.clone(), node, open: content };
         // The engine has given up, and says why.
         self.entries.send(entry).map_err(|_| Error::Cancelled { path })
@@ -153,7 +166,7 @@ pub struct Reader {
 impl Reader {
     fn fail(&self, error: Error) -> io::Error {
         let text = error.to_string();
-        self.content.shared.gate.close(error);
+        self.content.shared.gate.close(Reason::Tree(error));
         io::Error::other(text)
     }
 }

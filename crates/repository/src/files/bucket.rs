@@ -18,8 +18,8 @@ use crate::error::Error;
 
 /// How long one request may take, and how long a request that fails for a reason that passes
 /// is tried again. After that the backup has failed, and is tried again as a whole.
-const REQUEST: Duration = Duration::from_secs(120);
-const AGAIN: Duration = Duration::from_secs(60);
+const REQUEST: Duration = Duration::from_mins(2);
+const AGAIN: Duration = Duration::from_mins(1);
 const TRIES: usize = 8;
 
 pub struct Bucket {
@@ -154,11 +154,7 @@ impl Files for Bucket {
         let Some(Range { offset, length }) = range else {
             return self.wait(async { self.store.get(&path).await?.bytes().await });
         };
-        let part = self.wait(self.store.get_range(&path, offset..offset.saturating_add(length)))?;
-        if part.len() as u64 != length {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        }
-        Ok(part)
+        self.wait(self.store.get_range(&path, offset..offset.saturating_add(length)))
     }
 
     fn write(&self, name: &str, content: Vec<Bytes>, new: bool) -> io::Result<()> {
