@@ -255,7 +255,7 @@ async fn backups_bring_it_back_and_forks_go_their_own_way() {
         pool.restore(id, None).await.unwrap();
         // From before, by its name: the latest is of just now.
         let all = pool.backups(id).await.unwrap();
-        let first = all.last().unwrap().id.to_string();
+        let first = all.last().unwrap().name.clone();
         pool.restore(id, Some(&first)).await.unwrap();
         for session in [id, fork] {
             let guard = pool.acquire(session).await.unwrap();
