@@ -415,12 +415,9 @@ impl Soak {
             let entries = fs::read_dir(folder).unwrap().flatten();
             left.extend(entries.map(|entry| entry.path().display().to_string()));
         }
-        let backups = fs::read_dir(self.user.state.path().join("backups"));
+        let backups = fs::read_dir(self.user.state.path().join("backups/tmp"));
         for entry in backups.into_iter().flatten().flatten() {
-            let name = entry.file_name().into_string().unwrap();
-            if name.contains("partial") || name.contains("tmp") || name.starts_with('.') {
-                left.push(format!("backup {name}"));
-            }
+            left.push(format!("half a backup {}", entry.path().display()));
         }
         for entry in fs::read_dir(state).unwrap().flatten() {
             let is_socket = entry.file_type().is_ok_and(|kind| kind.is_socket());

@@ -426,7 +426,7 @@ fn the_daemon_has_the_settings_of_the_command_that_started_it() {
     // Relative to where the user stands, not the daemon.
     assert!(first.current_dir(user.state.path()).status().unwrap().success());
     assert!(user.run(&["backup", "a"]).status.success());
-    let there = std::fs::read_dir(user.state.path().join("elsewhere")).unwrap().count();
+    let there = std::fs::read_dir(user.state.path().join("elsewhere/snapshots")).unwrap().count();
     assert_eq!(there, 1);
     // What `config` prints is a configuration file.
     let file = user.state.path().join("config.toml");

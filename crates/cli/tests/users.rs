@@ -403,8 +403,9 @@ fn root_of_a_container_gives_a_part_of_its_ids() {
     // Backups have the numbers that all have.
     assert!(run(&["stop", "a"]).status.success());
     assert!(run(&["backup", "a"]).status.success());
-    let archive = fs::read_dir(folder.path().join("state/backups")).unwrap().next().unwrap();
-    let list = Command::new("tar").args(["--zstd", "-tvf"]).arg(archive.unwrap().path()).output();
+    let archive = folder.path().join("state/a.tar.zst");
+    assert!(run(&["export", "a", "-o", archive.to_str().unwrap()]).status.success());
+    let list = Command::new("tar").args(["--zstd", "-tvf"]).arg(archive).output();
     let list = text(&list.unwrap().stdout);
     assert!(list.contains("1879048193/1879048194"), "{list}");
     assert!(run(&["restore", "a"]).status.success());

@@ -533,14 +533,15 @@ impl Repository {
         })
     }
 
-    /// Removes what killed writers have left half-written.
+    /// Removes what killed writers have left half-written at a destination. Needs no key.
     ///
     /// # Errors
     /// What met the destination.
-    pub fn sweep(&self) -> Result<()> {
-        self.files.sweep().map_err(|error| Error::Engine {
+    pub fn sweep(destination: &Destination) -> Result<()> {
+        let files = destination.files()?;
+        files.sweep().map_err(|error| Error::Engine {
             action: "clear up",
-            place: self.place(),
+            place: files.place(),
             problem: error.to_string(),
         })
     }

@@ -152,9 +152,7 @@ impl Format for Stored {
     }
 
     fn sweep(&self) -> Result<()> {
-        // Not opened for that: what is left half-written does not matter to anybody.
-        let open = self.open.lock().clone();
-        open.map_or(Ok(()), |repository| Ok(repository.sweep()?))
+        Ok(Repository::sweep(&self.destination)?)
     }
 }
 
