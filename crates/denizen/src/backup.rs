@@ -13,7 +13,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use denizen_archive::Owners;
 use denizen_repository::{Counter, Destination, Report};
@@ -173,6 +173,12 @@ impl Backups {
 
     /// Writes and verifies a backup; gives its name.
     pub(crate) fn write(&self, saving: Saving<'_>) -> Result<String> {
+        // The newest is the one that was written last, whatever the clock says and the formats
+        // make of it; one that cannot be read now has no say.
+        let others = self.formats().filter_map(|format| format.list(Some(saving.site.id)).ok());
+        let latest = others.flatten().map(|backup| SystemTime::from(backup.taken_at)).max();
+        let next = latest.map_or(saving.now, |latest| latest + Duration::from_secs(1));
+        let saving = Saving { now: saving.now.max(next), ..saving };
         Ok(self.of(self.format)?.write(saving)?.name)
     }
 
