@@ -204,7 +204,7 @@ impl Repository {
 
     fn write_index(&self, index: &IndexFile) -> Result<()> {
         let plain = serde_json::to_vec(index).map_err(|error| self.trouble(error))?;
-        let sealed = self.cipher.sealed_file(&plain);
+        let sealed = self.cipher.seal(&plain);
         let sealed = sealed.ok_or_else(|| self.trouble("a file of the index is too large"))?;
         let file = name(FileType::Index, &digest(&sealed));
         let written = self.files.write(&file, vec![sealed.into()], false);

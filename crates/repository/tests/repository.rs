@@ -1,7 +1,6 @@
 //! Backups made, read back and restored.
 #![allow(clippy::unwrap_used, dead_code)]
 
-#[path = "../../archive/tests/support/mod.rs"]
 mod support;
 
 use std::path::Path;
