@@ -289,26 +289,24 @@ impl Repository {
                 return Ok(Written { entry: self.publish(snapshot, &indexes)?, skipped });
             }
         }
+        let mut parent = latest;
         let mut again = true;
         loop {
             let gate = Arc::new(Gate::without_snapshots());
             let (snapshot, skipped) =
-                self.archive(source, snapshot.clone(), latest, &gate, counter, cancelled)?;
+                self.archive(source, snapshot.clone(), parent, &gate, counter, cancelled)?;
             let indexes = self.names(FileType::Index)?;
             match self.verify_new(&snapshot, &gate, cancelled) {
                 Ok(()) => return Ok(Written { entry: self.publish(snapshot, &indexes)?, skipped }),
-                Err(Unsound { error, suspects }) => {
+                Err(Unsound { error: Error::Unverified { place, problem }, suspects }) if again => {
+                    tracing::warn!(place, problem, "what is damaged is written again");
                     // What an earlier backup or this one has written is gone, or is not what it
-                    // was. Once that is no longer in the index, it is written anew.
-                    if !again || suspects.is_empty() && matches!(error, Error::Tree(_)) {
-                        return Err(error);
-                    }
-                    if !self.mend(&suspects)?.changed {
-                        return Err(error);
-                    }
-                    tracing::warn!(%error, "what is damaged in the repository is written again");
-                    again = false;
+                    // was. Once that is no longer in the index, it is written anew; without a
+                    // parent, whose folders the engine would take to be there.
+                    self.mend(&suspects)?;
+                    (parent, again) = (None, false);
                 }
+                Err(Unsound { error, .. }) => return Err(error),
             }
         }
     }
