@@ -160,12 +160,15 @@ fn what_is_left_of_a_damaged_file_is_kept() {
             .unwrap();
     }
     let entry = write(&repository, SESSION, &bench.volume).unwrap().entry;
-    let largest = {
-        let files = memory.files.lock().unwrap();
-        files.iter().max_by_key(|(_, content)| content.len()).unwrap().0.clone()
-    };
-    for (damage, left) in [(0, 4), (1, 2)] {
-        memory.change(&largest, |bytes| match damage {
+    // The second time, that to which the rest of the first was copied.
+    for (damage, left) in [(0, 4), (1, 3)] {
+        let mut packs: Vec<_> = {
+            let files = memory.files.lock().unwrap();
+            files.iter().map(|(name, content)| (content.len(), name.clone())).collect()
+        };
+        packs.sort_unstable();
+        let pack = &packs[packs.len() - 1 - damage].1;
+        memory.change(pack, |bytes| match damage {
             0 => bytes[250_000] ^= 1,
             _ => bytes.truncate(320_000),
         });
