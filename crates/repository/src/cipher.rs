@@ -1,6 +1,6 @@
 //! What a repository encrypts and how (restic's design document, "Keys, Encryption and MAC" and
-//! "Unpacked Data Format"), for what the engine keeps to itself: files of the index, and pieces
-//! that are damaged or hostile. It never makes or derives a key.
+//! "Unpacked Data Format"), for what the engine keeps to itself, and what may be damaged or hostile.
+//! It never makes or derives a key.
 
 use std::num::NonZeroU32;
 
@@ -10,8 +10,6 @@ use rustic_core::repofile::{BlobType, MasterKey};
 use rustic_core::{BlobId, Id};
 use sha2::{Digest as _, Sha256};
 use uuid::Uuid;
-
-use crate::LEVEL;
 
 /// What stands in front of what is encrypted, and behind it.
 const NONCE: usize = 16;
@@ -42,7 +40,8 @@ impl Cipher {
         self.0.decrypt(Nonce::from_slice(nonce), sealed).ok()
     }
 
-    fn seal(&self, plain: &[u8]) -> Option<Vec<u8>> {
+    /// Such a file that holds this. It is not compressed, which every version of the format knows.
+    pub fn seal(&self, plain: &[u8]) -> Option<Vec<u8>> {
         let nonce = Uuid::new_v4().into_bytes();
         let sealed = self.0.encrypt(Nonce::from_slice(&nonce), plain).ok()?;
         Some([&nonce[..], &sealed].concat())
@@ -67,7 +66,7 @@ impl Cipher {
         (digest(&plain) == **id).then_some(plain)
     }
 
-    /// What a file of the index holds.
+    /// What a file holds that is not of pieces.
     pub fn file(&self, sealed: &[u8]) -> Option<Vec<u8>> {
         let plain = self.open(sealed)?;
         match plain.split_first() {
@@ -85,12 +84,5 @@ impl Cipher {
             Some(_) => Some(plain),
             None => None,
         }
-    }
-
-    /// A file of the index that holds this.
-    pub fn sealed_file(&self, plain: &[u8]) -> Option<Vec<u8>> {
-        let mut packed = vec![COMPRESSED];
-        packed.append(&mut zstd::bulk::compress(plain, LEVEL).ok()?);
-        self.seal(&packed)
     }
 }

@@ -37,10 +37,11 @@ use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use denizen_archive::tree::{Kind, Member, Walk, open as open_tree};
-use rustic_core::jiff::{SignedDuration, Timestamp, tz::TimeZone};
-use rustic_core::repofile::{MasterKey, SnapshotFile, SnapshotId};
+use rustic_core::jiff::{SignedDuration, Span, Timestamp, tz::TimeZone};
+use rustic_core::repofile::{MasterKey, SnapshotFile};
 use rustic_core::{
     BackupOptions, Credentials, FileType, Id, OpenStatus, PruneOptions, RepositoryBackends,
     RepositoryOptions, RusticError, RusticResult,
@@ -54,7 +55,7 @@ pub use files::{Destination, Files, Range};
 
 use backend::{Backend, Gate, Reason, name};
 use check::Unsound;
-use cipher::Cipher;
+use cipher::{Cipher, digest};
 use error::{Result, guarded, told};
 use mend::Read;
 use pieces::Pieces;
@@ -76,6 +77,9 @@ const PIECE: u64 = 1 << 20;
 const PACK: u64 = 16 << 20;
 /// The best that keeps up with a disk.
 const LEVEL: i32 = 3;
+
+/// How long what is not needed stays, marked. A backup under way may still count on it.
+const MARKED: Duration = Duration::from_hours(23);
 
 /// A repository that is open.
 pub struct Repository {
@@ -299,42 +303,47 @@ impl Repository {
                 return Ok(Written { entry: self.publish(snapshot, &indexes)?, skipped });
             }
         }
+        let mut parent = latest;
         let mut again = true;
         loop {
             let gate = Arc::new(Gate::without_snapshots());
             let (snapshot, skipped) =
-                self.archive(source, snapshot.clone(), latest, &gate, counter, cancelled)?;
+                self.archive(source, snapshot.clone(), parent, &gate, counter, cancelled)?;
             let indexes = self.names(FileType::Index)?;
             match self.verify_new(&snapshot, &gate, cancelled) {
                 Ok(()) => return Ok(Written { entry: self.publish(snapshot, &indexes)?, skipped }),
-                Err(Unsound { error, suspects }) => {
+                Err(Unsound { error: Error::Unverified { place, problem }, suspects }) if again => {
+                    tracing::warn!(place, problem, "what is damaged is written again");
                     // What an earlier backup or this one has written is gone, or is not what it
-                    // was. Once that is no longer in the index, it is written anew.
-                    if !again || suspects.is_empty() && matches!(error, Error::Tree(_)) {
-                        return Err(error);
-                    }
-                    if !self.mend(&suspects)?.changed {
-                        return Err(error);
-                    }
-                    tracing::warn!(%error, "what is damaged in the repository is written again");
-                    again = false;
+                    // was. Once that is no longer in the index, it is written anew; without a
+                    // parent, whose folders the engine would take to be there.
+                    self.mend(&suspects)?;
+                    (parent, again) = (None, false);
                 }
+                Err(Unsound { error, .. }) => return Err(error),
             }
         }
     }
 
     /// Writes the snapshot of what was read back. `indexes` is what was in the index then.
     fn publish(&self, mut snapshot: SnapshotFile, indexes: &[String]) -> Result<Entry> {
-        let gate = Arc::new(Gate::default());
-        let written = self.with("write to", &gate, |engine| {
-            engine.save_snapshots(vec![snapshot.clone()])?;
-            let id = gate.written(FileType::Snapshot).into_iter().next().map(SnapshotId::from);
-            id.map(|id| Ok((id, engine.get_file::<SnapshotFile>(&id)?))).transpose()
-        })?;
-        match written {
-            Some((id, again)) if again.tree == snapshot.tree => snapshot.id = id,
+        let failed = |problem| Error::Engine { action: "write to", place: self.place(), problem };
+        let plain = serde_json::to_vec(&snapshot).map_err(|error| failed(error.to_string()))?;
+        let sealed = self.cipher.seal(&plain);
+        let sealed = sealed.ok_or_else(|| failed("the snapshot is too large".to_owned()))?;
+        snapshot.id = digest(&sealed).into();
+        let file = name(FileType::Snapshot, &snapshot.id);
+        let written = self.files.write(&file, vec![sealed.into()], false);
+        written.map_err(|error| failed(format!("cannot write {file}: {error}")))?;
+        match self.snapshot(&file)? {
+            Read::Sound(again) if again.tree == snapshot.tree => {}
             _ => {
-                let problem = "the new snapshot is another one".to_owned();
+                // So that nobody takes it for a backup.
+                let removed = self.files.remove(&file);
+                let problem = match removed {
+                    Ok(()) => "the new snapshot is altered".to_owned(),
+                    Err(error) => format!("the new snapshot {file} is altered, and stays: {error}"),
+                };
                 return Err(Error::Unverified { place: self.place(), problem });
             }
         }
@@ -526,8 +535,20 @@ impl Repository {
     /// # Errors
     /// What met the destination.
     pub fn prune(&self) -> Result<()> {
+        self.prune_after(MARKED)
+    }
+
+    /// The same with another time between the two steps: longer than any backup takes, if there
+    /// may be one under way.
+    ///
+    /// # Errors
+    /// What met the destination.
+    pub fn prune_after(&self, marked: Duration) -> Result<()> {
         self.with("compact", &Arc::default(), |engine| {
+            let marked = Span::new().try_seconds(marked.as_secs().cast_signed()).ok();
             let options = PruneOptions::default();
+            let options =
+                marked.iter().fold(options, |options, marked| options.keep_delete(*marked));
             let plan = engine.prune_plan(&options)?;
             engine.prune(&options, plan)
         })

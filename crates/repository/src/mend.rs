@@ -2,7 +2,8 @@
 //! pieces that are gone or altered are no longer in it, so that the next backup writes them anew,
 //! and what no index names any more is in it again.
 //!
-//! It removes no file that holds pieces, and nothing for which it only has the word of a list: a
+//! What is left of a file that is damaged is copied to another one. It removes no file that holds
+//! pieces, and nothing for which it only has the word of a list: a
 //! list may be old. New files of the index are there before old ones go, so that it may be killed
 //! at any moment.
 
@@ -11,7 +12,7 @@ use std::io;
 
 use bytes::Bytes;
 use rustic_core::repofile::{BlobType, IndexBlob, IndexFile, IndexPack};
-use rustic_core::{FileType, Id};
+use rustic_core::{BlobId, FileType, Id};
 
 use crate::Repository;
 use crate::backend::name;
@@ -48,8 +49,8 @@ pub enum Read<T> {
 enum Found {
     Sound,
     Gone,
-    /// What is left of it.
-    Less(IndexPack),
+    /// What is left of it, elsewhere.
+    Less(Option<IndexPack>),
 }
 
 impl Repository {
@@ -85,7 +86,7 @@ impl Repository {
         for index in indexes.values() {
             known.extend(index.packs.iter().map(|pack| *pack.id));
         }
-        let mut new = Vec::new();
+        let (mut new, mut whole) = (Vec::new(), Vec::new());
         let mut old = damaged;
         for (file, mut index) in indexes {
             let mut changed = false;
@@ -101,7 +102,7 @@ impl Repository {
                     Found::Sound => packs_left.push(pack),
                     Found::Less(left) => {
                         changed = true;
-                        packs_left.push(left);
+                        packs_left.extend(left);
                     }
                     Found::Gone => changed = true,
                 }
@@ -123,11 +124,21 @@ impl Repository {
             if changed {
                 old.push(file);
                 new.push(index);
+            } else {
+                whole.push(index);
             }
         }
         let mut adopted = IndexFile::default();
-        for pack in packs.keys().filter(|pack| !known.contains(*pack)) {
-            adopted.packs.extend(self.orphan(pack)?);
+        let mut orphans = packs.keys().filter(|pack| !known.contains(*pack)).peekable();
+        if orphans.peek().is_some() {
+            let indexed = whole.iter().chain(&new).flat_map(|index| &index.packs);
+            let mut there: HashSet<BlobId> =
+                indexed.flat_map(|pack| &pack.blobs).map(|blob| blob.id).collect();
+            for pack in orphans {
+                let found = self.orphan(pack, &there)?;
+                there.extend(found.iter().flat_map(|pack| &pack.blobs).map(|blob| blob.id));
+                adopted.packs.extend(found);
+            }
         }
         new.push(adopted);
         let new = new.iter().filter(|it| !it.packs.is_empty() || !it.packs_to_delete.is_empty());
@@ -204,7 +215,7 @@ impl Repository {
 
     fn write_index(&self, index: &IndexFile) -> Result<()> {
         let plain = serde_json::to_vec(index).map_err(|error| self.trouble(error))?;
-        let sealed = self.cipher.sealed_file(&plain);
+        let sealed = self.cipher.seal(&plain);
         let sealed = sealed.ok_or_else(|| self.trouble("a file of the index is too large"))?;
         let file = name(FileType::Index, &digest(&sealed));
         let written = self.files.write(&file, vec![sealed.into()], false);
@@ -235,27 +246,49 @@ impl Repository {
                 Err(error) => return Err(self.unreadable(&pack.id, &error)),
             }
         }
-        let mut blobs = Vec::new();
+        let mut left = Vec::new();
         for blob in &pack.blobs {
             let place = blob.location;
             let range = Range { offset: place.offset.into(), length: place.length.into() };
             match self.files.read(&name(FileType::Pack, &pack.id), Some(range)) {
-                Ok(sealed) => blobs.extend(self.is_sound(&sealed, blob).then_some(*blob)),
+                Ok(sealed) if self.is_sound(&sealed, blob) => left.push((*blob, sealed)),
+                Ok(_) => {}
                 Err(error) if is_lost(&error) => {}
                 Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Found::Gone),
                 Err(error) => return Err(self.unreadable(&pack.id, &error)),
             }
         }
-        let size = self.files.size(&name(FileType::Pack, &pack.id));
-        let size = size.map_err(|error| self.unreadable(&pack.id, &error))?;
-        let size = size.and_then(|size| u32::try_from(size).ok());
-        if blobs.is_empty() {
-            return Ok(Found::Gone);
+        Ok(Found::Less(self.copied(left)?))
+    }
+
+    /// Another file with these pieces, as they are.
+    fn copied(&self, pieces: Vec<(IndexBlob, Bytes)>) -> Result<Option<IndexPack>> {
+        if pieces.is_empty() {
+            return Ok(None);
         }
-        if blobs.len() == pack.blobs.len() && size == Some(pack.pack_size()) {
-            return Ok(Found::Sound);
+        let (mut pack, mut header, mut content) = (IndexPack::default(), Vec::new(), Vec::new());
+        let mut offset = 0;
+        for (mut blob, sealed) in pieces {
+            let plain = blob.location.uncompressed_length;
+            let tree = u8::from(blob.tpe == BlobType::Tree);
+            header.push(tree | if plain.is_some() { 2 } else { 0 });
+            header.extend(blob.location.length.to_le_bytes());
+            header.extend(plain.map(|plain| plain.get().to_le_bytes()).into_iter().flatten());
+            header.extend(raw(&blob.id));
+            blob.location.offset = offset;
+            offset += blob.location.length;
+            pack.blobs.push(blob);
+            content.push(sealed);
         }
-        Ok(Found::Less(IndexPack { blobs, size, ..pack.clone() }))
+        let sealed = self.cipher.seal(&header).ok_or_else(|| self.trouble("it is too large"))?;
+        let length = u32::try_from(sealed.len()).map_err(|error| self.trouble(error))?;
+        content.extend([sealed.into(), length.to_le_bytes().to_vec().into()]);
+        let id = digest(&content.concat());
+        let file = name(FileType::Pack, &id);
+        let written = self.files.write(&file, content, false);
+        written.map_err(|error| self.trouble(format!("cannot write {file}: {error}")))?;
+        pack.id = id.into();
+        Ok(Some(pack))
     }
 
     fn is_sound(&self, sealed: &[u8], blob: &IndexBlob) -> bool {
@@ -263,24 +296,33 @@ impl Repository {
         self.cipher.piece(sealed, blob.tpe, length, &blob.id).is_some()
     }
 
-    /// A file that holds pieces and is in no index, as its own header tells of it.
-    fn orphan(&self, id: &Id) -> Result<Option<IndexPack>> {
+    /// A file that holds pieces and is in no index, as its own header tells of it; nothing if all
+    /// that it holds is there.
+    fn orphan(&self, id: &Id, there: &HashSet<BlobId>) -> Result<Option<IndexPack>> {
         let bytes = match self.whole(id) {
             Ok(Some(bytes)) => bytes,
             Err(error) if !is_lost(&error) => return Err(self.unreadable(id, &error)),
             _ => return Ok(None),
         };
-        let Some(mut blobs) = self.header(&bytes) else { return Ok(None) };
-        blobs.retain(|blob| {
-            let start = usize::try_from(blob.location.offset).unwrap_or(usize::MAX);
-            let length = usize::try_from(blob.location.length).unwrap_or(usize::MAX);
-            let sealed = bytes.get(start..start.saturating_add(length));
-            sealed.is_some_and(|sealed| self.is_sound(sealed, blob))
+        let Some(blobs) = self.header(&bytes) else { return Ok(None) };
+        let count = blobs.len();
+        let sound = blobs.into_iter().filter_map(|blob| {
+            let start = usize::try_from(blob.location.offset).ok()?;
+            let end = start.checked_add(usize::try_from(blob.location.length).ok()?)?;
+            let sealed = bytes.get(start..end)?;
+            self.is_sound(sealed, &blob).then(|| (blob, bytes.slice(start..end)))
         });
-        let size = u32::try_from(bytes.len()).ok();
-        let mut pack = IndexPack::default();
-        (pack.id, pack.blobs, pack.size) = ((*id).into(), blobs, size);
-        Ok((!pack.blobs.is_empty()).then_some(pack))
+        let mut sound: Vec<_> = sound.collect();
+        let is_needless = sound.iter().all(|(blob, _)| there.contains(&blob.id));
+        if is_needless {
+            return Ok(None);
+        }
+        if sound.len() < count || digest(&bytes) != *id {
+            sound.retain(|(blob, _)| !there.contains(&blob.id));
+            return self.copied(sound);
+        }
+        let blobs = sound.into_iter().map(|(blob, _)| blob).collect();
+        Ok(Some(IndexPack { id: (*id).into(), blobs, ..IndexPack::default() }))
     }
 
     /// What a file's header says that it holds (restic's design document, "Pack Format"): it is
@@ -318,4 +360,13 @@ impl Repository {
         // The engine keeps the type of a place to itself, but reads it.
         serde_json::from_value(blobs.into()).ok()
     }
+}
+
+/// The bytes of a number that the engine shows in digits only.
+fn raw(id: &Id) -> impl Iterator<Item = u8> {
+    let digits: Vec<u8> = id.to_hex().bytes().collect();
+    let value = |digit: u8| char::from(digit).to_digit(16).and_then(|it| u8::try_from(it).ok());
+    (0..digits.len() / 2).map(move |at| {
+        value(digits[at * 2]).unwrap_or(0) << 4 | value(digits[at * 2 + 1]).unwrap_or(0)
+    })
 }
