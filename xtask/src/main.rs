@@ -52,7 +52,7 @@ fn is_there(program: &str) -> bool {
 }
 
 /// Programs that the tests run, with the Debian package that has each.
-const NEEDED: [(&str, &str); 21] = [
+const NEEDED: [(&str, &str); 22] = [
     ("sqlite3", "sqlite3"),
     ("tar", "tar"),
     ("zstd", "zstd"),
@@ -69,6 +69,7 @@ const NEEDED: [(&str, &str); 21] = [
     ("mkfs.xfs", "xfsprogs"),
     ("skopeo", "skopeo"),
     ("openssl", "openssl"),
+    ("restic", "restic"),
     ("python3", "python3"),
     ("curl", "curl"),
     ("ip", "iproute2"),
