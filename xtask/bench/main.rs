@@ -2,6 +2,7 @@
 //! nanoseconds, separated by tabs. Built by `cargo xtask bench` in a crate of its own, so that
 //! peers are no dependencies of denizen.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -29,6 +30,7 @@ async fn main() {
             spare_sandboxes(&folder.join("spare")).await;
             many_sandboxes(&folder.join("many")).await;
         }
+        "backup" => backups(&folder, &PathBuf::from(args.next().expect("a Debian root"))).await,
         "program" => program(&folder, &PathBuf::from(args.next().expect("the program"))),
         "make" => make(&folder, 10_000),
         "start" => start(&folder).await,
@@ -307,6 +309,77 @@ fn program(folder: &Path, program: &Path) {
     run(&mut runc(&["delete", "--force", "denizen-bench"]));
     run(&mut denizen(&["shutdown"]));
     print("`denizen exec` in a warm sandbox, whole process", median(a), Some(median(b)));
+}
+
+/// A Debian root as a session's files: saved, saved again with nothing changed, and put back.
+async fn backups(folder: &Path, debian: &Path) {
+    let shell = |line: &str| {
+        let mut sh = std::process::Command::new("sh");
+        sh.args(["-ec", line, "sh"]).arg(debian).current_dir(folder);
+        sh.env("RESTIC_PASSWORD", "secret").env("BORG_PASSPHRASE", "secret");
+        sh.env("BORG_BASE_DIR", folder.join("borg-base"));
+        run(&mut sh);
+    };
+    let timed = |line: &str| {
+        let begin = Instant::now();
+        shell(line);
+        nanoseconds(begin.elapsed(), 1)
+    };
+    // To disk, as ours are.
+    const TAR: &str = "tar --xattrs -C \"$1\" -c . | zstd -3 -T2 -q -f -o root.tar.zst; sync root.tar.zst";
+    const UNTAR: &str = "zstd -dcq root.tar.zst | tar --xattrs -C back -xpf -; sync -f back";
+    const RESTIC: &str = "restic -q --no-cache -r restic backup \"$1\"";
+    const UNRESTIC: &str = "restic -q --no-cache -r restic restore latest --target back; sync -f back";
+    const BORG: &str = "borg create -C zstd,3 borg::\"$(date +%s%N)\" \"$1\"";
+    let mut times: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
+    for round in 0..5 {
+        let mut note = |row, time| times.entry(row).or_default().push(time);
+        let mut config = config(&folder.join(format!("pool-{round}")));
+        config.backup_destination = Some(folder.join(format!("backups-{round}")));
+        let builder = denizen::MicroVmManager::builder((&config).into());
+        let ours = builder.backup_format(denizen::BackupFormat::Repository).build().unwrap();
+        // The key is derived once in a process.
+        let (first, id) = (Uuid::new_v4(), Uuid::new_v4());
+        drop(ours.acquire(first).await.unwrap());
+        ours.backup(first).await.unwrap();
+        drop(ours.acquire(id).await.unwrap());
+        let volume = ours.session_folder(id).unwrap().join("volume");
+        run(std::process::Command::new("cp").arg("-aT").arg(debian).arg(&volume));
+        shell("sync -f .");
+        let begin = Instant::now();
+        ours.backup(id).await.unwrap();
+        note("first", nanoseconds(begin.elapsed(), 1));
+        drop(ours.acquire(id).await.unwrap());
+        let begin = Instant::now();
+        ours.backup(id).await.unwrap();
+        note("same", nanoseconds(begin.elapsed(), 1));
+        let begin = Instant::now();
+        ours.restore(id, None).await.unwrap();
+        note("restore", nanoseconds(begin.elapsed(), 1));
+        ours.shutdown().await.unwrap();
+        shell("rm -rf back borg restic; mkdir back; restic -q -r restic init");
+        shell("borg init -e repokey-blake2 borg 2> /dev/null");
+        note("tar first", timed(TAR));
+        note("tar restore", timed(UNTAR));
+        shell("rm -rf back; mkdir back");
+        note("restic first", timed(RESTIC));
+        note("restic same", timed(RESTIC));
+        note("restic restore", timed(UNRESTIC));
+        note("borg first", timed(BORG));
+        note("borg same", timed(BORG));
+        shell("rm -rf back backups-* pool-*");
+    }
+    let mut row = |name: &str, ours: &str, peer: &str| {
+        let mut of = |row: &str| median(times[row].clone());
+        print(name, of(ours), Some(of(peer)));
+    };
+    row("first backup of a Debian root", "first", "tar first");
+    row("first backup of it, encrypted", "first", "restic first");
+    row("first backup of it, encrypted too", "first", "borg first");
+    row("backup of it with nothing changed", "same", "restic same");
+    row("backup of it with nothing changed, again", "same", "borg same");
+    row("restore of it", "restore", "tar restore");
+    row("restore of it, encrypted", "restore", "restic restore");
 }
 
 /// The second start finds what the first one wrote down.

@@ -9,7 +9,7 @@ use std::process::Command;
 use crate::root;
 
 /// Rows, and what each is allowed: a ratio to the peer, or nanoseconds or bytes.
-const LIMITS: [(&str, &str, Limit); 13] = [
+const LIMITS: [(&str, &str, Limit); 20] = [
     ("warm acquire and release", "the seed", Limit::Ratio(1.0)),
     ("maintenance pass, 5000 sessions", "the seed", Limit::Most(50_000.0)),
     ("maintenance pass, 100000 sessions", "the seed with 5000", Limit::Most(50_000.0)),
@@ -23,6 +23,13 @@ const LIMITS: [(&str, &str, Limit); 13] = [
     ("`denizen exec` in a warm sandbox, whole process", "runc exec", Limit::Most(5e6)),
     ("start with 10,000 sessions, to the first guard", "", Limit::Most(1e9)),
     ("resident memory then (bytes)", "", Limit::Most(64.0 * MIB)),
+    ("first backup of a Debian root", "tar \\| zstd -3 -T2", Limit::Ratio(1.0)),
+    ("first backup of it, encrypted", "restic", Limit::None),
+    ("first backup of it, encrypted too", "borg", Limit::None),
+    ("backup of it with nothing changed", "restic", Limit::Most(1e8)),
+    ("backup of it with nothing changed, again", "borg", Limit::None),
+    ("restore of it", "zstd -d \\| tar", Limit::Ratio(1.0)),
+    ("restore of it, encrypted", "restic", Limit::None),
 ];
 
 const MIB: f64 = 1_048_576.0;
@@ -38,6 +45,12 @@ enum Limit {
 /// Measures everything. The seed's file is a peer where it is given.
 pub fn run(seed: Option<&str>) -> Result<(), String> {
     crate::install(&[("bwrap", "bubblewrap"), ("runc", "runc"), ("busybox", "busybox-static")])?;
+    crate::install(&[
+        ("restic", "restic"),
+        ("borg", "borgbackup"),
+        ("debootstrap", "debootstrap"),
+    ])?;
+
     let failed = |error: std::io::Error| error.to_string();
     let work = root().join("target/bench");
     let source = work.join("src");
@@ -80,6 +93,7 @@ pub fn run(seed: Option<&str>) -> Result<(), String> {
     for row in ["warm", "pass", "exec", "sandbox"] {
         lines.extend(measure(&work, row, &work.join(format!("run-{row}")))?);
     }
+    lines.extend(measure_backups(&work)?);
     crate::run("cargo", &["build", "--release", "--package", "denizen-cli"])?;
     lines.extend(measure(&work, "program", &work.join("run-program"))?);
     let known = work.join("run-start");
@@ -94,21 +108,47 @@ pub fn run(seed: Option<&str>) -> Result<(), String> {
     std::fs::write(root().join("docs/benchmarks.md"), page).map_err(failed)
 }
 
+/// Backups, of a root that is made once.
+fn measure_backups(work: &Path) -> Result<Vec<String>, String> {
+    let debian = work.join("debian");
+    if !debian.join("etc/debian_version").exists() {
+        let _ = std::fs::remove_dir_all(&debian);
+        let partial = work.join("debian.partial");
+        let _ = std::fs::remove_dir_all(&partial);
+        let made = ["--variant=minbase", "stable", &partial.to_string_lossy()].map(str::to_owned);
+        let made: Vec<&str> = made.iter().map(String::as_str).collect();
+        crate::run("debootstrap", &made)?;
+        // What is not there when nothing runs.
+        for device in ["dev", "proc", "sys"] {
+            let _ = std::fs::remove_dir_all(partial.join(device));
+        }
+        std::fs::rename(&partial, &debian).map_err(|error| error.to_string())?;
+    }
+    measure_with(work, "backup", &work.join("run-backup"), &debian)
+}
+
 /// A row in a folder of its own.
 fn measure(work: &Path, row: &str, folder: &Path) -> Result<Vec<String>, String> {
+    measure_with(work, row, folder, &root().join("target/release/denizen"))
+}
+
+fn measure_with(work: &Path, row: &str, folder: &Path, with: &Path) -> Result<Vec<String>, String> {
     // What a run that failed has left.
     let _ = std::fs::remove_dir_all(folder);
-    let lines = measure_in(work, row, folder)?;
+    let lines = run_peers(work, row, folder, with)?;
     std::fs::remove_dir_all(folder).map_err(|error| error.to_string())?;
     Ok(lines)
 }
 
 fn measure_in(work: &Path, row: &str, folder: &Path) -> Result<Vec<String>, String> {
+    run_peers(work, row, folder, &root().join("target/release/denizen"))
+}
+
+fn run_peers(work: &Path, row: &str, folder: &Path, with: &Path) -> Result<Vec<String>, String> {
     std::fs::create_dir_all(folder).map_err(|error| error.to_string())?;
     eprintln!("+ peers {row}");
     let peers = work.join("target/release/peers");
-    let program = root().join("target/release/denizen");
-    let output = Command::new(peers).arg(row).arg(folder).arg(program).output();
+    let output = Command::new(peers).arg(row).arg(folder).arg(with).output();
     let output = output.map_err(|error| error.to_string())?;
     if !output.status.success() {
         return Err(format!("{row}: {}", String::from_utf8_lossy(&output.stderr)));
