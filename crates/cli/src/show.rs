@@ -159,12 +159,12 @@ pub fn differences(value: &Value, as_json: bool) -> Result<()> {
         };
         let mut what = text(&node["kind"]);
         if node["kind"] == "file" && sign != '~' {
-            what.push_str(&format!(", {}", size(&node["size"])));
+            what.push_str(&format!(", {} bytes", node["size"]));
         }
         for aspect in one["aspects"].as_array().into_iter().flatten().filter_map(Value::as_str) {
             let of = |side: &str| match aspect {
                 "kind" => text(&one[side]["kind"]),
-                "content" if node["kind"] == "file" => size(&one[side]["size"]),
+                "content" if node["kind"] == "file" => format!("{} bytes", one[side]["size"]),
                 "mode" => text(&one[side]["mode"]),
                 "owner" => format!("{}:{}", one[side]["user"], one[side]["group"]),
                 _ => String::new(),
