@@ -1,6 +1,9 @@
 //! `denizen backups`: what the destination holds, and whether it is sound.
 
-use clap::Subcommand;
+use bytes::Bytes;
+use clap::{Args, Subcommand};
+use denizen::Retention;
+use http_body_util::{BodyExt, Full};
 use jiff::{Span, Timestamp, Zoned};
 use serde_json::Value;
 
@@ -16,6 +19,57 @@ pub enum BackupsVerb {
         #[arg(long)]
         read_data: bool,
     },
+    /// Delete backups that are not kept, of the sessions known here
+    #[command(after_help = "A backup stays if any of the rules keeps it: the newest ones, or the \
+newest of each of so many hours, days, weeks, months or years (in UTC) that have one. A session's \
+latest backup stays always. Without a rule here, those of the setting `retention` are taken.
+
+Examples:
+  denizen backups forget --dry-run --keep-last 3 --keep-daily 7
+  denizen backups forget")]
+    Forget {
+        /// Print what would be deleted, and delete nothing
+        #[arg(long)]
+        dry_run: bool,
+        #[command(flatten)]
+        keep: Keep,
+    },
+}
+
+/// Which backups are kept.
+#[derive(Args)]
+pub struct Keep {
+    /// Keep the newest N
+    #[arg(long = "keep-last", value_name = "N", default_value_t, hide_default_value = true)]
+    last: u32,
+    /// Keep those of N hours
+    #[arg(long = "keep-hourly", value_name = "N", default_value_t, hide_default_value = true)]
+    hourly: u32,
+    /// Keep those of N days
+    #[arg(long = "keep-daily", value_name = "N", default_value_t, hide_default_value = true)]
+    daily: u32,
+    /// Keep those of N weeks
+    #[arg(long = "keep-weekly", value_name = "N", default_value_t, hide_default_value = true)]
+    weekly: u32,
+    /// Keep those of N months
+    #[arg(long = "keep-monthly", value_name = "N", default_value_t, hide_default_value = true)]
+    monthly: u32,
+    /// Keep those of N years
+    #[arg(long = "keep-yearly", value_name = "N", default_value_t, hide_default_value = true)]
+    yearly: u32,
+}
+
+impl From<Keep> for Retention {
+    fn from(keep: Keep) -> Self {
+        Self {
+            keep_last: keep.last,
+            keep_hourly: keep.hourly,
+            keep_daily: keep.daily,
+            keep_weekly: keep.weekly,
+            keep_monthly: keep.monthly,
+            keep_yearly: keep.yearly,
+        }
+    }
 }
 
 /// Does what is asked of the backups of a session, or of all; gives the exit code.
@@ -33,6 +87,9 @@ pub async fn run(
             // As diff(1) and its like tell: it was done, and something is not as it should be.
             Ok(i32::from(report["findings"].as_array().is_some_and(|all| !all.is_empty())))
         }
+        (Some(BackupsVerb::Forget { dry_run, keep }), _) => {
+            forget(client, dry_run, keep.into(), json).await.map(|()| 0)
+        }
         (None, Some(session)) => {
             let path = client::path(session, "/backups");
             show::backups(&client.json("GET", &path).await?, json).map(|()| 0)
@@ -41,6 +98,15 @@ pub async fn run(
             show::all_backups(&client.json("GET", "/v1/backups").await?, json).map(|()| 0)
         }
     }
+}
+
+async fn forget(client: &Client, dry_run: bool, retention: Retention, json: bool) -> Result<()> {
+    let retention = (!retention.is_empty()).then_some(retention);
+    let body = serde_json::json!({ "dry_run": dry_run, "retention": retention });
+    let body = Full::new(Bytes::from(body.to_string())).map_err(|never| match never {}).boxed();
+    let header = Some(("content-type", "application/json"));
+    let answer = client.request("POST", "/v1/backups/forget", header, body).await?;
+    show::forgotten(&Client::body(answer).await?, dry_run, json)
 }
 
 /// A time that is over: as RFC 3339 has it, or how long ago it was.

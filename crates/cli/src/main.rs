@@ -512,6 +512,7 @@ async fn serve(
         .spares(settings.spares)
         .backup_format(settings.backup_format)
         .backup_key(settings.backup_key)
+        .retention(settings.retention)
         .build()
         .map_err(|error| {
             use denizen::{Error, RegistryError};

@@ -109,6 +109,19 @@ pub fn all_backups(value: &Value, as_json: bool) -> Result<()> {
     )
 }
 
+/// The backups that were deleted, or would be.
+pub fn forgotten(value: &Value, dry_run: bool, as_json: bool) -> Result<()> {
+    let count = value.as_array().map_or(0, Vec::len);
+    if as_json || count > 0 {
+        all_backups(value, as_json)?;
+    }
+    if as_json {
+        return Ok(());
+    }
+    let backups = if count == 1 { "backup" } else { "backups" };
+    print(&format!("{count} {backups} {}\n", if dry_run { "would be deleted" } else { "deleted" }))
+}
+
 /// A backup's name, as short as it can be asked for by.
 fn name(backup: &Value) -> String {
     let name = text(&backup["name"]);

@@ -336,6 +336,38 @@ fn backup_restore_fork_and_remove() {
 }
 
 #[test]
+fn backups_that_are_not_kept_are_deleted() {
+    let user = User::new();
+    for text in ["one", "two", "three"] {
+        user.exec("a", &format!("echo {text} > file"));
+        assert!(user.run(&["backup", "a"]).status.success());
+    }
+    let unsaid = user.run(&["backups", "forget"]);
+    assert_eq!(unsaid.status.code(), Some(125));
+    assert!(text(&unsaid.stderr).contains("--keep-last"), "{}", text(&unsaid.stderr));
+    let all = user.json(&["backups", "a"]);
+    let planned = user.json(&["backups", "forget", "--dry-run", "--keep-last", "2"]);
+    assert_eq!(planned, serde_json::json!([all[2]]), "{all}");
+    let told = user.run(&["backups", "forget", "--dry-run", "--keep-hourly", "1"]);
+    assert!(text(&told.stdout).ends_with("\n2 backups would be deleted\n"), "{told:?}");
+    assert_eq!(user.json(&["backups", "a"]), all, "a dry run deletes nothing");
+    let told = user.run(&["backups", "forget", "--keep-last", "2"]);
+    assert!(text(&told.stdout).ends_with("\n1 backup deleted\n"), "{told:?}");
+    assert_eq!(user.json(&["backups", "a"]), serde_json::json!([all[0], all[1]]));
+    let told = user.run(&["backups", "forget", "--keep-last", "2"]);
+    assert_eq!(text(&told.stdout), "0 backups deleted\n");
+    // What is configured is applied by the next daemon.
+    assert!(user.run(&["shutdown"]).status.success());
+    let retention = ["--retention", "{ keep_last = 1 }"];
+    let config = user.run(&[&retention[..], &["--json", "config"]].concat());
+    let config: serde_json::Value = serde_json::from_slice(&config.stdout).unwrap();
+    assert_eq!(config["retention"]["keep_last"], 1);
+    assert!(user.run(&[&retention[..], &["ls"]].concat()).status.success());
+    until("the daemon forgets", || user.json(&["backups", "a"]) == serde_json::json!([all[0]]));
+    assert_eq!(text(&user.exec("a", "cat file").stdout), "three\n");
+}
+
+#[test]
 fn snapshots_and_differences() {
     let user = User::new();
     user.exec("a", "echo old > file; echo kept > kept");

@@ -7,6 +7,7 @@
 
 mod archive;
 mod repository;
+pub(crate) mod retention;
 
 use std::fmt;
 use std::fs::File;
@@ -24,6 +25,7 @@ use crate::error::{Error, Result};
 use crate::isolation::Site;
 
 pub(crate) use archive::{pack, unpack_given};
+pub use retention::Retention;
 
 /// How backups are kept.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -242,18 +244,22 @@ impl Backups {
         Ok(report)
     }
 
-    /// Deletes backups, and gives back the room that only they took.
+    /// Deletes backups. Killed in between, it has deleted some of them, each as a whole.
     pub(crate) fn forget(&self, backups: &[Backup]) -> Result<()> {
         for format in [BackupFormat::Archive, BackupFormat::Repository] {
             let some: Vec<Backup> =
                 backups.iter().filter(|backup| backup.format == format).cloned().collect();
             if !some.is_empty() {
-                let format = self.of(format)?;
-                format.forget(&some)?;
-                format.compact()?;
+                self.of(format)?.forget(&some)?;
             }
         }
         Ok(())
+    }
+
+    /// Gives back the room that only deleted backups took, as far as no other host can still be
+    /// counting on it: a part of it is given back a day later.
+    pub(crate) fn compact(&self) -> Result<()> {
+        self.formats().try_for_each(Format::compact)
     }
 
     /// Deletes what killed processes left half-written.

@@ -54,6 +54,11 @@ pub enum EventKind {
         /// The backup.
         backup: String,
     },
+    /// A backup of it was deleted, by the pool's retention or at the user's wish.
+    Forgotten {
+        /// The backup.
+        backup: String,
+    },
     /// A snapshot of it was taken.
     SnapshotTaken {
         /// The snapshot.

@@ -51,7 +51,7 @@ mod snapshot;
 mod time;
 mod volume;
 
-pub use backup::{Backup, BackupFormat};
+pub use backup::{Backup, BackupFormat, Retention};
 pub use command::{Command, Execution, Exit, Limit, LimitWatch, Output};
 pub use config::{VmPoolConfig, VmPoolRuntimeConfig};
 pub use denizen_agent::{Agent, Chunk, Stream};

@@ -598,6 +598,20 @@ impl Lifecycle {
         self.sessions.values().map(Self::seen)
     }
 
+    /// The sessions that are known, and what each counts on ([`Lifecycle::counts_on`]).
+    pub fn counted_on(&self) -> std::collections::HashMap<Uuid, Vec<String>> {
+        let known = self.sessions.values().filter(|session| session.row.phase != Phase::Absent);
+        known.map(|it| (it.row.id, it.counts_on().map(str::to_owned).collect())).collect()
+    }
+
+    /// Whether nobody may delete this backup of a session: the session's row names it as the
+    /// latest, or somebody waits for the session to be put back from it, or that is being done. Of
+    /// a session that is not known, all.
+    pub fn counts_on(&self, id: Uuid, backup: &str) -> bool {
+        let known = self.sessions.get(&id).filter(|session| session.row.phase != Phase::Absent);
+        known.is_none_or(|session| session.counts_on().any(|name| name == backup))
+    }
+
     fn seen(session: &Session) -> View<'_> {
         View {
             row: &session.row,
@@ -1714,6 +1728,22 @@ impl Session {
             unsaved: true,
             backup: None,
         })
+    }
+
+    fn counts_on(&self) -> impl Iterator<Item = &str> {
+        let wanted = self.waiters.iter().filter_map(|waiting| match &waiting.want {
+            Want::Restored(Some(saved)) => Some(saved),
+            _ => None,
+        });
+        let restored = self.running.iter().filter_map(|running| match &running.op {
+            Op::Restore(saved) => Some(saved),
+            _ => None,
+        });
+        let named = wanted.chain(restored).filter_map(|saved| match saved {
+            Saved::Backup(name) => Some(name),
+            Saved::Snapshot(_) => None,
+        });
+        self.row.backup.iter().chain(named).map(String::as_str)
     }
 
     fn guard_waits(&self) -> bool {

@@ -13,7 +13,7 @@ use denizen_repository::Report as BackupReport;
 use tokio::io::AsyncRead;
 use uuid::Uuid;
 
-use crate::backup::{Backup, BackupFormat};
+use crate::backup::{Backup, BackupFormat, Retention};
 use crate::command::{Command, LimitWatch};
 use crate::config::VmPoolRuntimeConfig;
 use crate::error::{Error, Result};
@@ -153,6 +153,14 @@ impl Builder {
         self
     }
 
+    /// Which backups are kept; once a day, the others of the sessions that are known here are
+    /// deleted. Never are a session's newest, the one that it was last saved in or put back from,
+    /// and one that it is being put back from. Default: all are kept.
+    pub fn retention(mut self, retention: Retention) -> Self {
+        self.settings.retention = retention;
+        self
+    }
+
     /// What becomes of sessions that are idle. Default: [`Sleep::Stop`]. Freezing needs
     /// [`Isolation::Sandbox`] and a control group that this process is granted.
     pub fn sleep(mut self, sleep: Sleep) -> Self {
@@ -194,6 +202,7 @@ impl MicroVmManager {
         let settings = Settings {
             backup_format: BackupFormat::default(),
             backup_key: None,
+            retention: Retention::default(),
             isolation: Isolation::default(),
             instances: Options::default(),
             clock: Arc::new(SystemClock),
@@ -276,7 +285,8 @@ impl MicroVmManager {
         Ok(VmExecutionGuard { hold })
     }
 
-    /// Does now what is due: stops or freezes idle sessions, backs up, prunes, makes spares. What
+    /// Does now what is due: stops or freezes idle sessions, backs up, prunes, makes spares,
+    /// forgets backups. What
     /// failed before and is being waited out is tried again at once. Returns when it is done; a
     /// failure shows in [`MicroVmManager::inspect`] and in the events, and stops nothing else.
     ///
@@ -396,6 +406,31 @@ impl MicroVmManager {
         let given_up = GiveUp(Arc::default());
         let flag = given_up.0.clone();
         blocking(move || pool.backups()?.verify(read_data, &flag)).await
+    }
+
+    /// Deletes the backups of sessions known here that `retention` does not keep, or with
+    /// `dry_run` does not; gives them, newest first. What [`Builder::retention`] never deletes is
+    /// never deleted, and nothing is if there is no rule. The room that they took in a repository
+    /// is given back when this is next done a day later or more, as other hosts may be counting on
+    /// it. Cancel-safe: what has begun goes on.
+    ///
+    /// # Errors
+    /// As [`MicroVmManager::backups`]; then some may be deleted, each as a whole.
+    pub async fn forget_backups(
+        &self,
+        retention: &Retention,
+        dry_run: bool,
+    ) -> Result<Vec<Backup>> {
+        let (pool, retention) = (self.pool()?.clone(), *retention);
+        blocking(move || pool.forget_backups(&retention, dry_run)).await
+    }
+
+    /// What [`Builder::retention`] was given.
+    ///
+    /// # Errors
+    /// [`Error::Disabled`].
+    pub fn retention(&self) -> Result<Retention> {
+        Ok(self.pool()?.retention())
     }
 
     /// Makes every session of which there is a backup, and that is not known here, known as

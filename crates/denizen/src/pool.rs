@@ -6,6 +6,7 @@
 //! a task of its own; the operation's end goes back into the lifecycle. The pool must never
 //! decide anything about a session: if it seems to have to, the lifecycle lacks a rule.
 
+mod forgetting;
 mod moving;
 mod operation;
 mod watch;
@@ -26,7 +27,7 @@ use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::JoinSet;
 use uuid::Uuid;
 
-use crate::backup::{BackupFormat, Backups};
+use crate::backup::{BackupFormat, Backups, Retention};
 use crate::bootstrap;
 use crate::config;
 use crate::config::VmPoolRuntimeConfig;
@@ -66,6 +67,7 @@ pub(crate) struct Settings {
     pub(crate) spares: usize,
     pub(crate) backup_format: BackupFormat,
     pub(crate) backup_key: Option<PathBuf>,
+    pub(crate) retention: Retention,
 }
 
 /// A session's place in this process.
@@ -217,6 +219,8 @@ struct State {
     origins: HashMap<Uuid, Origin>,
     /// The copies that somebody waits for.
     copies: HashMap<Uuid, Copying>,
+    /// The backups that are being deleted: nothing may be put back from them any more.
+    forgetting: HashSet<String>,
     spares: Vec<Spare>,
     /// What sessions about to be made are made of.
     claimed: HashMap<Uuid, Spare>,
@@ -254,6 +258,8 @@ pub(crate) struct Pool {
     announcer: Announcer,
     /// Where sessions' use of the disk is limited.
     watch: Option<Watch>,
+    /// When backups are next to be forgotten. Locked by whoever does it, one at a time.
+    forget_due: Mutex<forgetting::Due>,
 }
 
 impl Drop for Pool {
@@ -338,6 +344,7 @@ impl Pool {
             interrupts: HashMap::new(),
             origins: HashMap::new(),
             copies: HashMap::new(),
+            forgetting: HashSet::new(),
             spares: Vec::new(),
             claimed: HashMap::new(),
             preparing: 0,
@@ -364,6 +371,7 @@ impl Pool {
             earlier: Notify::new(),
             changed: Notify::new(),
             announcer: Announcer::new(),
+            forget_due: Mutex::new(forgetting::Due::after(remembered.forgot_at)),
         });
         for (id, instance) in resumed.drain() {
             tracing::info!(session = %id, "found running");
@@ -381,6 +389,9 @@ impl Pool {
             tasks.spawn(watch::run(Arc::downgrade(&pool)));
         }
         tasks.spawn(tell_denials(Arc::downgrade(&pool), denied));
+        if pool.forgets() {
+            tasks.spawn(forgetting::run(Arc::downgrade(&pool)));
+        }
         Ok((pool, Tasks(tasks)))
     }
 
@@ -985,6 +996,7 @@ impl Pool {
             state.core.housekeeping() == 0 && state.preparing == 0 && state.discarding == 0
         };
         self.until(quiet).await;
+        self.forget_if_due(true).await;
     }
 
     /// What spares are made of may have changed.

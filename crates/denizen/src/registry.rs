@@ -43,7 +43,14 @@ const MIGRATIONS: &[&str] = &[
         name TEXT PRIMARY KEY NOT NULL,
         session TEXT NOT NULL UNIQUE
     ) STRICT, WITHOUT ROWID;",
+    "CREATE TABLE chores (               -- what the pool does now and then, for no session alone
+        name TEXT PRIMARY KEY NOT NULL,  -- forget
+        done_at INTEGER NOT NULL         -- milliseconds of pool time
+    ) STRICT, WITHOUT ROWID;",
 ];
+
+/// The chore of deleting the backups that are not kept.
+const FORGET: &str = "forget";
 
 /// What is wrong with a registry.
 #[derive(Debug, thiserror::Error)]
@@ -125,6 +132,8 @@ pub(crate) struct Remembered {
     pub(crate) rows: Vec<Row>,
     pub(crate) names: Vec<(SessionName, Uuid)>,
     pub(crate) time: Option<SavedTime>,
+    /// When the retention was last applied.
+    pub(crate) forgot_at: Option<PoolTime>,
 }
 
 /// An open registry. The lock is held until it is dropped.
@@ -197,7 +206,13 @@ impl Registry {
                     })
                 })
                 .optional()?;
-            Ok(Remembered { rows, names, time })
+            let forgot_at = self
+                .connection
+                .query_row("SELECT done_at FROM chores WHERE name = ?1", [FORGET], |row| {
+                    row.get(0).map(PoolTime)
+                })
+                .optional()?;
+            Ok(Remembered { rows, names, time, forgot_at })
         };
         read().map_err(|error| diagnose(&self.path, error))
     }
@@ -239,6 +254,16 @@ impl Registry {
                 )
                 .map(drop)
         })
+    }
+
+    /// Makes durable when the retention was last applied, and what time it is.
+    pub(crate) fn forgot(&mut self, at: PoolTime, time: &SavedTime) -> Result<()> {
+        self.transact(|transaction| {
+            transaction
+                .execute("INSERT OR REPLACE INTO chores VALUES (?1, ?2)", params![FORGET, at.0])
+                .map(drop)
+        })?;
+        self.commit(&[], time)
     }
 
     fn transact(

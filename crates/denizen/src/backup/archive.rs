@@ -35,7 +35,13 @@ impl Format for Archives {
 
     fn restore(&self, backup: &Backup, home: &Path, _: &Counter) -> Result<()> {
         let path = self.folder.join(&backup.name);
-        let file = File::open(&path).map_err(|source| Error::volume("read", &path, source))?;
+        let file = File::open(&path).map_err(|source| match source.kind() {
+            // Forgotten since it was looked for.
+            std::io::ErrorKind::NotFound => {
+                Error::NoBackup { session: backup.session, name: Some(backup.name.clone()) }
+            }
+            _ => Error::volume("read", &path, source),
+        })?;
         let given = Given { file: &file, name: &path, limit: None };
         unpack_given(given, self.owners, home, &AtomicBool::new(false))
     }

@@ -148,7 +148,7 @@ impl Format for Stored {
     }
 
     fn compact(&self) -> Result<()> {
-        Ok(self.there()?.prune()?)
+        self.repository()?.map_or(Ok(()), |repository| Ok(repository.prune()?))
     }
 
     fn sweep(&self) -> Result<()> {

@@ -530,6 +530,9 @@ async fn restore(pool: &Arc<Pool>, place: &Arc<Place>, saved: Saved) -> Result {
         let id = place.site.id;
         let staging = pool.volumes.stage(id)?;
         let restored = match &saved {
+            Saved::Backup(name) if pool.state.lock().forgetting.contains(name) => {
+                Err(Error::NoBackup { session: id, name: Some(name.clone()) })
+            }
             Saved::Backup(name) => pool
                 .backups()
                 .and_then(|backups| backups.restore(id, name, staging.path(), &Counter::default())),
