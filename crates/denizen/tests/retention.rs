@@ -8,7 +8,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use denizen::{
-    BackupFormat, Error, EventKind, MicroVmManager, Retention, VmPoolConfig, VmPoolRuntimeConfig,
+    BackupFormat, Error, EventKind, MicroVmManager, RegistryError, Retention, VmPoolConfig,
+    VmPoolRuntimeConfig,
 };
 use tempfile::TempDir;
 use uuid::Uuid;
@@ -35,7 +36,12 @@ impl World {
         Self { folder: tempfile::tempdir().unwrap(), clock: Arc::default() }
     }
 
-    fn open(&self, root: &str, format: BackupFormat, retention: Retention) -> Arc<MicroVmManager> {
+    async fn open(
+        &self,
+        root: &str,
+        format: BackupFormat,
+        retention: Retention,
+    ) -> Arc<MicroVmManager> {
         let config = VmPoolConfig {
             enabled: true,
             volume_root: self.folder.path().join(root),
@@ -47,10 +53,18 @@ impl World {
             backup_destination: Some(self.folder.path().join("backups")),
             ..VmPoolConfig::default()
         };
-        let builder = MicroVmManager::builder(VmPoolRuntimeConfig::from(&config));
         let key = self.folder.path().join("key");
-        let builder = builder.clock(self.clock.clone()).backup_format(format).backup_key(key);
-        builder.retention(retention).build().unwrap()
+        loop {
+            let builder = MicroVmManager::builder(VmPoolRuntimeConfig::from(&config));
+            let builder = builder.clock(self.clock.clone()).backup_format(format);
+            match builder.backup_key(&key).retention(retention).build() {
+                // What has ended may not have been put away yet.
+                Err(Error::Registry(RegistryError::Locked { .. })) => {
+                    tokio::task::yield_now().await;
+                }
+                opened => return opened.unwrap(),
+            }
+        }
     }
 
     async fn pass(&self, pool: &MicroVmManager, time: Duration) {
@@ -80,13 +94,13 @@ async fn names(pool: &MicroVmManager, id: Uuid) -> BTreeSet<String> {
 async fn once_a_day_what_is_not_kept_is_deleted() {
     for format in [BackupFormat::Archive, BackupFormat::Repository] {
         let world = World::new();
-        let other = world.open("other", format, NOTHING);
+        let other = world.open("other", format, NOTHING).await;
         let (mine, theirs) = (Uuid::new_v4(), Uuid::new_v4());
         for text in ["one", "two"] {
             save(&other, theirs, text).await;
             world.clock.pass(HOUR);
         }
-        let pool = world.open("pool", format, Retention { keep_daily: 2, ..NOTHING });
+        let pool = world.open("pool", format, Retention { keep_daily: 2, ..NOTHING }).await;
         pool.run_maintenance_now().await.unwrap();
         // Of a day in the middle: all of the next five are on it.
         let first = save(&pool, mine, "0").await;
@@ -124,7 +138,7 @@ async fn once_a_day_what_is_not_kept_is_deleted() {
             BackupFormat::Repository => BackupFormat::Archive,
         };
         let retention = Retention { keep_last: 1, ..NOTHING };
-        let pool = world.open("pool", switched, retention);
+        let pool = world.open("pool", switched, retention).await;
         world.pass(&pool, HOUR).await;
         assert_eq!(names(&pool, mine).await, there, "{format}: as if it were due");
         world.pass(&pool, 23 * HOUR).await;
@@ -139,7 +153,7 @@ async fn once_a_day_what_is_not_kept_is_deleted() {
 async fn nobody_has_to_ask_for_it() {
     let world = World::new();
     let id = Uuid::new_v4();
-    let pool = world.open("pool", BackupFormat::Archive, NOTHING);
+    let pool = world.open("pool", BackupFormat::Archive, NOTHING).await;
     for text in ["one", "two", "three"] {
         save(&pool, id, text).await;
         world.pass(&pool, 48 * HOUR).await;
@@ -149,7 +163,8 @@ async fn nobody_has_to_ask_for_it() {
     assert_eq!((all.len(), names(&pool, id).await.len()), (0, 3));
     pool.shutdown().await.unwrap();
     drop(pool);
-    let pool = world.open("pool", BackupFormat::Archive, Retention { keep_last: 1, ..NOTHING });
+    let pool =
+        world.open("pool", BackupFormat::Archive, Retention { keep_last: 1, ..NOTHING }).await;
     let mut deleted = 0;
     while names(&pool, id).await.len() > 1 {
         tokio::task::yield_now().await;
@@ -162,7 +177,7 @@ async fn nobody_has_to_ask_for_it() {
 #[tokio::test]
 async fn a_dry_run_tells_what_a_run_then_deletes() {
     let world = World::new();
-    let pool = world.open("pool", BackupFormat::Repository, NOTHING);
+    let pool = world.open("pool", BackupFormat::Repository, NOTHING).await;
     let id = Uuid::new_v4();
     for text in ["one", "two", "three"] {
         save(&pool, id, text).await;
@@ -180,7 +195,7 @@ async fn a_dry_run_tells_what_a_run_then_deletes() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_restore_beside_it_has_all_of_its_backup_or_is_told_that_there_is_none() {
     let world = World::new();
-    let pool = world.open("pool", BackupFormat::Archive, NOTHING);
+    let pool = world.open("pool", BackupFormat::Archive, NOTHING).await;
     let id = Uuid::new_v4();
     let retention = Retention { keep_last: 1, ..NOTHING };
     let mut ends = [0, 0];
@@ -190,11 +205,9 @@ async fn a_restore_beside_it_has_all_of_its_backup_or_is_told_that_there_is_none
         save(&pool, id, &new).await;
         let forget = tokio::spawn({
             let pool = pool.clone();
-            async move {
-                tokio::time::sleep(Duration::from_micros(round * 100)).await;
-                pool.forget_backups(&retention, false).await.unwrap();
-            }
+            async move { pool.forget_backups(&retention, false).await.unwrap() }
         });
+        tokio::time::sleep(Duration::from_micros(round * 50)).await;
         let restored = pool.restore(id, Some(&backup)).await;
         forget.await.unwrap();
         let is_there = names(&pool, id).await.contains(&backup);
