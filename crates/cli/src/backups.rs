@@ -8,8 +8,7 @@ use jiff::{Span, Timestamp, Zoned};
 use serde_json::Value;
 
 use crate::client::{self, Client};
-use crate::show;
-use crate::{Failure, Result};
+use crate::{Failure, Result, progress, show};
 
 #[derive(Subcommand)]
 pub enum BackupsVerb {
@@ -72,6 +71,22 @@ impl From<Keep> for Retention {
     }
 }
 
+/// What is put back, and from what.
+#[derive(Args)]
+pub struct RestoreArgs {
+    /// Name or UUID
+    session: String,
+    /// The backup; the latest if none is named
+    #[arg(long)]
+    backup: Option<String>,
+    /// The newest backup of that time or before: `2 hours ago`, 2026-01-31T12:00:00Z
+    #[arg(long, value_name = "TIME", conflicts_with = "backup", value_parser = past)]
+    at: Option<Timestamp>,
+    /// A snapshot instead of a backup
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["backup", "at"])]
+    snapshot: Option<String>,
+}
+
 /// Does what is asked of the backups of a session, or of all; gives the exit code.
 pub async fn run(
     client: &Client,
@@ -82,7 +97,7 @@ pub async fn run(
     match (verb, session) {
         (Some(BackupsVerb::Verify { read_data }), _) => {
             let path = format!("/v1/backups/verify?read_data={read_data}");
-            let report = client.json("POST", &path).await?;
+            let report = progress::showing(client, None, client.json("POST", &path)).await?;
             show::report(&report, json)?;
             // As diff(1) and its like tell: it was done, and something is not as it should be.
             Ok(i32::from(report["findings"].as_array().is_some_and(|all| !all.is_empty())))
@@ -121,6 +136,25 @@ pub fn past(text: &str) -> std::result::Result<Timestamp, String> {
     let span = if span.is_positive() { span.negate() } else { span };
     let at = Zoned::now().checked_add(span).map_err(|error| error.to_string())?;
     Ok(at.timestamp())
+}
+
+/// Backs a session up, and shows what is known of it then.
+pub async fn backup(client: &Client, session: &str, json: bool) -> Result<()> {
+    let path = client::path(session, "/backup");
+    let done = progress::showing(client, Some(session), client.json("POST", &path)).await?;
+    show::session(&done, json)
+}
+
+/// Puts a session back, and shows what is known of it then.
+pub async fn restore(client: &Client, args: RestoreArgs, json: bool) -> Result<()> {
+    let RestoreArgs { session, backup, at, snapshot } = args;
+    let at = at.map(|at| at.to_string());
+    // At most one of them is there.
+    let from = [("at", at), ("backup", backup), ("snapshot", snapshot)];
+    let from = from.into_iter().map(|(name, value)| client::query(name, value));
+    let path = client::path(&session, "/restore") + &from.collect::<String>();
+    let done = progress::showing(client, Some(&session), client.json("POST", &path)).await?;
+    show::session(&done, json)
 }
 
 /// Recovers sessions, and says how many.

@@ -367,6 +367,64 @@ fn backups_that_are_not_kept_are_deleted() {
     assert_eq!(text(&user.exec("a", "cat file").stdout), "three\n");
 }
 
+/// What `GET /metrics` says: each name, labels included, and its value.
+fn metrics(user: &User) -> std::collections::HashMap<String, f64> {
+    use std::io::Read;
+    let socket = user.state.path().join("denizen.sock");
+    let mut stream = std::os::unix::net::UnixStream::connect(socket).unwrap();
+    stream.write_all(b"GET /metrics HTTP/1.0\r\nHost: denizen\r\n\r\n").unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    assert!(head.starts_with("HTTP/1.0 200"), "{head}");
+    assert!(head.contains("text/plain; version=0.0.4"), "{head}");
+    let mut typed = std::collections::HashSet::new();
+    let mut values = std::collections::HashMap::new();
+    for line in body.lines() {
+        if let Some(told) = line.strip_prefix("# TYPE ") {
+            let (name, kind) = told.split_once(' ').unwrap();
+            assert!(["counter", "gauge", "histogram"].contains(&kind), "{line}");
+            assert!(typed.insert(name.to_owned()), "{line}: twice");
+        } else if !line.starts_with("# HELP ") {
+            let (name, value) = line.rsplit_once(' ').unwrap();
+            let family = name.split('{').next().unwrap();
+            let of_histogram = ["_bucket", "_sum", "_count"].iter();
+            let mut families = of_histogram.filter_map(|end| family.strip_suffix(end));
+            let is_typed = typed.contains(family) || families.any(|it| typed.contains(it));
+            assert!(is_typed, "{line}: of no type");
+            assert!(values.insert(name.to_owned(), value.parse().unwrap()).is_none(), "{line}");
+        }
+    }
+    values
+}
+
+#[test]
+fn metrics_count_what_is_done() {
+    let user = User::new();
+    user.exec("a", "echo kept > file");
+    let before = metrics(&user);
+    assert_eq!(before["denizen_backups_written_total"], 0.0);
+    assert_eq!(before["denizen_sessions_unsaved"], 1.0);
+    assert!(user.run(&["backup", "a"]).status.success());
+    assert!(user.run(&["restore", "a"]).status.success());
+    assert!(user.run(&["backups", "verify"]).status.success());
+    let after = metrics(&user);
+    assert_eq!(after["denizen_backups_written_total"], 1.0);
+    assert!(after["denizen_backup_added_bytes_total"] > 0.0);
+    assert_eq!(after["denizen_backups_failed_total"], 0.0);
+    assert_eq!(after["denizen_restores_done_total"], 1.0);
+    assert_eq!(after["denizen_verifications_total"], 1.0);
+    assert_eq!(after["denizen_backup_duration_seconds_count"], 1.0);
+    assert_eq!(after["denizen_backup_duration_seconds_bucket{le=\"+Inf\"}"], 1.0);
+    assert!(after["denizen_backup_duration_seconds_sum"] > 0.0);
+    assert_eq!(after["denizen_sessions_unsaved"], 0.0);
+    assert_eq!(after["denizen_sessions{state=\"stopped\"}"], 1.0);
+    // And what is known of the session says the same to people.
+    let shown = text(&user.run(&["inspect", "a"]).stdout);
+    assert!(shown.contains("backup taken at  just now\n"), "{shown}");
+    assert!(!shown.contains("unsaved since"), "{shown}");
+}
+
 #[test]
 fn snapshots_and_differences() {
     let user = User::new();

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, SystemTime};
 
 use denizen_agent::Agent;
@@ -21,7 +21,7 @@ use crate::event::Events;
 use crate::isolation::{ImageInfo, Isolation, Limits, Network, Options, info};
 use crate::lifecycle::{Saved, Sleep, Want};
 use crate::name::{SessionName, SnapshotName};
-use crate::pool::{Export, Hold, Pool, SessionInfo, Settings, Tasks, blocking};
+use crate::pool::{Export, Figures, Hold, Pool, SessionInfo, Settings, Tasks, blocking};
 use crate::snapshot::{Difference, Snapshot, Version};
 use crate::time::{Clock, SystemClock};
 use crate::volume::Volumes;
@@ -249,7 +249,7 @@ impl MicroVmManager {
         Ok(self.pool()?.driver().can_freeze())
     }
 
-    fn pool(&self) -> Result<&Arc<Pool>> {
+    pub(crate) fn pool(&self) -> Result<&Arc<Pool>> {
         self.pool.as_ref().ok_or(Error::Disabled)
     }
 
@@ -402,10 +402,7 @@ impl MicroVmManager {
     /// # Errors
     /// As [`MicroVmManager::backups`].
     pub async fn verify_backups(&self, read_data: bool) -> Result<BackupReport> {
-        let pool = self.pool()?.clone();
-        let given_up = GiveUp(Arc::default());
-        let flag = given_up.0.clone();
-        blocking(move || pool.backups()?.verify(read_data, &flag)).await
+        self.pool()?.verify_backups(read_data).await
     }
 
     /// Deletes the backups of sessions known here that `retention` does not keep, or with
@@ -663,6 +660,14 @@ impl MicroVmManager {
         self.pool()?.with_images(remove).await
     }
 
+    /// What the pool has done with backups since it was opened.
+    ///
+    /// # Errors
+    /// [`Error::Disabled`].
+    pub fn figures(&self) -> Result<Figures> {
+        Ok(self.pool()?.figures())
+    }
+
     /// What happens to sessions from now on.
     ///
     /// # Errors
@@ -707,15 +712,6 @@ impl MicroVmManager {
             Some(pool) => pool.shutdown(true).await,
             None => Ok(()),
         }
-    }
-}
-
-/// Has work that nobody waits for any more end.
-struct GiveUp(Arc<AtomicBool>);
-
-impl Drop for GiveUp {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
     }
 }
 

@@ -47,6 +47,13 @@ const MIGRATIONS: &[&str] = &[
         name TEXT PRIMARY KEY NOT NULL,  -- forget
         done_at INTEGER NOT NULL         -- milliseconds of pool time
     ) STRICT, WITHOUT ROWID;",
+    "CREATE TABLE backups (              -- what is known of each session's latest, for people
+        session TEXT PRIMARY KEY NOT NULL,
+        name TEXT NOT NULL,
+        taken_at INTEGER NOT NULL,       -- milliseconds since 1970, by the wall clock
+        added INTEGER NOT NULL,          -- bytes by which the destination has grown with it
+        size INTEGER                     -- bytes of the content of its files, where it is known
+    ) STRICT, WITHOUT ROWID;",
 ];
 
 /// The chore of deleting the backups that are not kept.
@@ -126,6 +133,15 @@ impl Write {
     }
 }
 
+/// What is known of a backup without a look at the destination. Only shown, and to guess by.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Facts {
+    pub(crate) name: String,
+    pub(crate) taken_at: i64,
+    pub(crate) added: u64,
+    pub(crate) size: Option<u64>,
+}
+
 /// What the registry held when it was opened.
 #[derive(Debug)]
 pub(crate) struct Remembered {
@@ -134,6 +150,8 @@ pub(crate) struct Remembered {
     pub(crate) time: Option<SavedTime>,
     /// When the retention was last applied.
     pub(crate) forgot_at: Option<PoolTime>,
+    /// Of the latest backups.
+    pub(crate) facts: Vec<(Uuid, Facts)>,
 }
 
 /// An open registry. The lock is held until it is dropped.
@@ -212,7 +230,11 @@ impl Registry {
                     row.get(0).map(PoolTime)
                 })
                 .optional()?;
-            Ok(Remembered { rows, names, time, forgot_at })
+            let mut facts = self
+                .connection
+                .prepare("SELECT session, name, taken_at, added, size FROM backups")?;
+            let facts = facts.query_map([], read_facts)?.collect::<rusqlite::Result<_>>()?;
+            Ok(Remembered { rows, names, time, forgot_at, facts })
         };
         read().map_err(|error| diagnose(&self.path, error))
     }
@@ -230,6 +252,9 @@ impl Registry {
                             .execute([&id])?;
                         transaction
                             .prepare_cached("DELETE FROM names WHERE session = ?1")?
+                            .execute([&id])?;
+                        transaction
+                            .prepare_cached("DELETE FROM backups WHERE session = ?1")?
                             .execute([&id])?;
                     }
                 }
@@ -251,6 +276,19 @@ impl Registry {
                 .execute(
                     "INSERT INTO names VALUES (?1, ?2)",
                     params![name.as_str(), id.to_string()],
+                )
+                .map(drop)
+        })
+    }
+
+    /// Notes what is known of a session's latest backup.
+    pub(crate) fn note(&mut self, id: Uuid, facts: &Facts) -> Result<()> {
+        let Facts { name, taken_at, added, size } = facts;
+        self.transact(|transaction| {
+            transaction
+                .execute(
+                    "INSERT OR REPLACE INTO backups VALUES (?1, ?2, ?3, ?4, ?5)",
+                    params![id.to_string(), name, taken_at, added, size],
                 )
                 .map(drop)
         })
@@ -392,6 +430,12 @@ fn read_name(row: &rusqlite::Row<'_>) -> rusqlite::Result<(SessionName, Uuid)> {
         parsed(row, 0, |text| text.parse().ok())?,
         parsed(row, 1, |text| Uuid::try_parse(text).ok())?,
     ))
+}
+
+fn read_facts(row: &rusqlite::Row<'_>) -> rusqlite::Result<(Uuid, Facts)> {
+    let id = parsed(row, 0, |text| Uuid::try_parse(text).ok())?;
+    let (name, taken_at) = (row.get(1)?, row.get(2)?);
+    Ok((id, Facts { name, taken_at, added: row.get(3)?, size: row.get(4)? }))
 }
 
 fn parsed<T>(

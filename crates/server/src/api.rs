@@ -23,6 +23,7 @@ use tokio_util::io::{ReaderStream, StreamReader};
 use uuid::Uuid;
 
 use crate::lease::Leases;
+use crate::metrics;
 
 #[derive(Clone)]
 struct Api {
@@ -33,6 +34,7 @@ struct Api {
 
 pub(crate) fn router(pool: Arc<MicroVmManager>, leases: Arc<Leases>, stop: Arc<Notify>) -> Router {
     Router::new()
+        .route("/metrics", get(all_metrics))
         .route("/v1/health", get(health))
         .route("/v1/shutdown", post(shutdown))
         .route("/v1/events", get(events))
@@ -118,6 +120,11 @@ async fn health() -> Json<serde_json::Value> {
         "version": env!("CARGO_PKG_VERSION"),
         "pid": std::process::id(),
     }))
+}
+
+async fn all_metrics(State(api): State<Api>) -> Answer<Response> {
+    let text = metrics::text(&api.pool.figures()?, &api.pool.sessions()?);
+    Ok(([(CONTENT_TYPE, metrics::CONTENT_TYPE)], text).into_response())
 }
 
 async fn shutdown(State(api): State<Api>) -> StatusCode {

@@ -55,7 +55,7 @@ impl Format for Archives {
     }
 
     /// An archive is one stream: nothing can be said of it without reading it.
-    fn verify(&self, _read_data: bool, interrupted: &AtomicBool) -> Result<Report> {
+    fn verify(&self, _: bool, _: &Counter, interrupted: &AtomicBool) -> Result<Report> {
         let mut report = Report::default();
         // Newest first; what is found is told with the next sound one before it.
         let mut unsound: Vec<(Backup, String)> = Vec::new();
@@ -127,6 +127,7 @@ fn told(entry: Entry) -> Backup {
         taken_at: entry.taken_at,
         format: BackupFormat::Archive,
         bytes: entry.bytes,
+        size: None,
         path: Some(entry.path),
     }
 }

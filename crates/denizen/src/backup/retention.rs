@@ -153,6 +153,7 @@ mod tests {
             taken_at,
             format,
             bytes: 0,
+            size: None,
             path: None,
         }
     }

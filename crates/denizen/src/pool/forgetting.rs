@@ -97,6 +97,7 @@ impl Pool {
         let claim = Claim::new(self, &mut planned);
         backups.forget(&planned)?;
         drop(claim);
+        self.figures.lock().backups_forgotten += planned.len() as u64;
         for backup in &planned {
             tracing::info!(session = %backup.session, backup = backup.name, "backup deleted");
             let (session, backup) = (backup.session, backup.name.clone());
