@@ -1,12 +1,14 @@
 //! `denizen backups`: what the destination holds, and whether it is sound.
 
-use clap::Subcommand;
+use bytes::Bytes;
+use clap::{Args, Subcommand};
+use denizen::Retention;
+use http_body_util::{BodyExt, Full};
 use jiff::{Span, Timestamp, Zoned};
 use serde_json::Value;
 
 use crate::client::{self, Client};
-use crate::show;
-use crate::{Failure, Result};
+use crate::{Failure, Result, progress, show};
 
 #[derive(Subcommand)]
 pub enum BackupsVerb {
@@ -16,6 +18,73 @@ pub enum BackupsVerb {
         #[arg(long)]
         read_data: bool,
     },
+    /// Delete backups that are not kept, of the sessions known here
+    #[command(after_help = "A backup stays if any of the rules keeps it: the newest ones, or the \
+newest of each of so many hours, days, weeks, months or years (in UTC) that have one. A session's \
+latest backup stays always. Without a rule here, those of the setting `retention` are taken.
+
+Examples:
+  denizen backups forget --dry-run --keep-last 3 --keep-daily 7
+  denizen backups forget")]
+    Forget {
+        /// Print what would be deleted, and delete nothing
+        #[arg(long)]
+        dry_run: bool,
+        #[command(flatten)]
+        keep: Keep,
+    },
+}
+
+/// Which backups are kept.
+#[derive(Args)]
+pub struct Keep {
+    /// Keep the newest N
+    #[arg(long = "keep-last", value_name = "N", default_value_t, hide_default_value = true)]
+    last: u32,
+    /// Keep those of N hours
+    #[arg(long = "keep-hourly", value_name = "N", default_value_t, hide_default_value = true)]
+    hourly: u32,
+    /// Keep those of N days
+    #[arg(long = "keep-daily", value_name = "N", default_value_t, hide_default_value = true)]
+    daily: u32,
+    /// Keep those of N weeks
+    #[arg(long = "keep-weekly", value_name = "N", default_value_t, hide_default_value = true)]
+    weekly: u32,
+    /// Keep those of N months
+    #[arg(long = "keep-monthly", value_name = "N", default_value_t, hide_default_value = true)]
+    monthly: u32,
+    /// Keep those of N years
+    #[arg(long = "keep-yearly", value_name = "N", default_value_t, hide_default_value = true)]
+    yearly: u32,
+}
+
+impl From<Keep> for Retention {
+    fn from(keep: Keep) -> Self {
+        Self {
+            keep_last: keep.last,
+            keep_hourly: keep.hourly,
+            keep_daily: keep.daily,
+            keep_weekly: keep.weekly,
+            keep_monthly: keep.monthly,
+            keep_yearly: keep.yearly,
+        }
+    }
+}
+
+/// What is put back, and from what.
+#[derive(Args)]
+pub struct RestoreArgs {
+    /// Name or UUID
+    session: String,
+    /// The backup; the latest if none is named
+    #[arg(long)]
+    backup: Option<String>,
+    /// The newest backup of that time or before: `2 hours ago`, 2026-01-31T12:00:00Z
+    #[arg(long, value_name = "TIME", conflicts_with = "backup", value_parser = past)]
+    at: Option<Timestamp>,
+    /// A snapshot instead of a backup
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["backup", "at"])]
+    snapshot: Option<String>,
 }
 
 /// Does what is asked of the backups of a session, or of all; gives the exit code.
@@ -28,10 +97,13 @@ pub async fn run(
     match (verb, session) {
         (Some(BackupsVerb::Verify { read_data }), _) => {
             let path = format!("/v1/backups/verify?read_data={read_data}");
-            let report = client.json("POST", &path).await?;
+            let report = progress::showing(client, None, client.json("POST", &path)).await?;
             show::report(&report, json)?;
             // As diff(1) and its like tell: it was done, and something is not as it should be.
             Ok(i32::from(report["findings"].as_array().is_some_and(|all| !all.is_empty())))
+        }
+        (Some(BackupsVerb::Forget { dry_run, keep }), _) => {
+            forget(client, dry_run, keep.into(), json).await.map(|()| 0)
         }
         (None, Some(session)) => {
             let path = client::path(session, "/backups");
@@ -41,6 +113,15 @@ pub async fn run(
             show::all_backups(&client.json("GET", "/v1/backups").await?, json).map(|()| 0)
         }
     }
+}
+
+async fn forget(client: &Client, dry_run: bool, retention: Retention, json: bool) -> Result<()> {
+    let retention = (!retention.is_empty()).then_some(retention);
+    let body = serde_json::json!({ "dry_run": dry_run, "retention": retention });
+    let body = Full::new(Bytes::from(body.to_string())).map_err(|never| match never {}).boxed();
+    let header = Some(("content-type", "application/json"));
+    let answer = client.request("POST", "/v1/backups/forget", header, body).await?;
+    show::forgotten(&Client::body(answer).await?, dry_run, json)
 }
 
 /// A time that is over: as RFC 3339 has it, or how long ago it was.
@@ -55,6 +136,25 @@ pub fn past(text: &str) -> std::result::Result<Timestamp, String> {
     let span = if span.is_positive() { span.negate() } else { span };
     let at = Zoned::now().checked_add(span).map_err(|error| error.to_string())?;
     Ok(at.timestamp())
+}
+
+/// Backs a session up, and shows what is known of it then.
+pub async fn backup(client: &Client, session: &str, json: bool) -> Result<()> {
+    let path = client::path(session, "/backup");
+    let done = progress::showing(client, Some(session), client.json("POST", &path)).await?;
+    show::session(&done, json)
+}
+
+/// Puts a session back, and shows what is known of it then.
+pub async fn restore(client: &Client, args: RestoreArgs, json: bool) -> Result<()> {
+    let RestoreArgs { session, backup, at, snapshot } = args;
+    let at = at.map(|at| at.to_string());
+    // At most one of them is there.
+    let from = [("at", at), ("backup", backup), ("snapshot", snapshot)];
+    let from = from.into_iter().map(|(name, value)| client::query(name, value));
+    let path = client::path(&session, "/restore") + &from.collect::<String>();
+    let done = progress::showing(client, Some(&session), client.json("POST", &path)).await?;
+    show::session(&done, json)
 }
 
 /// Recovers sessions, and says how many.

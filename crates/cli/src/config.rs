@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
-use denizen::{BackupFormat, Isolation, Limits, Network, Rule, Sleep, VmPoolConfig};
+use denizen::{BackupFormat, Isolation, Limits, Network, Retention, Rule, Sleep, VmPoolConfig};
 use serde::{Deserialize, Serialize};
 
 use crate::{Failure, Result};
@@ -168,6 +168,17 @@ pub struct Options {
         hide_short_help = true
     )]
     backup_key: Option<PathBuf>,
+    /// Which backups are kept, as a TOML inline table: keep_last, keep_hourly, keep_daily,
+    /// keep_weekly, keep_monthly, keep_yearly; once a day the others are deleted [default: all
+    /// are kept]
+    #[arg(
+        long,
+        global = true,
+        env = "DENIZEN_RETENTION",
+        value_name = "TABLE",
+        hide_short_help = true
+    )]
+    retention: Option<Toml<Retention>>,
     /// The Nix flake whose shell is built when a session is made
     #[arg(
         long,
@@ -256,6 +267,7 @@ struct FileConfig {
     linger_seconds: Option<u64>,
     backup_format: Option<BackupFormat>,
     backup_key: Option<PathBuf>,
+    retention: Option<Retention>,
     pool: toml::Table,
 }
 
@@ -295,6 +307,8 @@ pub struct Settings {
     pub backup_format: BackupFormat,
     /// The file with the password of a repository of backups.
     pub backup_key: PathBuf,
+    /// Which backups are kept.
+    pub retention: Retention,
     /// The pool.
     pub pool: VmPoolConfig,
 }
@@ -379,6 +393,12 @@ pub fn load(options: &Options) -> Result<Settings> {
             .or(given.backup_format)
             .unwrap_or(BackupFormat::Repository),
         backup_key: absolute(&key.unwrap_or_else(|| state.join("backup.key")))?,
+        retention: options
+            .retention
+            .clone()
+            .map(|Toml(it)| it)
+            .or(given.retention)
+            .unwrap_or_default(),
         state,
         cache: absolute(&cache)?,
         pool,

@@ -121,19 +121,7 @@ enum Verb {
   denizen --backup-destination s3://bucket/denizen --backup-key ./backup.key recover")]
     Recover,
     /// Put a session back as a backup or a snapshot has it
-    Restore {
-        /// Name or UUID
-        session: String,
-        /// The backup; the latest if none is named
-        #[arg(long)]
-        backup: Option<String>,
-        /// The newest backup of that time or before: `2 hours ago`, 2026-01-31T12:00:00Z
-        #[arg(long, value_name = "TIME", conflicts_with = "backup", value_parser = backups::past)]
-        at: Option<jiff::Timestamp>,
-        /// A snapshot instead of a backup
-        #[arg(long, value_name = "NAME", conflicts_with_all = ["backup", "at"])]
-        snapshot: Option<String>,
-    },
+    Restore(backups::RestoreArgs),
     /// Make a new session that begins with a copy of another's files, also while that runs
     Fork {
         /// Name or UUID
@@ -379,27 +367,12 @@ async fn act(cli: Cli, settings: config::Settings, range: Range) -> Result<i32> 
             let path = client::path(&session, "/start");
             show::session(&client.json("POST", &path).await?, json)?;
         }
-        Verb::Backup { session } => {
-            let path = client::path(&session, "/backup");
-            show::session(&client.json("POST", &path).await?, json)?;
-        }
+        Verb::Backup { session } => backups::backup(&client, &session, json).await?,
         Verb::Backups { session, verb } => {
             return backups::run(&client, session.as_deref(), verb, json).await;
         }
         Verb::Recover => backups::recover(&client, json).await?,
-        Verb::Restore { session, backup, at, snapshot } => {
-            let mut path = client::path(&session, "/restore");
-            if let Some(at) = at {
-                path.push_str(&format!("?at={}", client::escape(&at.to_string())));
-            }
-            if let Some(backup) = backup {
-                path.push_str(&format!("?backup={}", client::escape(&backup)));
-            }
-            if let Some(snapshot) = snapshot {
-                path.push_str(&format!("?snapshot={}", client::escape(&snapshot)));
-            }
-            show::session(&client.json("POST", &path).await?, json)?;
-        }
+        Verb::Restore(args) => backups::restore(&client, args, json).await?,
         Verb::Fork { session, snapshot } => {
             let path = client::path(&session, "/fork") + &client::query("snapshot", snapshot);
             show::session(&client.json("POST", &path).await?, json)?;
@@ -512,6 +485,7 @@ async fn serve(
         .spares(settings.spares)
         .backup_format(settings.backup_format)
         .backup_key(settings.backup_key)
+        .retention(settings.retention)
         .build()
         .map_err(|error| {
             use denizen::{Error, RegistryError};

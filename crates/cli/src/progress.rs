@@ -3,6 +3,11 @@
 use std::io::{IsTerminal, Write};
 use std::time::{Duration, Instant};
 
+use serde_json::Value;
+
+use crate::client::Client;
+use crate::{Result, show};
+
 /// How long something may take without a word of it.
 const PATIENCE: Duration = Duration::from_millis(500);
 /// How long a line stays before the next one takes its place.
@@ -47,4 +52,56 @@ impl Drop for Bar {
     fn drop(&mut self) {
         self.clear();
     }
+}
+
+/// Waits for what the daemon does, and shows how far it is: with this session, or with all backups.
+pub async fn showing<T>(
+    client: &Client,
+    session: Option<&str>,
+    work: impl Future<Output = Result<T>>,
+) -> Result<T> {
+    let mut bar = Bar::default();
+    if !bar.is_terminal {
+        return work.await;
+    }
+    tokio::pin!(work);
+    let events = async {
+        // Without them it is only not shown.
+        let Ok(mut events) = client.lines("/v1/events").await else { return };
+        while let Ok(Some(line)) = events.next().await {
+            let event: Value = serde_json::from_str(&line).unwrap_or_default();
+            let is_it = match session {
+                Some(session) => event["name"] == session || event["session"] == session,
+                None => event["operation"] == "verify",
+            };
+            if is_it && event["event"] == "progress" {
+                bar.show(|| said(&event));
+            }
+        }
+    };
+    tokio::select! {
+        biased;
+        done = &mut work => return done,
+        () = events => {}
+    }
+    work.await
+}
+
+/// How far an operation is, in words.
+pub fn said(event: &Value) -> String {
+    let amount = |field: &str| event[field].as_u64();
+    let operation = event["operation"].as_str().unwrap_or_default();
+    let bytes = show::bytes(amount("bytes").unwrap_or(0));
+    let mut line = format!("{operation}: {bytes}");
+    if let Some(total) = amount("total") {
+        line.push_str(&format!(" of {}", show::bytes(total)));
+    }
+    if let Some(files) = amount("files").filter(|files| *files > 0) {
+        line.push_str(&format!(", {files} files"));
+    }
+    line.push_str(&format!(", {}/s", show::bytes(amount("bytes_per_second").unwrap_or(0))));
+    if let Some(left) = amount("seconds_left") {
+        line.push_str(&format!(", {} left", show::span(left)));
+    }
+    line
 }

@@ -5,7 +5,7 @@ use std::io::Write;
 use serde_json::Value;
 
 use crate::config::Settings;
-use crate::{Failure, Result, backups};
+use crate::{Failure, Result, backups, progress};
 
 /// Prints, or says that nobody reads.
 fn print(text: &str) -> Result<()> {
@@ -68,12 +68,13 @@ pub fn session(value: &Value, as_json: bool) -> Result<()> {
             continue;
         }
         let shown = match name.as_str() {
-            "last_used" => time(value),
-            name if name.ends_with("_at") => time(value),
+            "last_used" | "unsaved_since" => age(value),
+            name if name.ends_with("_at") => age(value),
+            "backup_size" | "backup_added" => size(value),
             name if name.starts_with("disk_") => size(value),
             _ => text(value),
         };
-        lines.push_str(&format!("{:<14}{shown}\n", name.replace('_', " ")));
+        lines.push_str(&format!("{:<17}{shown}\n", name.replace('_', " ")));
     }
     print(&lines)
 }
@@ -107,6 +108,19 @@ pub fn all_backups(value: &Value, as_json: bool) -> Result<()> {
             [whose(it), taken, format, size(&it["bytes"]), text(&it["host"]), name(it)]
         }),
     )
+}
+
+/// The backups that were deleted, or would be.
+pub fn forgotten(value: &Value, dry_run: bool, as_json: bool) -> Result<()> {
+    let count = value.as_array().map_or(0, Vec::len);
+    if as_json || count > 0 {
+        all_backups(value, as_json)?;
+    }
+    if as_json {
+        return Ok(());
+    }
+    let backups = if count == 1 { "backup" } else { "backups" };
+    print(&format!("{count} {backups} {}\n", if dry_run { "would be deleted" } else { "deleted" }))
 }
 
 /// A backup's name, as short as it can be asked for by.
@@ -218,6 +232,9 @@ pub fn event(line: &str, session: Option<&str>, as_json: bool) -> Result<()> {
         .filter(|field| !value[**field].is_null())
         .map(|field| format!(" {}", text(&value[*field])))
         .collect::<String>();
+    if value["event"] == "progress" {
+        more = format!(" {}", progress::said(&value));
+    }
     if value["limit"].is_u64() {
         more.push_str(&format!(" {} of {}", size(&value["used"]), size(&value["limit"])));
     }
@@ -276,11 +293,20 @@ fn time(value: &Value) -> String {
 
 fn age(value: &Value) -> String {
     let Some(at) = timestamp(value) else { return text(value) };
-    let seconds = jiff::Timestamp::now().as_second().saturating_sub(at.as_second());
+    let since = jiff::Timestamp::now().as_second().saturating_sub(at.as_second());
+    match since {
+        ..0 => format!("in {}", span(since.unsigned_abs())),
+        0..=59 => "just now".to_owned(),
+        _ => format!("{} ago", span(since.unsigned_abs())),
+    }
+}
+
+/// So many seconds, in the largest unit of which there is one.
+pub fn span(seconds: u64) -> String {
     match seconds {
-        ..=59 => "just now".to_owned(),
-        60..=3599 => format!("{} min ago", seconds / 60),
-        3600..=86399 => format!("{} h ago", seconds / 3600),
-        _ => format!("{} days ago", seconds / 86400),
+        ..=59 => format!("{seconds} s"),
+        60..=3599 => format!("{} min", seconds / 60),
+        3600..=86399 => format!("{} h", seconds / 3600),
+        _ => format!("{} days", seconds / 86400),
     }
 }

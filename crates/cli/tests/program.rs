@@ -336,6 +336,96 @@ fn backup_restore_fork_and_remove() {
 }
 
 #[test]
+fn backups_that_are_not_kept_are_deleted() {
+    let user = User::new();
+    for text in ["one", "two", "three"] {
+        user.exec("a", &format!("echo {text} > file"));
+        assert!(user.run(&["backup", "a"]).status.success());
+    }
+    let unsaid = user.run(&["backups", "forget"]);
+    assert_eq!(unsaid.status.code(), Some(125));
+    assert!(text(&unsaid.stderr).contains("--keep-last"), "{}", text(&unsaid.stderr));
+    let all = user.json(&["backups", "a"]);
+    let planned = user.json(&["backups", "forget", "--dry-run", "--keep-last", "2"]);
+    assert_eq!(planned, serde_json::json!([all[2]]), "{all}");
+    let told = user.run(&["backups", "forget", "--dry-run", "--keep-hourly", "1"]);
+    assert!(text(&told.stdout).ends_with("\n2 backups would be deleted\n"), "{told:?}");
+    assert_eq!(user.json(&["backups", "a"]), all, "a dry run deletes nothing");
+    let told = user.run(&["backups", "forget", "--keep-last", "2"]);
+    assert!(text(&told.stdout).ends_with("\n1 backup deleted\n"), "{told:?}");
+    assert_eq!(user.json(&["backups", "a"]), serde_json::json!([all[0], all[1]]));
+    let told = user.run(&["backups", "forget", "--keep-last", "2"]);
+    assert_eq!(text(&told.stdout), "0 backups deleted\n");
+    // What is configured is applied by the next daemon.
+    assert!(user.run(&["shutdown"]).status.success());
+    let retention = ["--retention", "{ keep_last = 1 }"];
+    let config = user.run(&[&retention[..], &["--json", "config"]].concat());
+    let config: serde_json::Value = serde_json::from_slice(&config.stdout).unwrap();
+    assert_eq!(config["retention"]["keep_last"], 1);
+    assert!(user.run(&[&retention[..], &["ls"]].concat()).status.success());
+    until("the daemon forgets", || user.json(&["backups", "a"]) == serde_json::json!([all[0]]));
+    assert_eq!(text(&user.exec("a", "cat file").stdout), "three\n");
+}
+
+/// What `GET /metrics` says: each name, labels included, and its value.
+fn metrics(user: &User) -> std::collections::HashMap<String, f64> {
+    use std::io::Read;
+    let socket = user.state.path().join("denizen.sock");
+    let mut stream = std::os::unix::net::UnixStream::connect(socket).unwrap();
+    stream.write_all(b"GET /metrics HTTP/1.0\r\nHost: denizen\r\n\r\n").unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    assert!(head.starts_with("HTTP/1.0 200"), "{head}");
+    assert!(head.contains("text/plain; version=0.0.4"), "{head}");
+    let mut typed = std::collections::HashSet::new();
+    let mut values = std::collections::HashMap::new();
+    for line in body.lines() {
+        if let Some(told) = line.strip_prefix("# TYPE ") {
+            let (name, kind) = told.split_once(' ').unwrap();
+            assert!(["counter", "gauge", "histogram"].contains(&kind), "{line}");
+            assert!(typed.insert(name.to_owned()), "{line}: twice");
+        } else if !line.starts_with("# HELP ") {
+            let (name, value) = line.rsplit_once(' ').unwrap();
+            let family = name.split('{').next().unwrap();
+            let of_histogram = ["_bucket", "_sum", "_count"].iter();
+            let mut families = of_histogram.filter_map(|end| family.strip_suffix(end));
+            let is_typed = typed.contains(family) || families.any(|it| typed.contains(it));
+            assert!(is_typed, "{line}: of no type");
+            assert!(values.insert(name.to_owned(), value.parse().unwrap()).is_none(), "{line}");
+        }
+    }
+    values
+}
+
+#[test]
+fn metrics_count_what_is_done() {
+    let user = User::new();
+    user.exec("a", "echo kept > file");
+    let before = metrics(&user);
+    assert_eq!(before["denizen_backups_written_total"], 0.0);
+    assert_eq!(before["denizen_sessions_unsaved"], 1.0);
+    assert!(user.run(&["backup", "a"]).status.success());
+    assert!(user.run(&["restore", "a"]).status.success());
+    assert!(user.run(&["backups", "verify"]).status.success());
+    let after = metrics(&user);
+    assert_eq!(after["denizen_backups_written_total"], 1.0);
+    assert!(after["denizen_backup_added_bytes_total"] > 0.0);
+    assert_eq!(after["denizen_backups_failed_total"], 0.0);
+    assert_eq!(after["denizen_restores_done_total"], 1.0);
+    assert_eq!(after["denizen_verifications_total"], 1.0);
+    assert_eq!(after["denizen_backup_duration_seconds_count"], 1.0);
+    assert_eq!(after["denizen_backup_duration_seconds_bucket{le=\"+Inf\"}"], 1.0);
+    assert!(after["denizen_backup_duration_seconds_sum"] > 0.0);
+    assert_eq!(after["denizen_sessions_unsaved"], 0.0);
+    assert_eq!(after["denizen_sessions{state=\"stopped\"}"], 1.0);
+    // And what is known of the session says the same to people.
+    let shown = text(&user.run(&["inspect", "a"]).stdout);
+    assert!(shown.contains("backup taken at  just now\n"), "{shown}");
+    assert!(!shown.contains("unsaved since"), "{shown}");
+}
+
+#[test]
 fn snapshots_and_differences() {
     let user = User::new();
     user.exec("a", "echo old > file; echo kept > kept");

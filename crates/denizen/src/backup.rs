@@ -7,6 +7,7 @@
 
 mod archive;
 mod repository;
+pub(crate) mod retention;
 
 use std::fmt;
 use std::fs::File;
@@ -24,6 +25,7 @@ use crate::error::{Error, Result};
 use crate::isolation::Site;
 
 pub(crate) use archive::{pack, unpack_given};
+pub use retention::Retention;
 
 /// How backups are kept.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -82,6 +84,8 @@ pub struct Backup {
     pub format: BackupFormat,
     /// Bytes by which the destination has grown with it.
     pub bytes: u64,
+    /// Bytes of the content of its files, where that is kept.
+    pub size: Option<u64>,
     /// The file that it is, if it is one.
     pub path: Option<PathBuf>,
 }
@@ -115,7 +119,12 @@ trait Format: fmt::Debug + Send + Sync {
     fn list(&self, session: Option<Uuid>) -> Result<Vec<Backup>>;
 
     /// Whether what is there is what was written.
-    fn verify(&self, read_data: bool, interrupted: &AtomicBool) -> Result<Report>;
+    fn verify(
+        &self,
+        read_data: bool,
+        counter: &Counter,
+        interrupted: &AtomicBool,
+    ) -> Result<Report>;
 
     /// Deletes backups.
     fn forget(&self, backups: &[Backup]) -> Result<()>;
@@ -171,27 +180,20 @@ impl Backups {
         found.ok_or(Error::NoDestination)
     }
 
-    /// Writes and verifies a backup; gives its name.
-    pub(crate) fn write(&self, saving: Saving<'_>) -> Result<String> {
+    /// Writes and verifies a backup.
+    pub(crate) fn write(&self, saving: Saving<'_>) -> Result<Backup> {
         // The newest is the one that was written last, whatever the clock says and the formats
         // make of it; one that cannot be read now has no say.
         let others = self.formats().filter_map(|format| format.list(Some(saving.site.id)).ok());
         let latest = others.flatten().map(|backup| SystemTime::from(backup.taken_at)).max();
         let next = latest.map_or(saving.now, |latest| latest + Duration::from_secs(1));
         let saving = Saving { now: saving.now.max(next), ..saving };
-        Ok(self.of(self.format)?.write(saving)?.name)
+        self.of(self.format)?.write(saving)
     }
 
     /// Puts a backup's files into `home`, where they are then as a session's are.
-    pub(crate) fn restore(
-        &self,
-        session: Uuid,
-        name: &str,
-        home: &Path,
-        counter: &Counter,
-    ) -> Result<()> {
-        let backup = self.find(session, name)?;
-        self.of(backup.format)?.restore(&backup, home, counter)
+    pub(crate) fn restore(&self, backup: &Backup, home: &Path, counter: &Counter) -> Result<()> {
+        self.of(backup.format)?.restore(backup, home, counter)
     }
 
     /// A backup as an archive that can be restored anywhere. `staging` is an empty folder.
@@ -215,7 +217,8 @@ impl Backups {
         File::open(&path).map_err(|source| Error::volume("read", &path, source))
     }
 
-    fn find(&self, session: Uuid, name: &str) -> Result<Backup> {
+    /// A backup of a session by its name.
+    pub(crate) fn find(&self, session: Uuid, name: &str) -> Result<Backup> {
         let found = self.list(Some(session))?.into_iter().find(|backup| backup.name == name);
         found.ok_or_else(|| Error::NoBackup { session, name: Some(name.to_owned()) })
     }
@@ -231,10 +234,15 @@ impl Backups {
     }
 
     /// Whether all that is there is what was written; with `read_data` every byte of it.
-    pub(crate) fn verify(&self, read_data: bool, interrupted: &AtomicBool) -> Result<Report> {
+    pub(crate) fn verify(
+        &self,
+        read_data: bool,
+        counter: &Counter,
+        interrupted: &AtomicBool,
+    ) -> Result<Report> {
         let mut report = Report::default();
         for format in self.formats() {
-            let part = format.verify(read_data, interrupted)?;
+            let part = format.verify(read_data, counter, interrupted)?;
             report.backups += part.backups;
             report.bytes += part.bytes;
             report.findings.extend(part.findings);
@@ -242,18 +250,22 @@ impl Backups {
         Ok(report)
     }
 
-    /// Deletes backups, and gives back the room that only they took.
+    /// Deletes backups. Killed in between, it has deleted some of them, each as a whole.
     pub(crate) fn forget(&self, backups: &[Backup]) -> Result<()> {
         for format in [BackupFormat::Archive, BackupFormat::Repository] {
             let some: Vec<Backup> =
                 backups.iter().filter(|backup| backup.format == format).cloned().collect();
             if !some.is_empty() {
-                let format = self.of(format)?;
-                format.forget(&some)?;
-                format.compact()?;
+                self.of(format)?.forget(&some)?;
             }
         }
         Ok(())
+    }
+
+    /// Gives back the room that only deleted backups took, as far as no other host can still be
+    /// counting on it: a part of it is given back a day later.
+    pub(crate) fn compact(&self) -> Result<()> {
+        self.formats().try_for_each(Format::compact)
     }
 
     /// Deletes what killed processes left half-written.

@@ -54,6 +54,29 @@ pub enum EventKind {
         /// The backup.
         backup: String,
     },
+    /// How far a backup, a restore or a check of all backups (of the session with the id zero) is
+    /// that takes a while: told about twice a second.
+    Progress {
+        /// `backup`, `restore` or `verify`.
+        operation: &'static str,
+        /// Bytes that are done.
+        bytes: u64,
+        /// Files that are done.
+        files: u64,
+        /// Bytes that there are in all, as far as can be guessed.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        total: Option<u64>,
+        /// Bytes a second, so far.
+        bytes_per_second: u64,
+        /// Seconds until it is done, if it goes on like this.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        seconds_left: Option<u64>,
+    },
+    /// A backup of it was deleted, by the pool's retention or at the user's wish.
+    Forgotten {
+        /// The backup.
+        backup: String,
+    },
     /// A snapshot of it was taken.
     SnapshotTaken {
         /// The snapshot.

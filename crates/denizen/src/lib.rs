@@ -51,7 +51,7 @@ mod snapshot;
 mod time;
 mod volume;
 
-pub use backup::{Backup, BackupFormat};
+pub use backup::{Backup, BackupFormat, Retention};
 pub use command::{Command, Execution, Exit, Limit, LimitWatch, Output};
 pub use config::{VmPoolConfig, VmPoolRuntimeConfig};
 pub use denizen_agent::{Agent, Chunk, Stream};
@@ -64,6 +64,6 @@ pub use isolation::{ImageInfo, Isolation, Limits, Network};
 pub use lifecycle::Sleep;
 pub use manager::{Builder, MicroVmManager, VmExecutionGuard};
 pub use name::{SessionName, SnapshotName};
-pub use pool::{Export, SessionInfo};
+pub use pool::{Export, Figures, Histogram, SessionInfo};
 pub use snapshot::{Aspect, Difference, Node, Snapshot, Version};
 pub use time::{Clock, SystemClock};

@@ -103,6 +103,14 @@ pub struct Policy {
     pub can_freeze: bool,
 }
 
+impl Policy {
+    /// When the changes of a session that sleeps are backed up.
+    fn saves_at(&self, row: &Row) -> PoolTime {
+        let wait = self.backup_after.unwrap_or(self.prune_after);
+        row.stopped_at.after(wait.min(self.prune_after))
+    }
+}
+
 /// Where a session stands. What is written here is durable before the disk follows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Phase {
@@ -436,6 +444,9 @@ pub struct View<'a> {
     pub failures: u32,
     /// When the failed operation is tried again.
     pub retry_at: Option<PoolTime>,
+    /// When its changes are backed up, if it is left alone until then. Not known of one that is
+    /// active.
+    pub backup_due: Option<PoolTime>,
 }
 
 /// The state of a pool. See the module's page.
@@ -590,22 +601,42 @@ impl Lifecycle {
 
     /// One session.
     pub fn view(&self, id: Uuid) -> Option<View<'_>> {
-        self.sessions.get(&id).map(Self::seen)
+        self.sessions.get(&id).map(|session| self.seen(session))
     }
 
     /// All sessions, in no order.
     pub fn views(&self) -> impl Iterator<Item = View<'_>> {
-        self.sessions.values().map(Self::seen)
+        self.sessions.values().map(|session| self.seen(session))
     }
 
-    fn seen(session: &Session) -> View<'_> {
+    /// The sessions that are known, and what each counts on ([`Lifecycle::counts_on`]).
+    pub fn counted_on(&self) -> std::collections::HashMap<Uuid, Vec<String>> {
+        let known = self.sessions.values().filter(|session| session.row.phase != Phase::Absent);
+        known.map(|it| (it.row.id, it.counts_on().map(str::to_owned).collect())).collect()
+    }
+
+    /// Whether nobody may delete this backup of a session: the session's row names it as the
+    /// latest, or somebody waits for the session to be put back from it, or that is being done. Of
+    /// a session that is not known, all.
+    pub fn counts_on(&self, id: Uuid, backup: &str) -> bool {
+        let known = self.sessions.get(&id).filter(|session| session.row.phase != Phase::Absent);
+        known.is_none_or(|session| session.counts_on().any(|name| name == backup))
+    }
+
+    fn seen<'a>(&self, session: &'a Session) -> View<'a> {
+        let sleeps = matches!(session.row.phase, Phase::Stopped | Phase::Frozen);
+        let saves = sleeps && self.policy.has_destination && session.row.unsaved;
+        let retry_at = (session.failures > 0).then_some(session.retry_at);
         View {
             row: &session.row,
             running: session.running.as_ref().map(|running| &running.op),
             held: session.held,
             waiting: session.waiters.len(),
             failures: session.failures,
-            retry_at: (session.failures > 0).then_some(session.retry_at),
+            retry_at,
+            backup_due: saves
+                .then(|| self.policy.saves_at(&session.row))
+                .max(retry_at.filter(|_| saves)),
         }
     }
 
@@ -1411,8 +1442,7 @@ impl Lifecycle {
                 }
             }
             Phase::Stopped if policy.has_destination && row.unsaved => {
-                let wait = policy.backup_after.unwrap_or(policy.prune_after);
-                (row.stopped_at.after(wait.min(policy.prune_after)), Op::Backup)
+                (policy.saves_at(row), Op::Backup)
             }
             Phase::Stopped => (row.stopped_at.after(policy.prune_after), Op::Prune),
             _ => return,
@@ -1714,6 +1744,22 @@ impl Session {
             unsaved: true,
             backup: None,
         })
+    }
+
+    fn counts_on(&self) -> impl Iterator<Item = &str> {
+        let wanted = self.waiters.iter().filter_map(|waiting| match &waiting.want {
+            Want::Restored(Some(saved)) => Some(saved),
+            _ => None,
+        });
+        let restored = self.running.iter().filter_map(|running| match &running.op {
+            Op::Restore(saved) => Some(saved),
+            _ => None,
+        });
+        let named = wanted.chain(restored).filter_map(|saved| match saved {
+            Saved::Backup(name) => Some(name),
+            Saved::Snapshot(_) => None,
+        });
+        self.row.backup.iter().chain(named).map(String::as_str)
     }
 
     fn guard_waits(&self) -> bool {

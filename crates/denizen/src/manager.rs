@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, SystemTime};
 
 use denizen_agent::Agent;
@@ -13,7 +13,7 @@ use denizen_repository::Report as BackupReport;
 use tokio::io::AsyncRead;
 use uuid::Uuid;
 
-use crate::backup::{Backup, BackupFormat};
+use crate::backup::{Backup, BackupFormat, Retention};
 use crate::command::{Command, LimitWatch};
 use crate::config::VmPoolRuntimeConfig;
 use crate::error::{Error, Result};
@@ -21,7 +21,7 @@ use crate::event::Events;
 use crate::isolation::{ImageInfo, Isolation, Limits, Network, Options, info};
 use crate::lifecycle::{Saved, Sleep, Want};
 use crate::name::{SessionName, SnapshotName};
-use crate::pool::{Export, Hold, Pool, SessionInfo, Settings, Tasks, blocking};
+use crate::pool::{Export, Figures, Hold, Pool, SessionInfo, Settings, Tasks, blocking};
 use crate::snapshot::{Difference, Snapshot, Version};
 use crate::time::{Clock, SystemClock};
 use crate::volume::Volumes;
@@ -153,6 +153,14 @@ impl Builder {
         self
     }
 
+    /// Which backups are kept; once a day, the others of the sessions that are known here are
+    /// deleted. Never are a session's newest, the one that it was last saved in or put back from,
+    /// and one that it is being put back from. Default: all are kept.
+    pub fn retention(mut self, retention: Retention) -> Self {
+        self.settings.retention = retention;
+        self
+    }
+
     /// What becomes of sessions that are idle. Default: [`Sleep::Stop`]. Freezing needs
     /// [`Isolation::Sandbox`] and a control group that this process is granted.
     pub fn sleep(mut self, sleep: Sleep) -> Self {
@@ -194,6 +202,7 @@ impl MicroVmManager {
         let settings = Settings {
             backup_format: BackupFormat::default(),
             backup_key: None,
+            retention: Retention::default(),
             isolation: Isolation::default(),
             instances: Options::default(),
             clock: Arc::new(SystemClock),
@@ -240,7 +249,7 @@ impl MicroVmManager {
         Ok(self.pool()?.driver().can_freeze())
     }
 
-    fn pool(&self) -> Result<&Arc<Pool>> {
+    pub(crate) fn pool(&self) -> Result<&Arc<Pool>> {
         self.pool.as_ref().ok_or(Error::Disabled)
     }
 
@@ -276,7 +285,8 @@ impl MicroVmManager {
         Ok(VmExecutionGuard { hold })
     }
 
-    /// Does now what is due: stops or freezes idle sessions, backs up, prunes, makes spares. What
+    /// Does now what is due: stops or freezes idle sessions, backs up, prunes, makes spares,
+    /// forgets backups. What
     /// failed before and is being waited out is tried again at once. Returns when it is done; a
     /// failure shows in [`MicroVmManager::inspect`] and in the events, and stops nothing else.
     ///
@@ -392,10 +402,32 @@ impl MicroVmManager {
     /// # Errors
     /// As [`MicroVmManager::backups`].
     pub async fn verify_backups(&self, read_data: bool) -> Result<BackupReport> {
-        let pool = self.pool()?.clone();
-        let given_up = GiveUp(Arc::default());
-        let flag = given_up.0.clone();
-        blocking(move || pool.backups()?.verify(read_data, &flag)).await
+        self.pool()?.verify_backups(read_data).await
+    }
+
+    /// Deletes the backups of sessions known here that `retention` does not keep, or with
+    /// `dry_run` does not; gives them, newest first. What [`Builder::retention`] never deletes is
+    /// never deleted, and nothing is if there is no rule. The room that they took in a repository
+    /// is given back when this is next done a day later or more, as other hosts may be counting on
+    /// it. Cancel-safe: what has begun goes on.
+    ///
+    /// # Errors
+    /// As [`MicroVmManager::backups`]; then some may be deleted, each as a whole.
+    pub async fn forget_backups(
+        &self,
+        retention: &Retention,
+        dry_run: bool,
+    ) -> Result<Vec<Backup>> {
+        let (pool, retention) = (self.pool()?.clone(), *retention);
+        blocking(move || pool.forget_backups(&retention, dry_run)).await
+    }
+
+    /// What [`Builder::retention`] was given.
+    ///
+    /// # Errors
+    /// [`Error::Disabled`].
+    pub fn retention(&self) -> Result<Retention> {
+        Ok(self.pool()?.retention())
     }
 
     /// Makes every session of which there is a backup, and that is not known here, known as
@@ -628,6 +660,14 @@ impl MicroVmManager {
         self.pool()?.with_images(remove).await
     }
 
+    /// What the pool has done with backups since it was opened.
+    ///
+    /// # Errors
+    /// [`Error::Disabled`].
+    pub fn figures(&self) -> Result<Figures> {
+        Ok(self.pool()?.figures())
+    }
+
     /// What happens to sessions from now on.
     ///
     /// # Errors
@@ -672,15 +712,6 @@ impl MicroVmManager {
             Some(pool) => pool.shutdown(true).await,
             None => Ok(()),
         }
-    }
-}
-
-/// Has work that nobody waits for any more end.
-struct GiveUp(Arc<AtomicBool>);
-
-impl Drop for GiveUp {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
     }
 }
 

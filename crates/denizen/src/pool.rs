@@ -6,8 +6,11 @@
 //! a task of its own; the operation's end goes back into the lifecycle. The pool must never
 //! decide anything about a session: if it seems to have to, the lifecycle lacks a rule.
 
+mod figures;
+mod forgetting;
 mod moving;
 mod operation;
+mod progress;
 mod watch;
 
 use std::collections::hash_map::Entry;
@@ -20,13 +23,14 @@ use std::time::{Duration, SystemTime};
 use denizen_agent::Agent;
 use denizen_image::Store;
 use denizen_network::Denial;
+use denizen_repository::{Counter, Report as BackupReport};
 use parking_lot::Mutex;
 use serde::Serialize;
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::JoinSet;
 use uuid::Uuid;
 
-use crate::backup::{BackupFormat, Backups};
+use crate::backup::{Backup, BackupFormat, Backups, Retention};
 use crate::bootstrap;
 use crate::config;
 use crate::config::VmPoolRuntimeConfig;
@@ -40,13 +44,16 @@ use crate::lifecycle::{
     WaiterId, Want,
 };
 use crate::name::{SessionName, SnapshotName};
-use crate::registry::{Registry, Write, phase_name};
+use crate::registry::{Facts, Registry, Write, phase_name};
 use crate::snapshot::{Difference, Version};
 use crate::time::{Clock, PoolClock};
 use crate::volume::{Staged, Volumes};
 
+pub use figures::{Figures, Histogram};
 pub use moving::Export;
 use moving::Sent;
+use operation::GivenUp;
+pub(crate) use progress::Watched as Telling;
 pub(crate) use watch::Mark;
 use watch::{Watch, Watched};
 
@@ -66,6 +73,7 @@ pub(crate) struct Settings {
     pub(crate) spares: usize,
     pub(crate) backup_format: BackupFormat,
     pub(crate) backup_key: Option<PathBuf>,
+    pub(crate) retention: Retention,
 }
 
 /// A session's place in this process.
@@ -217,6 +225,8 @@ struct State {
     origins: HashMap<Uuid, Origin>,
     /// The copies that somebody waits for.
     copies: HashMap<Uuid, Copying>,
+    /// The backups that are being deleted: nothing may be put back from them any more.
+    forgetting: HashSet<String>,
     spares: Vec<Spare>,
     /// What sessions about to be made are made of.
     claimed: HashMap<Uuid, Spare>,
@@ -228,6 +238,10 @@ struct State {
     names: HashMap<Uuid, SessionName>,
     /// The last failure of each session that has not been followed by a success.
     failures: HashMap<Uuid, String>,
+    /// The last failure of a backup of each session that no backup has followed.
+    backup_failures: HashMap<Uuid, (SystemTime, String)>,
+    /// What is known of the latest backups.
+    facts: HashMap<Uuid, Facts>,
     /// When the timer will look next.
     armed: Option<PoolTime>,
     closing: bool,
@@ -254,6 +268,9 @@ pub(crate) struct Pool {
     announcer: Announcer,
     /// Where sessions' use of the disk is limited.
     watch: Option<Watch>,
+    /// When backups are next to be forgotten. Locked by whoever does it, one at a time.
+    forget_due: Mutex<forgetting::Due>,
+    figures: Mutex<Figures>,
 }
 
 impl Drop for Pool {
@@ -316,17 +333,7 @@ impl Pool {
             Backups::new(destination, settings.backup_format, key, driver.owners())
         });
         let backups = backups.transpose()?;
-        let policy = Policy {
-            max_vms: config.max_vms,
-            idle_shutdown: config.idle_shutdown,
-            sleep: settings.instances.sleep,
-            prune_after: config.prune_after,
-            backup_after: config.backup_after,
-            has_destination: backups.is_some(),
-            // What a spare would be bootstrapped for is not known.
-            spares: if bootstrap::is_wanted(&config) { 0 } else { settings.spares },
-            can_freeze: driver.can_freeze(),
-        };
+        let policy = policy(&config, &settings, &*driver, backups.is_some());
         let (orders, inbox) = mpsc::unbounded_channel();
         let names = remembered.names.into_iter().filter(|(_, id)| known.contains(id));
         let names: HashMap<Uuid, SessionName> = names.map(|(name, id)| (id, name)).collect();
@@ -338,6 +345,7 @@ impl Pool {
             interrupts: HashMap::new(),
             origins: HashMap::new(),
             copies: HashMap::new(),
+            forgetting: HashSet::new(),
             spares: Vec::new(),
             claimed: HashMap::new(),
             preparing: 0,
@@ -345,6 +353,8 @@ impl Pool {
             ids: names.iter().map(|(id, name)| (name.to_string(), *id)).collect(),
             names,
             failures: HashMap::new(),
+            backup_failures: HashMap::new(),
+            facts: remembered.facts.into_iter().filter(|(id, _)| known.contains(id)).collect(),
             armed: None,
             closing: false,
             left: false,
@@ -364,6 +374,8 @@ impl Pool {
             earlier: Notify::new(),
             changed: Notify::new(),
             announcer: Announcer::new(),
+            forget_due: Mutex::new(forgetting::Due::after(remembered.forgot_at)),
+            figures: Mutex::default(),
         });
         for (id, instance) in resumed.drain() {
             tracing::info!(session = %id, "found running");
@@ -381,6 +393,9 @@ impl Pool {
             tasks.spawn(watch::run(Arc::downgrade(&pool)));
         }
         tasks.spawn(tell_denials(Arc::downgrade(&pool), denied));
+        if pool.forgets() {
+            tasks.spawn(forgetting::run(Arc::downgrade(&pool)));
+        }
         Ok((pool, Tasks(tasks)))
     }
 
@@ -475,6 +490,8 @@ impl Pool {
                 order(Order::Write(Write::Forget(id)));
                 state.places.remove(&id);
                 state.failures.remove(&id);
+                state.backup_failures.remove(&id);
+                state.facts.remove(&id);
                 if let Some(name) = state.names.remove(&id) {
                     state.ids.remove(name.as_str());
                 }
@@ -540,6 +557,14 @@ impl Pool {
             Change::BackedUp(_) | Change::Archived | Change::Stopped | Change::Frozen => {
                 state.failures.remove(&id);
             }
+            _ => {}
+        }
+        match &change {
+            Change::Failed { op: Op::Backup, .. } => {
+                let text = failure.map_or_else(|| "unknown".to_owned(), ToString::to_string);
+                state.backup_failures.insert(id, (self.clock.wall(), text));
+            }
+            Change::BackedUp(_) => drop(state.backup_failures.remove(&id)),
             _ => {}
         }
         let kind = match change {
@@ -832,6 +857,36 @@ impl Pool {
         if found.is_empty() { Ok(only) } else { Err(none()) }
     }
 
+    /// Checks all backups. Cancel-safe: dropped, it is given up.
+    pub(crate) async fn verify_backups(self: &Arc<Self>, read_data: bool) -> Result<BackupReport> {
+        let given_up = GivenUp::default();
+        let flag = given_up.flag();
+        let counter = Arc::new(Counter::default());
+        let total = if read_data {
+            let pool = self.clone();
+            let all = blocking(move || pool.backups()?.list(None)).await?;
+            Some(all.iter().map(|backup| backup.bytes).sum())
+        } else {
+            None
+        };
+        let telling = Telling {
+            session: None,
+            operation: "verify",
+            counter: counter.clone(),
+            skips: false,
+            total,
+        };
+        let verify = {
+            let pool = self.clone();
+            blocking(move || pool.backups()?.verify(read_data, &counter, &flag))
+        };
+        let report = self.telling(telling, verify).await?;
+        let mut figures = self.figures.lock();
+        figures.verifications += 1;
+        figures.verify_findings += report.findings.len() as u64;
+        Ok(report)
+    }
+
     /// Makes known what is known only by its backups.
     pub(crate) async fn recover_sessions(self: &Arc<Self>) -> Result<Vec<SessionInfo>> {
         let pool = self.clone();
@@ -897,6 +952,13 @@ impl Pool {
     fn info(&self, state: &State, view: &View<'_>) -> SessionInfo {
         let row = view.row;
         let wall = |at| self.clock.to_wall(at);
+        let facts = state.facts.get(&row.id);
+        let facts = facts.filter(|facts| Some(&facts.name) == row.backup.as_ref());
+        let taken_at = facts.and_then(|it| jiff::Timestamp::from_millisecond(it.taken_at).ok());
+        let backup_taken_at = taken_at.map(SystemTime::from);
+        let saved_at =
+            if row.backup.is_some() { backup_taken_at } else { Some(wall(row.created_at)) };
+        let backup_failure = state.backup_failures.get(&row.id);
         SessionInfo {
             id: row.id,
             name: state.names.get(&row.id).map(ToString::to_string),
@@ -909,7 +971,14 @@ impl Pool {
             created_at: wall(row.created_at),
             last_used: wall(row.last_used),
             unsaved: row.unsaved,
+            unsaved_since: saved_at.filter(|_| row.unsaved),
             backup: row.backup.clone(),
+            backup_taken_at,
+            backup_size: facts.and_then(|facts| facts.size),
+            backup_added: facts.map(|facts| facts.added),
+            backup_due_at: view.backup_due.map(wall),
+            backup_failure: backup_failure.map(|(_, text)| text.clone()),
+            backup_failed_at: backup_failure.map(|(at, _)| *at),
             failures: view.failures,
             last_failure: state.failures.get(&row.id).cloned(),
             retry_at: view.retry_at.map(wall),
@@ -917,6 +986,25 @@ impl Pool {
             disk_limit: self.disk_limit(),
             volume: row.phase.is_resident().then(|| self.volumes.home(row.id).join("volume")),
         }
+    }
+
+    pub(crate) fn figures(&self) -> Figures {
+        self.figures.lock().clone()
+    }
+
+    /// Keeps what is known of a session's latest backup. Blocks.
+    fn note_backup(&self, backup: &Backup) {
+        let facts = Facts {
+            name: backup.name.clone(),
+            taken_at: backup.taken_at.as_millisecond(),
+            added: backup.bytes,
+            size: backup.size,
+        };
+        if let Err(error) = self.registry.lock().note(backup.session, &facts) {
+            // It is shown until the next start, then.
+            tracing::warn!(session = %backup.session, %error, "cannot note a backup");
+        }
+        self.state.lock().facts.insert(backup.session, facts);
     }
 
     pub(crate) fn resident(&self) -> usize {
@@ -985,6 +1073,7 @@ impl Pool {
             state.core.housekeeping() == 0 && state.preparing == 0 && state.discarding == 0
         };
         self.until(quiet).await;
+        self.forget_if_due(true).await;
     }
 
     /// What spares are made of may have changed.
@@ -1099,6 +1188,25 @@ impl Pool {
     }
 }
 
+fn policy(
+    config: &VmPoolRuntimeConfig,
+    settings: &Settings,
+    driver: &dyn Driver,
+    has_destination: bool,
+) -> Policy {
+    Policy {
+        max_vms: config.max_vms,
+        idle_shutdown: config.idle_shutdown,
+        sleep: settings.instances.sleep,
+        prune_after: config.prune_after,
+        backup_after: config.backup_after,
+        has_destination,
+        // What a spare would be bootstrapped for is not known.
+        spares: if bootstrap::is_wanted(config) { 0 } else { settings.spares },
+        can_freeze: driver.can_freeze(),
+    }
+}
+
 /// Whether something may have been running in a session when the process before this one ended.
 fn may_run(phase: Phase) -> bool {
     matches!(phase, Phase::Active | Phase::Frozen | Phase::Creating | Phase::Removing)
@@ -1184,8 +1292,28 @@ pub struct SessionInfo {
     pub last_used: SystemTime,
     /// Whether there may be changes that no verified backup holds.
     pub unsaved: bool,
+    /// The time of the latest backup, or of its making if there is none: what has changed since
+    /// then is in no verified backup. None if all is saved, or where it is not known.
+    #[serde(serialize_with = "maybe_unix_seconds")]
+    pub unsaved_since: Option<SystemTime>,
     /// The latest verified backup.
     pub backup: Option<String>,
+    /// When that was taken. Not known, as the two below, until this pool writes or restores one.
+    #[serde(serialize_with = "maybe_unix_seconds")]
+    pub backup_taken_at: Option<SystemTime>,
+    /// Bytes of the content of its files, if it is in a repository.
+    pub backup_size: Option<u64>,
+    /// Bytes by which the destination has grown with it.
+    pub backup_added: Option<u64>,
+    /// When the next backup is due, if the session is left alone until then; not known of one
+    /// that is active, and none if all is saved.
+    #[serde(serialize_with = "maybe_unix_seconds")]
+    pub backup_due_at: Option<SystemTime>,
+    /// Why the last backup failed, if none was written since.
+    pub backup_failure: Option<String>,
+    /// When it failed.
+    #[serde(serialize_with = "maybe_unix_seconds")]
+    pub backup_failed_at: Option<SystemTime>,
     /// How often in a row housekeeping has failed for it.
     pub failures: u32,
     /// Why, the last time.

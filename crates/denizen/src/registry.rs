@@ -43,7 +43,21 @@ const MIGRATIONS: &[&str] = &[
         name TEXT PRIMARY KEY NOT NULL,
         session TEXT NOT NULL UNIQUE
     ) STRICT, WITHOUT ROWID;",
+    "CREATE TABLE chores (               -- what the pool does now and then, for no session alone
+        name TEXT PRIMARY KEY NOT NULL,  -- forget
+        done_at INTEGER NOT NULL         -- milliseconds of pool time
+    ) STRICT, WITHOUT ROWID;",
+    "CREATE TABLE backups (              -- what is known of each session's latest, for people
+        session TEXT PRIMARY KEY NOT NULL,
+        name TEXT NOT NULL,
+        taken_at INTEGER NOT NULL,       -- milliseconds since 1970, by the wall clock
+        added INTEGER NOT NULL,          -- bytes by which the destination has grown with it
+        size INTEGER                     -- bytes of the content of its files, where it is known
+    ) STRICT, WITHOUT ROWID;",
 ];
+
+/// The chore of deleting the backups that are not kept.
+const FORGET: &str = "forget";
 
 /// What is wrong with a registry.
 #[derive(Debug, thiserror::Error)]
@@ -119,12 +133,25 @@ impl Write {
     }
 }
 
+/// What is known of a backup without a look at the destination. Only shown, and to guess by.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Facts {
+    pub(crate) name: String,
+    pub(crate) taken_at: i64,
+    pub(crate) added: u64,
+    pub(crate) size: Option<u64>,
+}
+
 /// What the registry held when it was opened.
 #[derive(Debug)]
 pub(crate) struct Remembered {
     pub(crate) rows: Vec<Row>,
     pub(crate) names: Vec<(SessionName, Uuid)>,
     pub(crate) time: Option<SavedTime>,
+    /// When the retention was last applied.
+    pub(crate) forgot_at: Option<PoolTime>,
+    /// Of the latest backups.
+    pub(crate) facts: Vec<(Uuid, Facts)>,
 }
 
 /// An open registry. The lock is held until it is dropped.
@@ -197,7 +224,17 @@ impl Registry {
                     })
                 })
                 .optional()?;
-            Ok(Remembered { rows, names, time })
+            let forgot_at = self
+                .connection
+                .query_row("SELECT done_at FROM chores WHERE name = ?1", [FORGET], |row| {
+                    row.get(0).map(PoolTime)
+                })
+                .optional()?;
+            let mut facts = self
+                .connection
+                .prepare("SELECT session, name, taken_at, added, size FROM backups")?;
+            let facts = facts.query_map([], read_facts)?.collect::<rusqlite::Result<_>>()?;
+            Ok(Remembered { rows, names, time, forgot_at, facts })
         };
         read().map_err(|error| diagnose(&self.path, error))
     }
@@ -215,6 +252,9 @@ impl Registry {
                             .execute([&id])?;
                         transaction
                             .prepare_cached("DELETE FROM names WHERE session = ?1")?
+                            .execute([&id])?;
+                        transaction
+                            .prepare_cached("DELETE FROM backups WHERE session = ?1")?
                             .execute([&id])?;
                     }
                 }
@@ -239,6 +279,29 @@ impl Registry {
                 )
                 .map(drop)
         })
+    }
+
+    /// Notes what is known of a session's latest backup.
+    pub(crate) fn note(&mut self, id: Uuid, facts: &Facts) -> Result<()> {
+        let Facts { name, taken_at, added, size } = facts;
+        self.transact(|transaction| {
+            transaction
+                .execute(
+                    "INSERT OR REPLACE INTO backups VALUES (?1, ?2, ?3, ?4, ?5)",
+                    params![id.to_string(), name, taken_at, added, size],
+                )
+                .map(drop)
+        })
+    }
+
+    /// Makes durable when the retention was last applied, and what time it is.
+    pub(crate) fn forgot(&mut self, at: PoolTime, time: &SavedTime) -> Result<()> {
+        self.transact(|transaction| {
+            transaction
+                .execute("INSERT OR REPLACE INTO chores VALUES (?1, ?2)", params![FORGET, at.0])
+                .map(drop)
+        })?;
+        self.commit(&[], time)
     }
 
     fn transact(
@@ -367,6 +430,12 @@ fn read_name(row: &rusqlite::Row<'_>) -> rusqlite::Result<(SessionName, Uuid)> {
         parsed(row, 0, |text| text.parse().ok())?,
         parsed(row, 1, |text| Uuid::try_parse(text).ok())?,
     ))
+}
+
+fn read_facts(row: &rusqlite::Row<'_>) -> rusqlite::Result<(Uuid, Facts)> {
+    let id = parsed(row, 0, |text| Uuid::try_parse(text).ok())?;
+    let (name, taken_at) = (row.get(1)?, row.get(2)?);
+    Ok((id, Facts { name, taken_at, added: row.get(3)?, size: row.get(4)? }))
 }
 
 fn parsed<T>(

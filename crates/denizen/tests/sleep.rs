@@ -8,39 +8,17 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command as Program, Output};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use denizen::{
-    Clock, Error, EventKind, Events, Isolation, MicroVmManager, RegistryError, Sleep, VmPoolConfig,
+    Error, EventKind, Events, Isolation, MicroVmManager, RegistryError, Sleep, VmPoolConfig,
     VmPoolRuntimeConfig,
 };
 use parking_lot::Mutex;
 use tempfile::TempDir;
 use uuid::Uuid;
 
-use crate::common::{cache, text};
-
-/// A clock that stands still until it is moved.
-#[derive(Debug, Default)]
-struct Manual(Mutex<Duration>);
-
-impl Manual {
-    fn pass(&self, time: Duration) {
-        *self.0.lock() += time;
-    }
-}
-
-impl Clock for Manual {
-    fn wall(&self) -> SystemTime {
-        SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000) + *self.0.lock()
-    }
-    fn uptime(&self) -> Duration {
-        Duration::from_secs(1000) + *self.0.lock()
-    }
-    fn boot(&self) -> String {
-        "the same".to_owned()
-    }
-}
+use crate::common::{Manual, cache, text};
 
 const IDLE: Duration = Duration::from_secs(60);
 const BACKUP: Duration = Duration::from_secs(100);

@@ -12,7 +12,7 @@ use axum::routing::{get, post, put};
 use axum::{Json, Router};
 use denizen::{
     ArchiveError, Aspect, Credentials, Difference, Error, ImportOptions, MicroVmManager, Node,
-    Progress, PullOptions, Stage, Version,
+    Progress, PullOptions, Retention, Stage, Version,
 };
 use futures::{StreamExt, TryStreamExt, stream};
 use hyper_util::rt::TokioIo;
@@ -23,6 +23,7 @@ use tokio_util::io::{ReaderStream, StreamReader};
 use uuid::Uuid;
 
 use crate::lease::Leases;
+use crate::metrics;
 
 #[derive(Clone)]
 struct Api {
@@ -33,12 +34,14 @@ struct Api {
 
 pub(crate) fn router(pool: Arc<MicroVmManager>, leases: Arc<Leases>, stop: Arc<Notify>) -> Router {
     Router::new()
+        .route("/metrics", get(all_metrics))
         .route("/v1/health", get(health))
         .route("/v1/shutdown", post(shutdown))
         .route("/v1/events", get(events))
         .route("/v1/images", get(images).post(bring_image).delete(remove_image))
         .route("/v1/backups", get(all_backups))
         .route("/v1/backups/verify", post(verify_backups))
+        .route("/v1/backups/forget", post(forget_backups))
         .route("/v1/recover", post(recover))
         .route("/v1/sessions", get(list))
         .route("/v1/sessions/{session}", get(inspect).delete(remove))
@@ -117,6 +120,11 @@ async fn health() -> Json<serde_json::Value> {
         "version": env!("CARGO_PKG_VERSION"),
         "pid": std::process::id(),
     }))
+}
+
+async fn all_metrics(State(api): State<Api>) -> Answer<Response> {
+    let text = metrics::text(&api.pool.figures()?, &api.pool.sessions()?);
+    Ok(([(CONTENT_TYPE, metrics::CONTENT_TYPE)], text).into_response())
 }
 
 async fn shutdown(State(api): State<Api>) -> StatusCode {
@@ -221,6 +229,30 @@ async fn verify_backups(
     Query(query): Query<VerifyQuery>,
 ) -> Answer<Response> {
     Ok(Json(api.pool.verify_backups(query.read_data).await?).into_response())
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Forget {
+    #[serde(default)]
+    dry_run: bool,
+    /// The pool's own, if there is none.
+    #[serde(default)]
+    retention: Option<Retention>,
+}
+
+async fn forget_backups(
+    State(api): State<Api>,
+    Json(Forget { dry_run, retention }): Json<Forget>,
+) -> Answer<Response> {
+    let retention = retention.map_or_else(|| api.pool.retention(), Ok)?;
+    if retention.is_empty() {
+        let message = "nothing says which backups are kept: name it (`--keep-last 3`, \
+                       `--keep-daily 7` and so on), or set `retention` in the configuration";
+        let (status, code) = (StatusCode::BAD_REQUEST, "no_retention");
+        return Err(Refused { status, code, message: message.to_owned() });
+    }
+    Ok(Json(api.pool.forget_backups(&retention, dry_run).await?).into_response())
 }
 
 async fn recover(State(api): State<Api>) -> Answer<Response> {

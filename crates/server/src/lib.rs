@@ -1,6 +1,6 @@
 //! The daemon: one pool of sessions, offered over HTTP on a Unix socket.
 //!
-//! `/v1/…` is about sessions (`api`); all else is envd's protocol, for the session that the
+//! `/v1/…` is about sessions (`api`), `/metrics` is for Prometheus; all else is envd's protocol, for the session that the
 //! header [`SESSION`] names (`lease`). The daemon must never decide
 //! anything about a session's life: it asks the pool, as any caller of the library does.
 
@@ -8,6 +8,7 @@ mod api;
 mod files;
 mod lease;
 mod listener;
+mod metrics;
 mod rest;
 
 use std::path::{Path, PathBuf};

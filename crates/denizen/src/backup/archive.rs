@@ -35,7 +35,13 @@ impl Format for Archives {
 
     fn restore(&self, backup: &Backup, home: &Path, _: &Counter) -> Result<()> {
         let path = self.folder.join(&backup.name);
-        let file = File::open(&path).map_err(|source| Error::volume("read", &path, source))?;
+        let file = File::open(&path).map_err(|source| match source.kind() {
+            // Forgotten since it was looked for.
+            std::io::ErrorKind::NotFound => {
+                Error::NoBackup { session: backup.session, name: Some(backup.name.clone()) }
+            }
+            _ => Error::volume("read", &path, source),
+        })?;
         let given = Given { file: &file, name: &path, limit: None };
         unpack_given(given, self.owners, home, &AtomicBool::new(false))
     }
@@ -49,7 +55,7 @@ impl Format for Archives {
     }
 
     /// An archive is one stream: nothing can be said of it without reading it.
-    fn verify(&self, _read_data: bool, interrupted: &AtomicBool) -> Result<Report> {
+    fn verify(&self, _: bool, _: &Counter, interrupted: &AtomicBool) -> Result<Report> {
         let mut report = Report::default();
         // Newest first; what is found is told with the next sound one before it.
         let mut unsound: Vec<(Backup, String)> = Vec::new();
@@ -121,6 +127,7 @@ fn told(entry: Entry) -> Backup {
         taken_at: entry.taken_at,
         format: BackupFormat::Archive,
         bytes: entry.bytes,
+        size: None,
         path: Some(entry.path),
     }
 }

@@ -133,11 +133,14 @@ impl Format for Stored {
         }
     }
 
-    fn verify(&self, read_data: bool, interrupted: &AtomicBool) -> Result<Report> {
+    fn verify(
+        &self,
+        read_data: bool,
+        counter: &Counter,
+        interrupted: &AtomicBool,
+    ) -> Result<Report> {
         match self.repository()? {
-            Some(repository) => {
-                Ok(repository.verify(read_data, &Counter::default(), interrupted)?)
-            }
+            Some(repository) => Ok(repository.verify(read_data, counter, interrupted)?),
             None => Ok(Report::default()),
         }
     }
@@ -148,7 +151,7 @@ impl Format for Stored {
     }
 
     fn compact(&self) -> Result<()> {
-        Ok(self.there()?.prune()?)
+        self.repository()?.map_or(Ok(()), |repository| Ok(repository.prune()?))
     }
 
     fn sweep(&self) -> Result<()> {
@@ -165,6 +168,7 @@ fn told(entry: Entry) -> Backup {
         taken_at: entry.taken_at,
         format: BackupFormat::Repository,
         bytes: entry.added,
+        size: Some(entry.bytes),
         path: None,
     }
 }

@@ -6,15 +6,15 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use denizen_agent::{Agent, Spec, Stdio};
 use denizen_repository::Counter;
 use tokio::sync::oneshot;
 use uuid::Uuid;
 
-use super::{Copying, Origin, Place, Pool, Spare, State, blocking};
-use crate::backup::Saving;
+use super::{Copying, Origin, Place, Pool, Spare, State, Telling, blocking};
+use crate::backup::{Backup, Saving};
 use crate::disk::Known;
 use crate::error::{Error, Result as Fallible};
 use crate::event::{Event, EventKind};
@@ -83,7 +83,8 @@ pub(super) async fn run(pool: Arc<Pool>, id: Uuid, seq: Seq, op: Op, written: Op
         // The place may be one that a spare had.
         pool.until(|state| state.discarding == 0).await;
     }
-    report.4 = Some(match op.clone() {
+    let begun = Instant::now();
+    let ended = match op.clone() {
         Op::Create { .. } => create(&pool, &place, written).await.into(),
         Op::Start => start(&pool, &place).await.into(),
         Op::Stop { force } => stop(&pool, &place, force).await,
@@ -95,7 +96,29 @@ pub(super) async fn run(pool: Arc<Pool>, id: Uuid, seq: Seq, op: Op, written: Op
         Op::Restore(saved) => restore(&pool, &place, saved).await.into(),
         Op::Copy(copy) => copy_session(&pool, &place, copy).await,
         Op::Prune | Op::Remove => delete(&pool, &place, &op).await.into(),
-    });
+    };
+    count(&pool, seq, &op, &ended, begun.elapsed());
+    report.4 = Some(ended);
+}
+
+/// Counts what became of an operation on backups.
+fn count(pool: &Pool, seq: Seq, op: &Op, ended: &Ended, took: Duration) {
+    let given_up =
+        pool.state.lock().interrupts.get(&seq).is_some_and(|it| it.load(Ordering::Relaxed));
+    let mut figures = pool.figures.lock();
+    match (op, &ended.outcome) {
+        (Op::Backup, Outcome::BackedUp(_)) => {
+            figures.backups_written += 1;
+            figures.backup_seconds.count(took);
+        }
+        (Op::Backup, Outcome::Failed) if !given_up => figures.backups_failed += 1,
+        (Op::Restore(Saved::Backup(_)), Outcome::Done) => {
+            figures.restores_done += 1;
+            figures.restore_seconds.count(took);
+        }
+        (Op::Restore(Saved::Backup(_)), Outcome::Failed) => figures.restores_failed += 1,
+        _ => {}
+    }
 }
 
 async fn create(pool: &Arc<Pool>, place: &Arc<Place>, written: Option<Written>) -> Result {
@@ -504,44 +527,93 @@ async fn ended(pool: &Pool, place: &Place) -> Fallible<()> {
 }
 
 async fn save(pool: &Arc<Pool>, id: Uuid, seq: Seq) -> Result {
-    let interrupted = pool.state.lock().interrupts.get(&seq).cloned().unwrap_or_default();
-    let pool = pool.clone();
-    blocking(move || {
-        if pool.volumes.found(id) != Found::Whole {
-            return Ok(Outcome::Missing);
-        }
-        let site = pool.volumes.site(id);
-        let name = pool.state.lock().names.get(&id).map(ToString::to_string);
-        let name = pool.backups()?.write(Saving {
-            site: &site,
-            name: name.as_deref(),
-            now: pool.clock.wall(),
-            counter: &Arc::default(),
-            interrupted: &interrupted,
-        })?;
-        Ok(Outcome::BackedUp(name))
-    })
-    .await
+    let (interrupted, name, latest, used) = {
+        let state = pool.state.lock();
+        let interrupted = state.interrupts.get(&seq).cloned().unwrap_or_default();
+        let name = state.names.get(&id).map(ToString::to_string);
+        let used = state.places.get(&id).and_then(|place| place.watched.known.lock().used());
+        (interrupted, name, state.facts.get(&id).and_then(|facts| facts.size), used)
+    };
+    let counter = Arc::new(Counter::default());
+    let telling = Telling {
+        session: Some(id),
+        operation: "backup",
+        counter: counter.clone(),
+        // What the latest has of it is not read again.
+        skips: latest.is_some(),
+        total: used.max(latest),
+    };
+    let write = {
+        let pool = pool.clone();
+        blocking(move || {
+            if pool.volumes.found(id) != Found::Whole {
+                return Ok(Outcome::Missing);
+            }
+            let site = pool.volumes.site(id);
+            let backup = pool.backups()?.write(Saving {
+                site: &site,
+                name: name.as_deref(),
+                now: pool.clock.wall(),
+                counter: &counter,
+                interrupted: &interrupted,
+            })?;
+            pool.note_backup(&backup);
+            pool.figures.lock().backup_bytes_added += backup.bytes;
+            Ok(Outcome::BackedUp(backup.name))
+        })
+    };
+    pool.telling(telling, write).await
 }
 
 async fn restore(pool: &Arc<Pool>, place: &Arc<Place>, saved: Saved) -> Result {
-    let (pool, place) = (pool.clone(), place.clone());
+    let id = place.site.id;
+    let backup = match &saved {
+        Saved::Backup(name) => Some(backup_for(pool, id, name.clone()).await?),
+        Saved::Snapshot(_) => None,
+    };
+    let counter = Arc::new(Counter::default());
+    let telling = Telling {
+        session: Some(id),
+        operation: "restore",
+        counter: counter.clone(),
+        skips: false,
+        total: backup.as_ref().and_then(|backup| backup.size),
+    };
+    let is_backup = backup.is_some();
+    let restore = {
+        let (pool, place) = (pool.clone(), place.clone());
+        blocking(move || {
+            let staging = pool.volumes.stage(id)?;
+            let restored = match (&backup, &saved) {
+                (Some(backup), _) => pool
+                    .backups()
+                    .and_then(|backups| backups.restore(backup, staging.path(), &counter)),
+                (None, Saved::Backup(name) | Saved::Snapshot(name)) => name
+                    .parse()
+                    .and_then(|name| pool.volumes.snapshot(id, &name))
+                    .and_then(|from| snapshot::copy(&from, staging.path()))
+                    .and_then(|()| staging.sync()),
+            };
+            let restored = restored.and_then(|()| pool.volumes.install(id, staging.path()));
+            *place.watched.known.lock() = Known::default();
+            if let (Ok(()), Some(backup)) = (&restored, &backup) {
+                pool.note_backup(backup);
+            }
+            restored.map(|()| Outcome::Done)
+        })
+    };
+    // A copy on the same disk is not counted.
+    if is_backup { pool.telling(telling, restore).await } else { restore.await }
+}
+
+/// The backup of that name, unless it is being deleted.
+async fn backup_for(pool: &Arc<Pool>, id: Uuid, name: String) -> Fallible<Backup> {
+    let pool = pool.clone();
     blocking(move || {
-        let id = place.site.id;
-        let staging = pool.volumes.stage(id)?;
-        let restored = match &saved {
-            Saved::Backup(name) => pool
-                .backups()
-                .and_then(|backups| backups.restore(id, name, staging.path(), &Counter::default())),
-            Saved::Snapshot(name) => name
-                .parse()
-                .and_then(|name| pool.volumes.snapshot(id, &name))
-                .and_then(|from| snapshot::copy(&from, staging.path()))
-                .and_then(|()| staging.sync()),
-        };
-        let restored = restored.and_then(|()| pool.volumes.install(id, staging.path()));
-        *place.watched.known.lock() = Known::default();
-        restored.map(|()| Outcome::Done)
+        if pool.state.lock().forgetting.contains(&name) {
+            return Err(Error::NoBackup { session: id, name: Some(name) });
+        }
+        pool.backups()?.find(id, &name)
     })
     .await
 }

@@ -2,8 +2,32 @@
 #![allow(clippy::unwrap_used, dead_code, reason = "each test program uses a part of it")]
 
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
-use denizen::VmExecutionGuard;
+use denizen::{Clock, VmExecutionGuard};
+use parking_lot::Mutex;
+
+/// A clock that stands still until it is moved.
+#[derive(Debug, Default)]
+pub struct Manual(Mutex<Duration>);
+
+impl Manual {
+    pub fn pass(&self, time: Duration) {
+        *self.0.lock() += time;
+    }
+}
+
+impl Clock for Manual {
+    fn wall(&self) -> SystemTime {
+        SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000) + *self.0.lock()
+    }
+    fn uptime(&self) -> Duration {
+        Duration::from_secs(1000) + *self.0.lock()
+    }
+    fn boot(&self) -> String {
+        "the same".to_owned()
+    }
+}
 
 /// Shared by all tests of one user, so that the host's root is copied once.
 pub fn cache() -> PathBuf {

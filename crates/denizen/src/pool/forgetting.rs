@@ -1,0 +1,133 @@
+//! Has backups that are not kept deleted, once a day or when somebody asks.
+//!
+//! Which ones is for `backup/retention.rs` to say. Must never delete what a session counts on at
+//! the moment at which it is claimed (`State::forgetting`): from then on nothing is put back from
+//! it. It may be killed at any point, and other hosts may write meanwhile.
+
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use super::{LONGEST_SLEEP, Pool, blocking};
+use crate::backup::{Backup, Retention, retention};
+use crate::error::Result;
+use crate::event::{Event, EventKind};
+use crate::lifecycle::PoolTime;
+
+/// From one time to the next.
+const DAY: Duration = Duration::from_secs(24 * 3600);
+/// From a failure to the next try.
+const AGAIN: Duration = Duration::from_secs(3600);
+
+/// When it is due.
+pub(super) struct Due {
+    at: PoolTime,
+    failed: bool,
+}
+
+impl Due {
+    /// By when it was last done; at once if it never was.
+    pub(super) fn after(done_at: Option<PoolTime>) -> Self {
+        Self { at: done_at.map_or(PoolTime::default(), |at| at.after(DAY)), failed: false }
+    }
+}
+
+/// Forgets what is due, for as long as there is the pool.
+pub(super) async fn run(pool: Weak<Pool>) {
+    loop {
+        let Some(pool) = pool.upgrade() else { return };
+        pool.forget_if_due(false).await;
+        drop(pool);
+        tokio::time::sleep(LONGEST_SLEEP).await;
+    }
+}
+
+impl Pool {
+    pub(crate) fn retention(&self) -> Retention {
+        self.settings.retention
+    }
+
+    /// Whether anything is forgotten without somebody asking for it.
+    pub(super) fn forgets(&self) -> bool {
+        self.backups.is_some() && !self.retention().is_empty()
+    }
+
+    /// Deletes what is not kept, if that is due; `eagerly`, also if it failed and is being waited
+    /// out. A failure is logged. Cancel-safe: what has begun goes on.
+    pub(super) async fn forget_if_due(self: &Arc<Self>, eagerly: bool) {
+        if !self.forgets() {
+            return;
+        }
+        let pool = self.clone();
+        let done = blocking(move || {
+            let mut due = pool.forget_due.lock();
+            let now = pool.clock.now();
+            if now < due.at && !(eagerly && due.failed) {
+                return Ok(());
+            }
+            let done = pool
+                .forget(&pool.retention(), false)
+                .and_then(|_| Ok(pool.registry.lock().forgot(now, &pool.clock.save())?));
+            let wait = if done.is_ok() { DAY } else { AGAIN };
+            *due = Due { at: now.after(wait), failed: done.is_err() };
+            done
+        });
+        if let Err(error) = done.await {
+            tracing::warn!(%error, "cannot delete the backups that are not kept");
+        }
+    }
+
+    /// Deletes what is not kept, or with `dry_run` does not; gives it. Blocks.
+    pub(crate) fn forget_backups(
+        &self,
+        retention: &Retention,
+        dry_run: bool,
+    ) -> Result<Vec<Backup>> {
+        let _alone = self.forget_due.lock();
+        self.forget(retention, dry_run)
+    }
+
+    fn forget(&self, retention: &Retention, dry_run: bool) -> Result<Vec<Backup>> {
+        let backups = self.backups()?;
+        let there = backups.list(None)?;
+        let counted_on = self.state.lock().core.counted_on();
+        let mut planned = retention::plan(&there, &counted_on, retention);
+        if dry_run {
+            return Ok(planned);
+        }
+        let claim = Claim::new(self, &mut planned);
+        backups.forget(&planned)?;
+        drop(claim);
+        self.figures.lock().backups_forgotten += planned.len() as u64;
+        for backup in &planned {
+            tracing::info!(session = %backup.session, backup = backup.name, "backup deleted");
+            let (session, backup) = (backup.session, backup.name.clone());
+            let name = self.state.lock().names.get(&session).map(ToString::to_string);
+            let (at, kind) = (self.clock.wall(), EventKind::Forgotten { backup });
+            self.announcer.announce(Event { at, session, name, kind });
+        }
+        // Also if nothing was deleted now: what was deleted yesterday can go for good today.
+        if !retention.is_empty() {
+            backups.compact()?;
+        }
+        Ok(planned)
+    }
+}
+
+/// The backups that are being deleted; let go when dropped.
+struct Claim<'a>(&'a Pool);
+
+impl<'a> Claim<'a> {
+    /// Claims what nobody has begun to count on meanwhile.
+    fn new(pool: &'a Pool, backups: &mut Vec<Backup>) -> Self {
+        let mut state = pool.state.lock();
+        backups.retain(|backup| !state.core.counts_on(backup.session, &backup.name));
+        state.forgetting = backups.iter().map(|backup| backup.name.clone()).collect();
+        Self(pool)
+    }
+}
+
+impl Drop for Claim<'_> {
+    fn drop(&mut self) {
+        self.0.state.lock().forgetting.clear();
+    }
+}
