@@ -52,7 +52,8 @@ fn is_there(program: &str) -> bool {
 }
 
 /// Programs that the tests run, with the Debian package that has each.
-const NEEDED: [(&str, &str); 21] = [
+const NEEDED: [(&str, &str); 22] = [
+    ("restic", "restic"),
     ("sqlite3", "sqlite3"),
     ("tar", "tar"),
     ("zstd", "zstd"),
