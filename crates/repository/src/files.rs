@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-pub use bucket::Bucket;
+pub use bucket::{Bucket, Patience};
 pub use folder::Folder;
 
 use crate::error::Error;

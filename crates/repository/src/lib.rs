@@ -4,9 +4,10 @@
 //! restorer, and reads back what it has written.
 //!
 //! It decides nothing: when to back up, what to keep and what to forget is the pool's business.
-//! It never counts on what it has not read back, never overwrites a file of a repository, never
-//! follows a link of a session's, and takes what is in a repository for hostile. All of it is
-//! synchronous: call it from a thread that may block.
+//! It writes no snapshot of what it has not read back, never overwrites a file of a repository,
+//! never follows a link of a session's, and takes what is in a repository for hostile. A panic of
+//! the engine is an error like others. All of it is synchronous: call it from a thread that may
+//! block.
 //!
 //! # What a backup looks like
 //!
@@ -20,6 +21,11 @@
 //! Any number may write at the same time: a file's name says what is in it, and a snapshot is
 //! written after all that it needs. What nobody needs is removed in two steps, a day apart
 //! ([`Repository::prune`]), so that no backup under way loses what it counts on.
+//!
+//! # Damage
+//!
+//! Whoever meets it, a backup, a restore or a check, has the index mended: it then names what is
+//! there and sound, piece by piece, so that the next backup writes the rest anew.
 
 mod backend;
 mod check;
@@ -51,7 +57,7 @@ use uuid::Uuid;
 pub use check::{Finding, Report};
 pub use denizen_archive::{Owners, Restored, Skipped};
 pub use error::Error;
-pub use files::{Destination, Files, Range};
+pub use files::{Bucket, Destination, Files, Patience, Range};
 
 use backend::{Backend, Gate, Reason, name};
 use check::Unsound;

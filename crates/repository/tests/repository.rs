@@ -395,6 +395,24 @@ fn what_was_marked_and_is_needed_again_is_found() {
 }
 
 #[test]
+fn a_repository_that_restic_made_is_used() {
+    let bench = Bench::new();
+    random_tree(&bench.volume, 12, 40);
+    let place = bench.dir.path().join("repository");
+    let made = std::process::Command::new("restic")
+        .args(["--no-cache", "init", "--repository-version", "2", "--repo"])
+        .arg(&place)
+        .env("RESTIC_PASSWORD", PASSWORD)
+        .output()
+        .unwrap();
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    let repository = Repository::open(&Destination::Folder(place), PASSWORD).unwrap();
+    there_and_back(&repository, &bench.volume);
+    repository.sweep().unwrap();
+    assert!(repository.verify(true, &Counter::default(), &NEVER).unwrap().findings.is_empty());
+}
+
+#[test]
 fn the_real_restic_reads_it() {
     let bench = Bench::new();
     random_tree(&bench.volume, 11, 80);

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures::TryStreamExt;
-use object_store::aws::{AmazonS3, AmazonS3Builder};
+use object_store::aws::{AmazonS3, AmazonS3Builder, AmazonS3ConfigKey};
 use object_store::path::Path;
 use object_store::{
     BackoffConfig, ClientOptions, ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload,
@@ -22,6 +22,7 @@ const REQUEST: Duration = Duration::from_mins(2);
 const AGAIN: Duration = Duration::from_mins(1);
 const TRIES: usize = 8;
 
+/// A place in an object store.
 pub struct Bucket {
     store: AmazonS3,
     place: String,
@@ -47,25 +48,76 @@ impl std::fmt::Debug for Bucket {
     }
 }
 
+/// How long a bucket is waited for.
+#[derive(Clone, Copy, Debug)]
+pub struct Patience {
+    /// How long one request may take.
+    pub request: Duration,
+    /// How long a request that fails for a reason that passes is tried again.
+    pub again: Duration,
+    /// How many times it is tried again at most.
+    pub tries: usize,
+    /// How long it is left alone after the first failure; after each further one twice as long,
+    /// up to 15 seconds.
+    pub pause: Duration,
+}
+
+impl Default for Patience {
+    fn default() -> Self {
+        let pause = Duration::from_millis(100);
+        Self { request: REQUEST, again: AGAIN, tries: TRIES, pause }
+    }
+}
+
 impl Bucket {
+    /// A bucket, and what all names in it begin with. What is not given is found as the AWS tools
+    /// find it.
+    ///
+    /// # Errors
+    /// [`Error::Destination`] if what is given or found cannot be used.
     pub fn open(bucket: &str, prefix: &str) -> Result<Self, Error> {
+        Self::with(bucket, prefix, AmazonS3Builder::from_env(), Patience::default())
+    }
+
+    /// The same with the server and the credentials given, and with other patience.
+    ///
+    /// # Errors
+    /// As with [`Bucket::open`].
+    pub fn open_at(
+        bucket: &str,
+        prefix: &str,
+        server: &str,
+        [key, secret]: [&str; 2],
+        patience: Patience,
+    ) -> Result<Self, Error> {
+        let builder = AmazonS3Builder::new().with_endpoint(server).with_region("us-east-1");
+        let builder = builder.with_access_key_id(key).with_secret_access_key(secret);
+        Self::with(bucket, prefix, builder, patience)
+    }
+
+    fn with(
+        bucket: &str,
+        prefix: &str,
+        builder: AmazonS3Builder,
+        patience: Patience,
+    ) -> Result<Self, Error> {
         let place = super::Destination::S3 { bucket: bucket.to_owned(), prefix: prefix.to_owned() };
         let failed = |problem: String| Error::Destination { text: place.to_string(), problem };
         // The process may have chosen another one already: any will do.
         let _ = rustls::crypto::ring::default_provider().install_default();
-        let plain = std::env::var("AWS_ENDPOINT_URL_S3")
-            .or_else(|_| std::env::var("AWS_ENDPOINT_URL"))
-            .is_ok_and(|url| url.starts_with("http://"));
-        let client = ClientOptions::new().with_timeout(REQUEST).with_allow_http(plain);
-        let retry = RetryConfig {
-            backoff: BackoffConfig::default(),
-            max_retries: TRIES,
-            retry_timeout: AGAIN,
-        };
-        let store = AmazonS3Builder::from_env()
+        let keys = [AmazonS3ConfigKey::S3Endpoint, AmazonS3ConfigKey::Endpoint];
+        let endpoint = keys.iter().find_map(|key| builder.get_config_value(key));
+        let plain = endpoint.is_some_and(|url| url.starts_with("http://"));
+        let client = ClientOptions::new().with_timeout(patience.request).with_allow_http(plain);
+        let backoff = BackoffConfig { init_backoff: patience.pause, ..BackoffConfig::default() };
+        let (max_retries, retry_timeout) = (patience.tries, patience.again);
+        let retry = RetryConfig { backoff, max_retries, retry_timeout };
+        let store = builder
             .with_bucket_name(bucket)
             .with_client_options(client)
             .with_retry(retry)
+            // One by one, which every server knows.
+            .with_disable_bulk_delete(true)
             .build()
             .map_err(|error| failed(error.to_string()))?;
         let runtime = tokio::runtime::Builder::new_multi_thread()

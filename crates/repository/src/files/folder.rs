@@ -6,7 +6,8 @@ use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
-use rustix::fs::{Advice, FlockOperation, Mode, OFlags, RenameFlags};
+use rustix::fs::{Advice, CWD, FlockOperation, Mode, OFlags, RenameFlags};
+use rustix::io::Errno;
 use uuid::Uuid;
 
 use super::{Files, Range};
@@ -50,12 +51,33 @@ impl Folder {
 
     /// A new file without its name, locked.
     fn partial(&self) -> io::Result<(PathBuf, File)> {
-        let path = self.root.join(PARTIAL).join(Uuid::new_v4().to_string());
-        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
-        // What sessions hold is nobody else's business.
-        let file = File::from(rustix::fs::open(&path, flags, Mode::RUSR | Mode::WUSR)?);
-        rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive)?;
-        Ok((path, file))
+        let folder = self.root.join(PARTIAL);
+        loop {
+            let path = folder.join(Uuid::new_v4().to_string());
+            let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
+            // What sessions hold is nobody else's business.
+            let file = match rustix::fs::open(&path, flags, Mode::RUSR | Mode::WUSR) {
+                // Another program has made the repository.
+                Err(Errno::NOENT) if self.root.is_dir() && !folder.is_dir() => {
+                    make(&folder)?;
+                    continue;
+                }
+                file => File::from(file?),
+            };
+            match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                // Whoever sweeps may have taken it for one that was left.
+                Ok(()) if rustix::fs::fstat(&file)?.st_nlink > 0 => return Ok((path, file)),
+                Ok(()) | Err(Errno::WOULDBLOCK) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+}
+
+fn make(folder: &Path) -> io::Result<()> {
+    match rustix::fs::mkdir(folder, Mode::RWXU) {
+        Err(Errno::EXIST) => Ok(()),
+        made => made.map_err(io::Error::from),
     }
 }
 
@@ -69,10 +91,6 @@ impl Files for Folder {
     }
 
     fn prepare(&self) -> io::Result<()> {
-        let make = |folder: &Path| match rustix::fs::mkdir(folder, Mode::RWXU) {
-            Err(rustix::io::Errno::EXIST) => Ok(()),
-            made => made.map_err(io::Error::from),
-        };
         fs::create_dir_all(self.root.parent().unwrap_or(&self.root))?;
         make(&self.root)?;
         // The layout that restic and its kin expect.
@@ -139,7 +157,16 @@ impl Files for Folder {
             content.iter().try_for_each(|piece| file.write_all(piece))?;
             file.sync_data()?;
             let flags = if new { RenameFlags::NOREPLACE } else { RenameFlags::empty() };
-            rustix::fs::renameat_with(rustix::fs::CWD, &partial, rustix::fs::CWD, &path, flags)?;
+            let rename = || rustix::fs::renameat_with(CWD, &partial, CWD, &path, flags);
+            match rename() {
+                // Another program makes its folders when it needs them.
+                Err(Errno::NOENT) if self.root.is_dir() && !folder.is_dir() => {
+                    make(folder)?;
+                    rename()?;
+                    sync(folder.parent().unwrap_or(folder))?;
+                }
+                renamed => renamed?,
+            }
             sync(folder)
         };
         let done = put();
