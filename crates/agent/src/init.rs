@@ -48,7 +48,7 @@ const MOST_WAITING: usize = 1 << 12;
 const STARTS: u32 = 5;
 /// How long the first process of a sandbox may take to answer, to begin and to end. It shares
 /// the sandbox's limits, so this is generous.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_mins(1);
 /// How long it may take to be gone once it was told to: all of its sandbox can be ended from
 /// here, whatever runs wild in it.
 const ENDING: Duration = Duration::from_secs(2);

@@ -17,7 +17,7 @@ use crate::config::Settings;
 use crate::range::Range;
 
 /// How long the attempt to run a command may take.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_mins(1);
 
 /// What an attempt prints: that it runs, whether its calls are filtered, and whether a program
 /// on the session's disk can be run.

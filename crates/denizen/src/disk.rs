@@ -19,7 +19,7 @@ const AGAIN_TIMES: u32 = 40;
 /// Each second of walking is followed by so many without.
 const PRICE: u32 = 20;
 /// How much time without walking can be saved up, for walks in a row when there is need.
-pub(crate) const SAVINGS: Duration = Duration::from_secs(60);
+pub(crate) const SAVINGS: Duration = Duration::from_mins(1);
 /// What a session that is over its limit may write all the same, or it could delete nothing:
 /// that takes shells, their histories, and marks over files of its root.
 const LEEWAY: u64 = 1 << 20;

@@ -28,7 +28,7 @@ use crate::error::Error;
 /// First wait after a failed operation; doubled with every further failure.
 const FIRST_RETRY: Duration = Duration::from_secs(10);
 /// Longest wait between two tries.
-const LONGEST_RETRY: Duration = Duration::from_secs(3600);
+const LONGEST_RETRY: Duration = Duration::from_hours(1);
 
 /// Milliseconds on the pool's own clock, which never goes back (see `time.rs`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]

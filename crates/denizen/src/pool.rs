@@ -58,7 +58,7 @@ pub(crate) use watch::Mark;
 use watch::{Watch, Watched};
 
 /// Longest sleep of the timer. Only bounds the harm of a clock that stands still.
-const LONGEST_SLEEP: Duration = Duration::from_secs(60);
+const LONGEST_SLEEP: Duration = Duration::from_mins(1);
 /// How long rows that could not be written wait for the next try.
 const WRITE_AGAIN: Duration = Duration::from_secs(5);
 

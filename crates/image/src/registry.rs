@@ -42,7 +42,7 @@ const MOST_DOCKER_CONFIG: u64 = 4 << 20;
 const MOST_REDIRECTS: usize = 10;
 const CONNECT: Duration = Duration::from_secs(20);
 /// How long a registry may send nothing.
-const SILENCE: Duration = Duration::from_secs(60);
+const SILENCE: Duration = Duration::from_mins(1);
 /// How often a connection may break within one layer.
 const ATTEMPTS: u32 = 5;
 /// Layers that are worked on at once.

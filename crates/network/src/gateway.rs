@@ -67,10 +67,10 @@ impl Most {
 }
 
 const CONNECT: Duration = Duration::from_secs(20);
-const IDLE: Duration = Duration::from_secs(2 * 60 * 60);
+const IDLE: Duration = Duration::from_hours(2);
 /// For a side that does not acknowledge.
-const UNANSWERED: Duration = Duration::from_secs(60);
-const DATAGRAMS_IDLE: Duration = Duration::from_secs(60);
+const UNANSWERED: Duration = Duration::from_mins(1);
+const DATAGRAMS_IDLE: Duration = Duration::from_mins(1);
 /// Until the same denial is told again.
 const TELL_AGAIN: Duration = Duration::from_secs(10);
 

@@ -90,7 +90,7 @@ impl Default for Limits {
             head: Duration::from_secs(30),
             hello: Duration::from_secs(10),
             connect: Duration::from_secs(20),
-            idle: Duration::from_secs(10 * 60),
+            idle: Duration::from_mins(10),
         }
     }
 }

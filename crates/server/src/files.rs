@@ -31,10 +31,10 @@ const WINDOW: u32 = 512 * 1024;
 const WINDOWS: u32 = 4 * 1024 * 1024;
 /// How long an agent may take to begin its answer, or to take a part of a request. Deleting a
 /// large tree takes a while.
-const PATIENCE: Duration = Duration::from_secs(300);
+const PATIENCE: Duration = Duration::from_mins(5);
 /// How often an agent that has requests open is asked for a sign of life, and how long it may
 /// take to give one.
-const SIGN_OF_LIFE: [Duration; 2] = [Duration::from_secs(20), Duration::from_secs(60)];
+const SIGN_OF_LIFE: [Duration; 2] = [Duration::from_secs(20), Duration::from_mins(1)];
 
 /// A session's agent within, if it has been needed.
 #[derive(Default)]

@@ -14,9 +14,9 @@ use crate::event::{Event, EventKind};
 use crate::lifecycle::PoolTime;
 
 /// From one time to the next.
-const DAY: Duration = Duration::from_secs(24 * 3600);
+const DAY: Duration = Duration::from_hours(24);
 /// From a failure to the next try.
-const AGAIN: Duration = Duration::from_secs(3600);
+const AGAIN: Duration = Duration::from_hours(1);
 
 /// When it is due.
 pub(super) struct Due {
