@@ -560,18 +560,29 @@ impl Repository {
         })
     }
 
-    /// Removes what killed writers have left half-written at a destination. Needs no key.
+    /// Removes what killed writers have left half-written.
     ///
     /// # Errors
     /// What met the destination.
-    pub fn sweep(destination: &Destination) -> Result<()> {
-        let files = destination.files()?;
-        files.sweep().map_err(|error| Error::Engine {
-            action: "clear up",
-            place: files.place(),
-            problem: error.to_string(),
-        })
+    pub fn sweep(&self) -> Result<()> {
+        sweep(&*self.files)
     }
+
+    /// As [`Repository::sweep`], without opening what is there: it needs no key.
+    ///
+    /// # Errors
+    /// What met the destination.
+    pub fn sweep_at(destination: &Destination) -> Result<()> {
+        sweep(&*destination.files()?)
+    }
+}
+
+fn sweep(files: &dyn Files) -> Result<()> {
+    files.sweep().map_err(|error| Error::Engine {
+        action: "clear up",
+        place: files.place(),
+        problem: error.to_string(),
+    })
 }
 
 fn engine(files: &Arc<dyn Files>, gate: Arc<Gate>) -> RusticResult<Engine<()>> {

@@ -155,7 +155,7 @@ impl Format for Stored {
     }
 
     fn sweep(&self) -> Result<()> {
-        Ok(Repository::sweep(&self.destination)?)
+        Ok(Repository::sweep_at(&self.destination)?)
     }
 }
 
