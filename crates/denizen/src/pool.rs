@@ -865,7 +865,8 @@ impl Pool {
         let total = if read_data {
             let pool = self.clone();
             let all = blocking(move || pool.backups()?.list(None)).await?;
-            Some(all.iter().map(|backup| backup.bytes).sum())
+            // What frames it is read too.
+            Some(all.iter().map(|backup| backup.bytes + backup.bytes / 50).sum())
         } else {
             None
         };
