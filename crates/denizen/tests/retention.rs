@@ -207,7 +207,8 @@ async fn a_restore_beside_it_has_all_of_its_backup_or_is_told_that_there_is_none
             let pool = pool.clone();
             async move { pool.forget_backups(&retention, false).await.unwrap() }
         });
-        tokio::time::sleep(Duration::from_micros(round * 50)).await;
+        // Before it has begun, at the same time, or just after.
+        (0..round % 4).for_each(|_| std::thread::sleep(Duration::from_micros(100)));
         let restored = pool.restore(id, Some(&backup)).await;
         forget.await.unwrap();
         let is_there = names(&pool, id).await.contains(&backup);

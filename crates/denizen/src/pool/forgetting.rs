@@ -131,3 +131,53 @@ impl Drop for Claim<'_> {
         self.0.state.lock().forgetting.clear();
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use uuid::Uuid;
+
+    use super::*;
+    use crate::error::Error;
+    use crate::lifecycle::{Saved, Want};
+    use crate::{MicroVmManager, VmPoolConfig};
+
+    #[tokio::test]
+    async fn what_is_claimed_and_what_is_counted_on_exclude_each_other() {
+        let folder = tempfile::tempdir().unwrap();
+        let config = VmPoolConfig {
+            enabled: true,
+            volume_root: folder.path().join("pool"),
+            backup_destination: Some(folder.path().join("backups")),
+            ..VmPoolConfig::default()
+        };
+        let manager = MicroVmManager::new((&config).into()).unwrap();
+        let pool = manager.pool().unwrap();
+        let id = Uuid::new_v4();
+        for _ in 0..3 {
+            drop(manager.acquire(id).await.unwrap());
+            manager.backup(id).await.unwrap();
+        }
+        let all = manager.backups(id).await.unwrap();
+        let oldest = all[2].name.clone();
+        let restore = || pool.ask(id, Want::Restored(Some(Saved::Backup(oldest.clone()))));
+
+        let mut planned = all[1..].to_vec();
+        let claim = Claim::new(pool, &mut planned);
+        assert_eq!(planned, all[1..]);
+        let error = restore().await.map(drop).unwrap_err();
+        assert!(matches!(error.kind(), Error::NoBackup { .. }), "{error}");
+        assert_eq!(manager.inspect(id).unwrap().backup.as_ref(), Some(&all[0].name));
+        drop(claim);
+
+        // Planned before, but put back from meanwhile.
+        restore().await.map(drop).unwrap();
+        let mut planned = all[1..].to_vec();
+        drop(Claim::new(pool, &mut planned));
+        assert_eq!(planned, all[1..2]);
+        // Or forgotten as a session.
+        manager.remove(id).await.unwrap();
+        drop(Claim::new(pool, &mut planned));
+        assert_eq!(planned, []);
+    }
+}
