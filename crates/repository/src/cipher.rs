@@ -2,6 +2,7 @@
 //! "Unpacked Data Format"), for what the engine keeps to itself, and what may be damaged or hostile.
 //! It never makes or derives a key.
 
+use std::cell::RefCell;
 use std::num::NonZeroU32;
 
 use aes256ctr_poly1305aes::aead::Aead as _;
@@ -10,6 +11,7 @@ use rustic_core::repofile::{BlobType, MasterKey};
 use rustic_core::{BlobId, Id};
 use sha2::{Digest as _, Sha256};
 use uuid::Uuid;
+use zstd::bulk::Decompressor;
 
 /// What stands in front of what is encrypted, and behind it.
 const NONCE: usize = 16;
@@ -21,6 +23,11 @@ const LARGEST_TREE: u32 = 1 << 30;
 const LARGEST_FILE: usize = 1 << 30;
 /// Says that a file is compressed.
 const COMPRESSED: u8 = 2;
+
+thread_local! {
+    /// Making one takes as long as unpacking a small piece.
+    static UNPACK: RefCell<Option<Decompressor<'static>>> = RefCell::new(Decompressor::new().ok());
+}
 
 #[derive(Clone)]
 pub struct Cipher(Aes256CtrPoly1305Aes);
@@ -61,7 +68,9 @@ impl Cipher {
             if length.get() > largest {
                 return None;
             }
-            plain = zstd::bulk::decompress(&plain, usize::try_from(length.get()).ok()?).ok()?;
+            let length = usize::try_from(length.get()).ok()?;
+            plain = UNPACK
+                .with_borrow_mut(|unpack| unpack.as_mut()?.decompress(&plain, length).ok())?;
         }
         (digest(&plain) == **id).then_some(plain)
     }

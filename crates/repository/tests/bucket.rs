@@ -6,7 +6,8 @@ mod s3;
 mod support;
 
 use std::fs;
-use std::sync::Arc;
+use std::io::Write;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use denizen_repository::{Bucket, Counter, Error, Files, Patience, Repository};
@@ -16,6 +17,34 @@ use uuid::Uuid;
 
 const KEYS: [&str; 2] = ["AKIAverysecret", "even/more+secret"];
 const SESSION: Uuid = Uuid::from_u128(1);
+
+static LOG: Mutex<Vec<u8>> = Mutex::new(Vec::new());
+
+struct Log;
+
+impl Write for Log {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        LOG.lock().unwrap().write(bytes)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Has all that is logged kept, but what the protocol's own traces hold.
+fn listen() {
+    let level = tracing::Level::DEBUG;
+    let log = tracing_subscriber::fmt().with_max_level(level).with_writer(|| Log).finish();
+    // Another test may have done it.
+    let _ = tracing::subscriber::set_global_default(log);
+}
+
+fn log_has_no_secret() {
+    let log = String::from_utf8_lossy(&LOG.lock().unwrap()).into_owned();
+    assert!(!log.is_empty());
+    assert!(!log.contains(PASSWORD) && KEYS.iter().all(|key| !log.contains(key)));
+}
 
 fn bucket(server: &Server) -> Arc<Bucket> {
     let patience = Patience {
@@ -90,6 +119,7 @@ fn hosts_that_make_one_there_at_once_agree() {
 /// What fails for a while only is not noticed.
 #[test]
 fn troubles_that_pass_are_waited_for() {
+    listen();
     let server = Server::start();
     let repository = Repository::open_in(bucket(&server), PASSWORD).unwrap();
     let bench = Bench::new();
@@ -109,6 +139,7 @@ fn troubles_that_pass_are_waited_for() {
 /// Every request of a backup, and then all later ones or just this, meets every trouble.
 #[test]
 fn troubles_that_stay_are_clear_and_cost_nothing() {
+    listen();
     let server = Server::start();
     let repository = Repository::open_in(bucket(&server), PASSWORD).unwrap();
     let bench = Bench::new();
@@ -153,6 +184,7 @@ fn troubles_that_stay_are_clear_and_cost_nothing() {
     }
     println!("{requests} requests, {failed} failed, {succeeded} succeeded");
     assert!(failed > 0 && succeeded > 0);
+    log_has_no_secret();
     server.stop();
 }
 

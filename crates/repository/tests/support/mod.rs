@@ -1,5 +1,5 @@
 //! What the tests share: those of trees, and a place for files that fails when it is told to.
-#![allow(clippy::unwrap_used, dead_code)]
+#![allow(clippy::unwrap_used, dead_code, unused_imports)]
 
 #[path = "../../../archive/tests/support/mod.rs"]
 mod archive;
