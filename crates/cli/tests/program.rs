@@ -367,12 +367,12 @@ fn backups_that_are_not_kept_are_deleted() {
     assert_eq!(text(&user.exec("a", "cat file").stdout), "three\n");
 }
 
-/// What `GET /metrics` says: each name, labels included, and its value.
+/// What `GET /v1/metrics` says: each name, labels included, and its value.
 fn metrics(user: &User) -> std::collections::HashMap<String, f64> {
     use std::io::Read;
     let socket = user.state.path().join("denizen.sock");
     let mut stream = std::os::unix::net::UnixStream::connect(socket).unwrap();
-    stream.write_all(b"GET /metrics HTTP/1.0\r\nHost: denizen\r\n\r\n").unwrap();
+    stream.write_all(b"GET /v1/metrics HTTP/1.0\r\nHost: denizen\r\n\r\n").unwrap();
     let mut answer = String::new();
     stream.read_to_string(&mut answer).unwrap();
     let (head, body) = answer.split_once("\r\n\r\n").unwrap();

@@ -62,7 +62,10 @@ async fn a_newer_or_older_schema() {
     drop(pool.acquire(id).await.unwrap());
     closed(pool, folder.path()).await;
     let file = folder.path().join(".denizen/registry.db");
-    sqlite(&file, "drop table names; pragma user_version = 1");
+    sqlite(
+        &file,
+        "drop table names; drop table chores; drop table backups; pragma user_version = 1",
+    );
     let pool = MicroVmManager::new(config(folder.path())).unwrap();
     assert_eq!(pool.sessions().unwrap()[0].id, id, "an older schema is brought up to date");
     pool.find_or_name(&"demo".parse().unwrap()).await.unwrap();

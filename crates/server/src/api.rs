@@ -34,7 +34,7 @@ struct Api {
 
 pub(crate) fn router(pool: Arc<MicroVmManager>, leases: Arc<Leases>, stop: Arc<Notify>) -> Router {
     Router::new()
-        .route("/metrics", get(all_metrics))
+        .route("/v1/metrics", get(all_metrics))
         .route("/v1/health", get(health))
         .route("/v1/shutdown", post(shutdown))
         .route("/v1/events", get(events))

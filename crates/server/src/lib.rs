@@ -1,8 +1,9 @@
 //! The daemon: one pool of sessions, offered over HTTP on a Unix socket.
 //!
-//! `/v1/…` is about sessions (`api`), `/metrics` is for Prometheus; all else is envd's protocol, for the session that the
-//! header [`SESSION`] names (`lease`). The daemon must never decide
-//! anything about a session's life: it asks the pool, as any caller of the library does.
+//! `/v1/…` is about sessions (`api`), with `/v1/metrics` for Prometheus (`/metrics` is a session's,
+//! as envd has it); all else is envd's protocol, for the session that the header [`SESSION`] names
+//! (`lease`). The daemon must never decide anything about a session's life: it asks the pool, as
+//! any caller of the library does.
 
 mod api;
 mod files;
