@@ -42,6 +42,7 @@ mod source;
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::RecvTimeoutError;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -81,6 +82,8 @@ const PIECE: u64 = 1 << 20;
 /// How large the files of the repository are that hold pieces. They are in memory as a whole,
 /// several at a time.
 const PACK: u64 = 16 << 20;
+/// How often it is looked whether a backup is still wanted while the engine is at work.
+const LOOK: Duration = Duration::from_millis(50);
 /// The best that keeps up with a disk.
 const LEVEL: i32 = 3;
 
@@ -94,6 +97,8 @@ pub struct Repository {
     cipher: Cipher,
     /// The snapshots as last seen: none of them ever changes.
     known: Mutex<Vec<SnapshotFile>>,
+    /// What backups have written that were broken off before the index was to name it.
+    broken_off: Mutex<HashSet<Id>>,
 }
 
 impl std::fmt::Debug for Repository {
@@ -205,13 +210,19 @@ impl Repository {
     pub fn open_in(files: Arc<dyn Files>, password: &str) -> Result<Self> {
         let key = open::open(&files, password)?;
         let cipher = Cipher::new(&key).ok_or_else(|| Error::WrongKey { place: files.place() })?;
-        Ok(Self { files, key, cipher, known: Mutex::default() })
+        Ok(Self { files, key, cipher, known: Mutex::default(), broken_off: Mutex::default() })
     }
 
     /// The same repository where its files are reached in another way: the key is known.
     #[must_use]
     pub fn through(&self, files: Arc<dyn Files>) -> Self {
-        Self { files, key: self.key.clone(), cipher: self.cipher.clone(), known: Mutex::default() }
+        Self {
+            files,
+            key: self.key.clone(),
+            cipher: self.cipher.clone(),
+            known: Mutex::default(),
+            broken_off: Mutex::default(),
+        }
     }
 
     /// Whether there is a repository at a destination.
@@ -289,6 +300,7 @@ impl Repository {
         counter: &Arc<Counter>,
         cancelled: &AtomicBool,
     ) -> Result<Written> {
+        self.go_on()?;
         let known = self.snapshots()?;
         let latest = known.iter().filter(|it| session_of(it) == Some(source.session));
         let latest = latest.max_by_key(|it| it.time.timestamp());
@@ -313,8 +325,13 @@ impl Repository {
         let mut again = true;
         loop {
             let gate = Arc::new(Gate::without_snapshots());
-            let (snapshot, skipped) =
-                self.archive(source, snapshot.clone(), parent, &gate, counter, cancelled)?;
+            let archived =
+                self.archive(source, snapshot.clone(), parent, &gate, counter, cancelled);
+            if archived.is_err() {
+                let mut broken_off = self.broken_off.lock().unwrap_or_else(PoisonError::into_inner);
+                broken_off.extend(gate.written(FileType::Pack));
+            }
+            let (snapshot, skipped) = archived?;
             let indexes = self.names(FileType::Index)?;
             match self.verify_new(&snapshot, &gate, cancelled) {
                 Ok(()) => return Ok(Written { entry: self.publish(snapshot, &indexes)?, skipped }),
@@ -382,11 +399,20 @@ impl Repository {
             None => options.parent_opts.force = true,
         }
         let (entries, feed) = source::source(gate.clone(), counter.clone());
+        let (ended, end) = std::sync::mpsc::channel::<()>();
         std::thread::scope(|scope| {
             let walking = std::thread::Builder::new().name("denizen-walk".into());
-            let walking = walking.spawn_scoped(scope, || {
+            let walking = walking.spawn_scoped(scope, move || {
                 let walked = walk(source, feed, cancelled);
-                walked.map_err(|error| gate.close(Reason::Tree(error))).unwrap_or_default()
+                let skipped = walked.map_err(|error| gate.close(Reason::Tree(error)));
+                // The last files may be large, and the engine does not look.
+                while let Err(RecvTimeoutError::Timeout) = end.recv_timeout(LOOK) {
+                    if cancelled.load(Ordering::Relaxed) {
+                        let path = source.volume.to_owned();
+                        gate.close(Reason::Tree(denizen_archive::Error::Cancelled { path }));
+                    }
+                }
+                skipped.unwrap_or_default()
             });
             let walking = walking.map_err(|source| {
                 let path = PathBuf::from("a thread to walk the session's files");
@@ -399,6 +425,7 @@ impl Repository {
                 let engine = engine(&self.files, gate.clone())?.open(&key)?.to_indexed_ids()?;
                 engine.archive(&options, &entries, snapshot, &[PathBuf::from("/")])
             });
+            drop(ended);
             let walked = walking.join();
             let failed = self.failed("write to");
             match (archived, gate.reason()) {
@@ -423,6 +450,18 @@ impl Repository {
                 }
             }
         })
+    }
+
+    /// Has the index name what backups have written that were broken off, so that the next one
+    /// goes on from there: a session that is used again and again while it is being backed up
+    /// would else never be.
+    fn go_on(&self) -> Result<()> {
+        let mut left = self.broken_off.lock().unwrap_or_else(PoisonError::into_inner);
+        if !left.is_empty() {
+            self.adopt(&left)?;
+            left.clear();
+        }
+        Ok(())
     }
 
     /// Remembers a new backup.

@@ -161,6 +161,25 @@ impl Repository {
         Ok(mended)
     }
 
+    /// Has the index name what is in these files and nowhere else.
+    pub(crate) fn adopt(&self, packs: &HashSet<Id>) -> Result<()> {
+        let (mut known, mut there) = (HashSet::new(), HashSet::new());
+        for file in self.names(FileType::Index)? {
+            if let Read::Sound(index) = self.content::<IndexFile>(&file)? {
+                known.extend(index.packs.iter().map(|pack| *pack.id));
+                let blobs = index.packs.iter().flat_map(|pack| &pack.blobs);
+                there.extend(blobs.map(|blob| blob.id));
+            }
+        }
+        let mut adopted = IndexFile::default();
+        for pack in packs.iter().filter(|pack| !known.contains(*pack)) {
+            let found = self.orphan(pack, &there)?;
+            there.extend(found.iter().flat_map(|pack| &pack.blobs).map(|blob| blob.id));
+            adopted.packs.extend(found);
+        }
+        if adopted.packs.is_empty() { Ok(()) } else { self.write_index(&adopted) }
+    }
+
     /// The files of a kind.
     pub(crate) fn names(&self, kind: FileType) -> Result<Vec<String>> {
         let found = self.files.list(kind.dirname());

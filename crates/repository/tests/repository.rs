@@ -269,6 +269,35 @@ fn what_is_cancelled_is_no_backup() {
 }
 
 #[test]
+fn what_was_broken_off_is_gone_on_with() {
+    const NEW: u64 = 40 << 20;
+    let (files, repository) = repository();
+    let bench = Bench::new();
+    fs::write(bench.volume.join("a"), Random::new(1).bytes(usize::try_from(NEW).unwrap())).unwrap();
+    // Takes so long to read that there is time to break it off.
+    let large = bench.volume.join("b");
+    fs::File::create(&large).unwrap().set_len(16 << 30).unwrap();
+    let cancelled = AtomicBool::new(false);
+    let session = Uuid::new_v4();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while files.list("data").unwrap().len() < 2 {
+                std::thread::yield_now();
+            }
+            cancelled.store(true, Ordering::Relaxed);
+        });
+        let source = source(session, &bench.volume);
+        repository.write(source, now(), &Arc::default(), &cancelled).unwrap_err()
+    });
+    assert!(repository.list(None).unwrap().is_empty());
+    fs::remove_file(large).unwrap();
+    let entry = write(&repository, session, &bench.volume).unwrap().entry;
+    assert!(entry.added < NEW / 2, "{entry:?}");
+    comes_back(&repository, &entry, &bench.volume);
+    assert!(repository.verify(true, &Counter::default(), &NEVER).unwrap().findings.is_empty());
+}
+
+#[test]
 fn an_engine_that_fails_at_once_keeps_nobody_waiting() {
     let (memory, repository) = repository();
     let bench = Bench::new();
