@@ -161,12 +161,6 @@ fn by_hand(
     let mut buffer = vec![0; length.min(CHUNK)];
     let read = rustix::io::retry_on_intr(|| rustix::io::pread(from, &mut *buffer, offset))
         .map_err(|e| place.failed("read", &member.path, e))?;
-    let mut written = 0;
-    while written < read {
-        written += rustix::io::retry_on_intr(|| {
-            rustix::io::pwrite(to, &buffer[written..read], offset + written as u64)
-        })
-        .map_err(|e| place.failed("write", &member.path, e))?;
-    }
+    place.write(to, member, offset, &buffer[..read])?;
     Ok(read)
 }

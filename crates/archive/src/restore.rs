@@ -378,16 +378,30 @@ impl<'a> Place<'a> {
             rustix::fs::ftruncate(fd, member.size)
                 .map_err(|e| self.failed("make", &member.path, e))?;
         }
-        reader.content(member, |mut offset, mut bytes| {
+        reader.content(member, |offset, bytes| {
             self.check_cancelled()?;
-            while !bytes.is_empty() {
-                let written = rustix::io::retry_on_intr(|| rustix::io::pwrite(fd, bytes, offset))
-                    .map_err(|e| self.failed("write", &member.path, e))?;
-                bytes = &bytes[written..];
-                offset += written as u64;
-            }
-            Ok(())
+            self.write(fd, member, offset, bytes)
         })
+    }
+
+    /// Writes a part of what a file holds.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn write(
+        &self,
+        fd: &OwnedFd,
+        member: &Member,
+        mut offset: u64,
+        mut bytes: &[u8],
+    ) -> Result<(), Error> {
+        while !bytes.is_empty() {
+            let written = rustix::io::retry_on_intr(|| rustix::io::pwrite(fd, bytes, offset))
+                .map_err(|e| self.failed("write", &member.path, e))?;
+            bytes = &bytes[written..];
+            offset += written as u64;
+        }
+        Ok(())
     }
 
     /// The directory a hard link's other name is in, and that name.

@@ -182,10 +182,15 @@ impl Backups {
 
     /// Writes and verifies a backup.
     pub(crate) fn write(&self, saving: Saving<'_>) -> Result<Backup> {
-        // The newest is the one that was written last, whatever the clock says and the formats
-        // make of it; one that cannot be read now has no say.
-        let others = self.formats().filter_map(|format| format.list(Some(saving.site.id)).ok());
-        let latest = others.flatten().map(|backup| SystemTime::from(backup.taken_at)).max();
+        // The newest is the one that was written last, whatever the clock says. Each format sees
+        // to that for its own; if the other one cannot be read now, it has no say.
+        let other = match self.format {
+            BackupFormat::Archive => BackupFormat::Repository,
+            BackupFormat::Repository => BackupFormat::Archive,
+        };
+        let there = self.of(other).and_then(|format| format.list(Some(saving.site.id)));
+        let there = there.unwrap_or_default().into_iter();
+        let latest = there.map(|backup| SystemTime::from(backup.taken_at)).max();
         let next = latest.map_or(saving.now, |latest| latest + Duration::from_secs(1));
         let saving = Saving { now: saving.now.max(next), ..saving };
         self.of(self.format)?.write(saving)

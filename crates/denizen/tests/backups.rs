@@ -10,11 +10,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use denizen::{BackupFormat, Error, Isolation, MicroVmManager, RegistryError, VmPoolConfig};
+use denizen::{BackupFormat, Error, Isolation, MicroVmManager, VmPoolConfig};
 use tempfile::TempDir;
 use uuid::Uuid;
 
-use crate::common::{cache, text};
+use crate::common::{cache, opened, text};
 
 struct World {
     folder: TempDir,
@@ -48,17 +48,11 @@ impl World {
             backup_destination: Some(self.destination()),
             ..VmPoolConfig::default()
         };
-        loop {
+        opened(|| {
             let builder = MicroVmManager::builder((&config).into()).isolation(isolation);
-            let builder = builder.cache(cache()).backup_format(format).backup_key(self.key());
-            match builder.build() {
-                // The tasks of the one before are about to end.
-                Err(Error::Registry(RegistryError::Locked { .. })) => {
-                    tokio::task::yield_now().await
-                }
-                pool => return pool.unwrap(),
-            }
-        }
+            builder.cache(cache()).backup_format(format).backup_key(self.key())
+        })
+        .await
     }
 }
 

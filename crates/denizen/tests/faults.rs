@@ -1,6 +1,8 @@
 //! The faults of the file the library began with, one test each, at the public door.
 #![allow(clippy::unwrap_used)]
 
+mod common;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -9,6 +11,8 @@ use denizen::{Clock, Error, EventKind, MicroVmManager, VmPoolConfig, VmPoolRunti
 use parking_lot::Mutex;
 use tempfile::TempDir;
 use uuid::Uuid;
+
+use crate::common::opened;
 
 /// A clock that stands still until it is moved.
 #[derive(Debug)]
@@ -300,16 +304,7 @@ async fn sessions_survive_a_restart() {
 
 /// Opens the pool again once the last task of the one before has let go of its lock.
 async fn reopened(world: &World) -> Arc<MicroVmManager> {
-    loop {
-        let builder = MicroVmManager::builder(world.config.clone()).clock(world.clock.clone());
-        match builder.build() {
-            Ok(pool) => return pool,
-            Err(Error::Registry(denizen::RegistryError::Locked { .. })) => {
-                tokio::task::yield_now().await;
-            }
-            Err(error) => panic!("{error}"),
-        }
-    }
+    opened(|| MicroVmManager::builder(world.config.clone()).clock(world.clock.clone())).await
 }
 
 #[tokio::test]

@@ -14,8 +14,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use denizen::{
-    Error, EventKind, Isolation, MicroVmManager, Network, RegistryError, VmExecutionGuard,
-    VmPoolConfig, VmPoolRuntimeConfig,
+    Error, EventKind, Isolation, MicroVmManager, Network, VmExecutionGuard, VmPoolConfig,
+    VmPoolRuntimeConfig,
 };
 use denizen_agent::Spec;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -29,7 +29,7 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use tempfile::TempDir;
 use uuid::Uuid;
 
-use crate::common::{cache, server, text};
+use crate::common::{cache, opened, server, text};
 
 /// Longer than anything here takes.
 const DEADLINE: Timespec = Timespec { tv_sec: 30, tv_nsec: 0 };
@@ -50,14 +50,11 @@ fn config(folder: &Path) -> VmPoolRuntimeConfig {
 
 /// Opens the pool; waits for the tasks of an earlier one of this process to be gone.
 async fn pool(folder: &Path, network: Network, linger: Duration) -> Arc<MicroVmManager> {
-    loop {
+    opened(|| {
         let builder = MicroVmManager::builder(config(folder)).isolation(Isolation::Sandbox);
-        let builder = builder.network(network.clone()).linger(linger).cache(cache());
-        match builder.build() {
-            Err(Error::Registry(RegistryError::Locked { .. })) => tokio::task::yield_now().await,
-            opened => return opened.unwrap(),
-        }
-    }
+        builder.network(network.clone()).linger(linger).cache(cache())
+    })
+    .await
 }
 
 /// What other processes do has no event to wait for.

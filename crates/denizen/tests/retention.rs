@@ -8,13 +8,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use denizen::{
-    BackupFormat, Error, EventKind, MicroVmManager, RegistryError, Retention, VmPoolConfig,
-    VmPoolRuntimeConfig,
+    BackupFormat, Error, EventKind, MicroVmManager, Retention, VmPoolConfig, VmPoolRuntimeConfig,
 };
 use tempfile::TempDir;
 use uuid::Uuid;
 
-use crate::common::Manual;
+use crate::common::{Manual, opened};
 
 const HOUR: Duration = Duration::from_secs(3600);
 const NOTHING: Retention = Retention {
@@ -54,17 +53,12 @@ impl World {
             ..VmPoolConfig::default()
         };
         let key = self.folder.path().join("key");
-        loop {
+        opened(|| {
             let builder = MicroVmManager::builder(VmPoolRuntimeConfig::from(&config));
             let builder = builder.clock(self.clock.clone()).backup_format(format);
-            match builder.backup_key(&key).retention(retention).build() {
-                // What has ended may not have been put away yet.
-                Err(Error::Registry(RegistryError::Locked { .. })) => {
-                    tokio::task::yield_now().await;
-                }
-                opened => return opened.unwrap(),
-            }
-        }
+            builder.backup_key(&key).retention(retention)
+        })
+        .await
     }
 
     async fn pass(&self, pool: &MicroVmManager, time: Duration) {

@@ -11,14 +11,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use denizen::{
-    Error, EventKind, Events, Isolation, MicroVmManager, RegistryError, Sleep, VmPoolConfig,
+    Builder, Error, EventKind, Events, Isolation, MicroVmManager, Sleep, VmPoolConfig,
     VmPoolRuntimeConfig,
 };
 use parking_lot::Mutex;
 use tempfile::TempDir;
 use uuid::Uuid;
 
-use crate::common::{Manual, cache, text};
+use crate::common::{Manual, cache, opened, text};
 
 const IDLE: Duration = Duration::from_secs(60);
 const BACKUP: Duration = Duration::from_secs(100);
@@ -64,13 +64,13 @@ impl World {
     }
 
     fn open(&self) -> Arc<MicroVmManager> {
-        self.try_open().unwrap()
+        self.builder().build().unwrap()
     }
 
-    fn try_open(&self) -> denizen::Result<Arc<MicroVmManager>> {
+    fn builder(&self) -> Builder {
         let builder = MicroVmManager::builder(self.config.clone()).clock(self.clock.clone());
         let builder = builder.isolation(Isolation::Sandbox).sleep(Sleep::Freeze);
-        builder.background_is_use(self.background_is_use).cache(cache()).build()
+        builder.background_is_use(self.background_is_use).cache(cache())
     }
 
     /// Lets time pass, and what is due then be done.
@@ -311,12 +311,7 @@ async fn a_pool_that_is_dropped_leaves_nothing_frozen() {
     };
     until("its processes are gone", || members().is_empty()).await;
     // The next one finds the session, as soon as what the first was writing is written.
-    let pool = loop {
-        match world.try_open() {
-            Err(Error::Registry(RegistryError::Locked { .. })) => tokio::task::yield_now().await,
-            opened => break opened.unwrap(),
-        }
-    };
+    let pool = opened(|| world.builder()).await;
     assert!(count(&pool, id) > 0);
     assert_eq!(pool.inspect(id).unwrap().state, "stopped");
     assert_eq!(world.groups(id), Vec::<PathBuf>::new());

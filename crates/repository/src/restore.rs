@@ -287,8 +287,8 @@ impl Restorer<'_> {
             }
             for (is_empty, stretch) in stretches(&piece) {
                 ends_in_hole = is_empty;
-                if !is_empty && let Err(error) = write(fd, stretch, offset) {
-                    return Ok(Err(failed(error)));
+                if !is_empty && let Err(error) = place.write(fd, member, offset, stretch) {
+                    return Ok(Err(error));
                 }
                 offset += stretch.len() as u64;
             }
@@ -329,15 +329,6 @@ fn stretches(bytes: &[u8]) -> impl Iterator<Item = (bool, &[u8])> {
         rest = later;
         Some((first, stretch))
     })
-}
-
-fn write(fd: &OwnedFd, mut bytes: &[u8], mut offset: u64) -> rustix::io::Result<()> {
-    while !bytes.is_empty() {
-        let written = rustix::io::retry_on_intr(|| rustix::io::pwrite(fd, bytes, offset))?;
-        bytes = &bytes[written..];
-        offset += written as u64;
-    }
-    Ok(())
 }
 
 fn shown(path: &[u8]) -> String {

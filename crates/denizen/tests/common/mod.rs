@@ -2,9 +2,10 @@
 #![allow(clippy::unwrap_used, dead_code, reason = "each test program uses a part of it")]
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use denizen::{Clock, VmExecutionGuard};
+use denizen::{Builder, Clock, Error, MicroVmManager, RegistryError, VmExecutionGuard};
 use parking_lot::Mutex;
 
 /// A clock that stands still until it is moved.
@@ -34,6 +35,16 @@ pub fn cache() -> PathBuf {
     match std::env::var_os("DENIZEN_TEST_CACHE") {
         Some(folder) => folder.into(),
         None => Path::new(env!("CARGO_TARGET_TMPDIR")).join("cache"),
+    }
+}
+
+/// Opens a pool once the last task of the one before it, in this process, has let go of its lock.
+pub async fn opened(builder: impl Fn() -> Builder) -> Arc<MicroVmManager> {
+    loop {
+        match builder().build() {
+            Err(Error::Registry(RegistryError::Locked { .. })) => tokio::task::yield_now().await,
+            opened => return opened.unwrap(),
+        }
     }
 }
 
