@@ -11,13 +11,15 @@ mod common;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::hash::{BuildHasher, RandomState};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use common::{User, text, until};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 /// What the soak's commands sleep for begins with this, so that they can be found.
 const MARK: &str = "71847";
@@ -79,14 +81,39 @@ fn name(path: &Path) -> String {
     path.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }
 
-/// Whether none of a process's threads is left (`proc_pid_stat(5)`): until then its descriptors
-/// may be open.
-fn has_ended(pid: i32) -> bool {
-    let stat = fs::read(format!("/proc/{pid}/stat")).unwrap_or_default();
-    let stat = text(&stat);
-    let Some((_, rest)) = stat.rsplit_once(')') else { return true };
-    let fields: Vec<_> = rest.split_whitespace().collect();
-    fields[0] == "Z" && fields[17] == "1"
+/// A process that others cannot be taken for, as they could be for its number, which the next
+/// may get.
+struct Held {
+    pid: i32,
+    process: OwnedFd,
+}
+
+impl Held {
+    /// None if it has ended and was reaped.
+    fn new(pid: i32) -> Option<Self> {
+        let process = pidfd_open(Pid::from_raw(pid)?, PidfdFlags::empty()).ok()?;
+        Some(Self { pid, process })
+    }
+
+    /// Returns when none of its threads is left (`pidfd_open(2)`): until then its descriptors
+    /// may be open.
+    fn wait(&self) {
+        let mut ready = [PollFd::new(&self.process, PollFlags::IN)];
+        let limit = Timespec { tv_sec: 20, tv_nsec: 0 };
+        if poll(&mut ready, Some(&limit)).unwrap() == 0 {
+            let file = |name: &str| fs::read(format!("/proc/{}/{name}", self.pid));
+            let shown = ["cmdline", "status", "cgroup", "wchan", "stack"].map(file);
+            let shown = shown.map(|it| text(&it.unwrap_or_default()).replace('\0', " "));
+            panic!("{} was killed and goes on:\n{}", self.pid, shown.join("\n"));
+        }
+    }
+}
+
+/// Kills a process and waits for its end.
+fn end(pid: i32) {
+    let held = Held::new(pid).unwrap();
+    pidfd_send_signal(&held.process, Signal::KILL).unwrap();
+    held.wait();
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -124,7 +151,7 @@ struct Soak {
     ids: BTreeSet<String>,
     clients: Vec<Child>,
     /// What was killed in this round.
-    victims: Vec<i32>,
+    victims: Vec<Held>,
     /// What happened in this round, for whoever has to find out why it failed.
     story: Vec<String>,
 }
@@ -282,16 +309,17 @@ impl Soak {
         if victims.is_empty() {
             return false;
         }
-        for pid in &victims {
-            // It may have gone along with the one before.
-            let _ = kill_process(Pid::from_raw(*pid).unwrap(), Signal::KILL);
-        }
-        self.story.push(format!("kill {kind:?} {victims:?}"));
         // The first process within goes with the one outside, a little later. What a killed
         // command has started goes on.
         let killed = |it: &&&Process| outer.contains(&it.parent) && victims.contains(&it.parent);
-        self.victims.extend(inits.iter().filter(killed).map(|process| process.pid));
-        self.victims.extend(victims);
+        let along = inits.iter().filter(killed).filter_map(|process| Held::new(process.pid));
+        self.victims.extend(along);
+        self.story.push(format!("kill {kind:?} {victims:?}"));
+        for held in victims.into_iter().filter_map(Held::new) {
+            // It may have gone along with the one before.
+            let _ = pidfd_send_signal(&held.process, Signal::KILL);
+            self.victims.push(held);
+        }
         self.kills += 1;
         *self.tally.entry(format!("{kind:?}")).or_default() += 1;
         true
@@ -326,8 +354,7 @@ impl Soak {
             client.wait().unwrap();
         }
         // What asks a dying daemon is told that it is gone, and rightly so.
-        let victims = std::mem::take(&mut self.victims);
-        until("what was killed has ended", || victims.iter().all(|pid| has_ended(*pid)));
+        std::mem::take(&mut self.victims).iter().for_each(Held::wait);
         for (at, session) in SESSIONS.into_iter().enumerate() {
             let output = self.user.exec(session, SHOW[at]);
             let expected = self.kept[at].repeat(2);
@@ -469,8 +496,7 @@ fn a_daemon_in_another_group_clears_up_after_the_one_before() {
     let here = groups.lines().any(|line| Path::new(line).starts_with(&group));
     assert!(here, "the daemon is elsewhere: {groups}");
     let daemon = soak.user.daemon_pid().unwrap();
-    kill_process(Pid::from_raw(daemon).unwrap(), Signal::KILL).unwrap();
-    until("the daemon has ended", || has_ended(daemon));
+    end(daemon);
     // The next daemon, which is in the test's own group, has found it.
     assert_eq!(soak.user.json(&["inspect", "a"])["state"], "active");
     assert!(soak.user.run(&["stop", "a"]).status.success());
@@ -502,8 +528,7 @@ fn kill_while_frozen(prepare: &str) {
     soak.note_ids();
     until("it is frozen", || soak.user.json(&["inspect", "a"])["state"] == "frozen");
     let daemon = soak.user.daemon_pid().unwrap();
-    kill_process(Pid::from_raw(daemon).unwrap(), Signal::KILL).unwrap();
-    until("the daemon has ended", || has_ended(daemon));
+    end(daemon);
     // Nobody can end it now: it does not see that its owner is gone.
     assert_eq!(common::running(&sleep).len(), 1);
     let found = soak.user.json(&["inspect", "a"]);
