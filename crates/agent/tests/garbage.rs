@@ -18,6 +18,7 @@ use rustix::net::{
     SendFlags, Shutdown, SocketAddrUnix, SocketFlags, SocketType, bind, connect, recvmsg, sendmsg,
     shutdown, socket_with, socketpair,
 };
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 /// Longer than anything here takes.
 const DEADLINE: Timespec = Timespec { tv_sec: 20, tv_nsec: 0 };
@@ -288,6 +289,48 @@ fn owners_of_garbage_come_and_go() {
         std::thread::yield_now();
     }
     assert_eq!(connect(socket(), &name), Err(Errno::CONNREFUSED));
+}
+
+/// The process outside is killed at any moment: the one inside goes with it, though its owner is
+/// still there.
+#[test]
+fn a_sandbox_ends_with_the_process_outside() {
+    let (_folder, program) = program();
+    let (user, group) = (rustix::process::geteuid(), rustix::process::getegid());
+    let maps = [user.as_raw(), group.as_raw()].map(|id| format!("0 {id} 1"));
+    let words = ["alone", "map", &maps[0], &maps[1], "fs", "/usr", "0", "tmpfs", "1", "mode=755"];
+    let more = ["dir", "/proc", "555", "fs", "/proc", "14", "proc", "0"];
+    let plan = file(&plan(&[&words[..], &more].concat()));
+    let mut choice = Choice(7);
+    let mut seen = 0;
+    for round in 0..1000 {
+        let mut garbage = Garbage::new(&program);
+        garbage.send(&packet(7, 0, 0, &[]), &[plan.as_fd()]);
+        let outside = garbage.child.id();
+        let children = format!("/proc/{outside}/task/{outside}/children");
+        let begin = Instant::now();
+        let inside = loop {
+            let children = std::fs::read_to_string(&children).unwrap();
+            if let Some(child) = children.split_whitespace().next() {
+                break child.parse().unwrap();
+            }
+            assert!(begin.elapsed() < Duration::from_secs(20), "nothing is inside");
+        };
+        let inside = pidfd_open(Pid::from_raw(inside).unwrap(), PidfdFlags::empty());
+        // Entering takes longer.
+        let moment = Duration::from_micros(choice.next() % 600);
+        let begin = Instant::now();
+        while begin.elapsed() < moment {
+            std::hint::spin_loop();
+        }
+        garbage.child.kill().unwrap();
+        garbage.child.wait().unwrap();
+        let Ok(inside) = inside else { continue };
+        seen += 1;
+        let mut ended = [PollFd::new(&inside, PollFlags::IN)];
+        assert_eq!(poll(&mut ended, Some(&DEADLINE)), Ok(1), "round {round}: it goes on");
+    }
+    assert!(seen > 900, "{seen}");
 }
 
 #[test]

@@ -45,7 +45,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, symlink};
 use std::path::Path;
 
-use crate::sys::{self, sandbox as kernel};
+use crate::sys::{self, PollFd, sandbox as kernel};
 
 /// `MOUNT_ATTR_`: RDONLY, NOSUID, NODEV.
 const READ_ONLY: u64 = 1 | 2 | 4;
@@ -112,7 +112,8 @@ pub fn enter(plan: &[u8], listener: Option<OwnedFd>, outside: Vec<OwnedFd>) -> R
             sys::close_control();
             drop(listener);
             let status = kernel::wait_for(pid);
-            drop(outside);
+            // Not before: an end of `go` tells the one inside that this process is gone.
+            drop((go, outside));
             Ok(Entered::Ended(status))
         }
         kernel::Side::Child => {
@@ -130,7 +131,7 @@ pub fn enter(plan: &[u8], listener: Option<OwnedFd>, outside: Vec<OwnedFd>) -> R
                 _ => None,
             });
             let key = key.unwrap_or_default();
-            inside(&steps, shifted).map(|door| Entered::Inside { door, listener, key })
+            inside(&steps, shifted, &wait).map(|door| Entered::Inside { door, listener, key })
         }
     }
 }
@@ -280,8 +281,13 @@ fn path_of(word: &CStr) -> &Path {
     Path::new(OsStr::from_bytes(word.to_bytes()))
 }
 
-/// The rest, as the first process of the new namespaces.
-fn inside(steps: &[Step<'_>], shifted: Vec<(&CStr, OwnedFd)>) -> Result<Option<OwnedFd>> {
+/// The rest, as the first process of the new namespaces. What is read from `parent` ends with
+/// the process outside.
+fn inside(
+    steps: &[Step<'_>],
+    shifted: Vec<(&CStr, OwnedFd)>,
+    parent: &impl AsRawFd,
+) -> Result<Option<OwnedFd>> {
     let at = |name: &'static str| move |error| (name.to_owned(), error);
     kernel::bind_to_parent().map_err(at("dumpable"))?;
     kernel::keep_mounts_private().map_err(at("private mounts"))?;
@@ -303,6 +309,13 @@ fn inside(steps: &[Step<'_>], shifted: Vec<(&CStr, OwnedFd)>) -> Result<Option<O
     }
     let alone = steps.iter().any(|step| matches!(step, Step::Alone));
     kernel::become_root(alone).map_err(at("user"))?;
+    // From here on the kernel ends this process with its parent; one that was gone before, or
+    // while this process changed its user, has no end that could be told of.
+    let mut ended = [PollFd { fd: parent.as_raw_fd(), events: 0, revents: 0 }];
+    sys::wait_ready(&mut ended, 0);
+    if ended[0].revents != 0 {
+        std::process::exit(1);
+    }
     sys::usual_umask();
     let mut mounts = Vec::new();
     for step in steps {
