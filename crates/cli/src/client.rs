@@ -139,6 +139,27 @@ impl Client {
         serde_json::from_slice(&body).map_err(|error| Failure::new(error.to_string()))
     }
 
+    /// All sessions, by their names; those without come last.
+    pub async fn sessions(&self) -> Result<serde_json::Value> {
+        let mut all = Vec::new();
+        let mut path = "/v1/sessions".to_owned();
+        loop {
+            let mut part = self.json("GET", &path).await?;
+            if let Some(sessions) = part["sessions"].as_array_mut() {
+                all.append(sessions);
+            }
+            match part["next"].as_str() {
+                Some(next) => path = format!("/v1/sessions?after={next}"),
+                None => break,
+            }
+        }
+        all.sort_by_key(|session| {
+            let name = session["name"].as_str().map(str::to_owned);
+            (name.is_none(), name)
+        });
+        Ok(all.into())
+    }
+
     /// Asks for a stream of lines.
     pub async fn lines(&self, path: &str) -> Result<Lines> {
         Ok(Lines::new(self.request("GET", path, None, empty()).await?))
@@ -187,7 +208,11 @@ async fn refusal(response: Response<Incoming>) -> Failure {
     };
     let message = serde_json::from_slice::<serde_json::Value>(&body)
         .ok()
-        .and_then(|body| Some(body.get("message")?.as_str()?.to_owned()))
+        .and_then(|body| {
+            // A problem of the API's, or envd's way.
+            let told = body.get("detail").or_else(|| body.get("message"))?;
+            Some(told.as_str()?.to_owned())
+        })
         .unwrap_or_else(|| format!("{status}: {}", String::from_utf8_lossy(&body)));
     Failure::new(message)
 }

@@ -340,7 +340,7 @@ async fn act(cli: Cli, settings: config::Settings, range: Range) -> Result<i32> 
     match cli.verb {
         Verb::Exec(exec) => return command::exec(&client, exec, json).await,
         Verb::Shell { session } => return command::shell(&client, &settings, session).await,
-        Verb::Ls => show::sessions(&client.json("GET", "/v1/sessions").await?, json)?,
+        Verb::Ls => show::sessions(&client.sessions().await?, json)?,
         Verb::Inspect { session } => {
             let path = client::path(&session, "");
             show::session(&client.json("GET", &path).await?, json)?;
@@ -360,12 +360,12 @@ async fn act(cli: Cli, settings: config::Settings, range: Range) -> Result<i32> 
             client.json("POST", &path).await?;
         }
         Verb::Create { session, image } => {
-            let path = client::path(&session, "/start") + &client::query("image", image);
-            show::session(&client.json("POST", &path).await?, json)?;
+            let path = client::path(&session, "") + &client::query("image", image);
+            show::session(&client.json("PUT", &path).await?, json)?;
         }
         Verb::Start { session } => {
-            let path = client::path(&session, "/start");
-            show::session(&client.json("POST", &path).await?, json)?;
+            let path = client::path(&session, "");
+            show::session(&client.json("PUT", &path).await?, json)?;
         }
         Verb::Backup { session } => backups::backup(&client, &session, json).await?,
         Verb::Backups { session, verb } => {

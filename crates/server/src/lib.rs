@@ -20,6 +20,7 @@ use axum::routing::any;
 use denizen::{Isolation, MicroVmManager};
 use denizen_agent::envd;
 
+pub use crate::api::description;
 use crate::lease::Leases;
 use crate::listener::OwnListener;
 
@@ -100,9 +101,9 @@ impl Daemon {
             _ => envd::processes(resolver.clone())
                 .fallback_service(any(files::forward).with_state(resolver)),
         };
-        let app = api::router(pool.clone(), leases.clone(), asked.clone())
-            .merge(envd)
-            .layer(axum::middleware::from_fn(rest::read_on));
+        let recent = api::Recent::of(&pool)?;
+        let api = api::Api::new(pool.clone(), leases.clone(), asked.clone(), recent);
+        let app = api::router(api).merge(envd).layer(axum::middleware::from_fn(rest::read_on));
         let server = tokio::spawn(async move { axum::serve(listener, app).await });
         let ending = tokio::select! {
             ending = stop => {
