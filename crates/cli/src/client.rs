@@ -65,12 +65,15 @@ impl Client {
         }
     }
 
+    /// The daemon, if there is one.
+    pub async fn answering(settings: &Settings) -> Option<Self> {
+        let client = Self { socket: settings.socket.clone() };
+        UnixStream::connect(&client.socket).await.is_ok().then_some(client)
+    }
+
     /// Stops the daemon, if there is one.
     pub async fn shutdown(settings: &Settings) -> Result<()> {
-        let client = Self { socket: settings.socket.clone() };
-        if UnixStream::connect(&client.socket).await.is_err() {
-            return Ok(());
-        }
+        let Some(client) = Self::answering(settings).await else { return Ok(()) };
         match client.json("POST", "/v1/shutdown").await {
             // Gone before it could answer.
             Err(_) if UnixStream::connect(&client.socket).await.is_err() => Ok(()),

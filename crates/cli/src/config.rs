@@ -2,6 +2,7 @@
 //! configuration file before defaults.
 
 use std::collections::HashMap;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -33,6 +34,87 @@ pub struct Options {
     /// The daemon's socket [default: denizen.sock in the state folder]
     #[arg(long, global = true, env = "DENIZEN_SOCKET", value_name = "FILE")]
     socket: Option<PathBuf>,
+    /// Where else the daemon listens, for clients with a key: 127.0.0.1:7878; several with commas
+    /// between [default: nowhere]
+    #[arg(
+        long,
+        global = true,
+        env = "DENIZEN_LISTEN",
+        value_name = "ADDRESS:PORT",
+        value_delimiter = ',',
+        hide_short_help = true
+    )]
+    listen: Option<Vec<SocketAddr>>,
+    /// Listen without TLS and without a key also on addresses that other machines reach [default:
+    /// false]
+    #[arg(
+        long,
+        global = true,
+        env = "DENIZEN_INSECURE_LISTEN",
+        value_name = "BOOL",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "true",
+        hide_short_help = true
+    )]
+    insecure_listen: Option<bool>,
+    /// The file with the certificate that the daemon shows, and those above it (PEM); what comes
+    /// in its place counts for the next connection
+    #[arg(
+        long,
+        global = true,
+        env = "DENIZEN_TLS_CERTIFICATE",
+        value_name = "FILE",
+        hide_short_help = true
+    )]
+    tls_certificate: Option<PathBuf>,
+    /// The file with that certificate's key (PEM)
+    #[arg(
+        long,
+        global = true,
+        env = "DENIZEN_TLS_KEY",
+        value_name = "FILE",
+        hide_short_help = true
+    )]
+    tls_key: Option<PathBuf>,
+    /// The names that others call the daemon by
+    #[arg(
+        long,
+        global = true,
+        env = "DENIZEN_HOSTS",
+        value_name = "NAMES",
+        value_delimiter = ',',
+        hide_short_help = true
+    )]
+    hosts: Option<Vec<String>>,
+    /// Ports of sessions are reached at <port>-<session>. and this
+    #[arg(
+        long,
+        global = true,
+        env = "DENIZEN_DOMAIN",
+        value_name = "DOMAIN",
+        hide_short_help = true
+    )]
+    domain: Option<String>,
+    /// The origins (https://example.org) of web pages that may use the daemon besides its own
+    #[arg(
+        long,
+        global = true,
+        env = "DENIZEN_ORIGINS",
+        value_name = "ORIGINS",
+        value_delimiter = ',',
+        hide_short_help = true
+    )]
+    origins: Option<Vec<String>>,
+    /// Whether the daemon's metrics are there for those who have no key too [default: false]
+    #[arg(
+        long,
+        global = true,
+        env = "DENIZEN_METRICS_PUBLIC",
+        value_name = "BOOL",
+        hide_short_help = true
+    )]
+    metrics_public: Option<bool>,
     /// Seconds to wait for a session in use or a place in a full pool
     #[arg(long, global = true, env = "DENIZEN_ACQUIRE_TIMEOUT_SECONDS", value_name = "SECONDS")]
     acquire_timeout_seconds: Option<u64>,
@@ -255,6 +337,14 @@ struct FileConfig {
     state: Option<PathBuf>,
     cache: Option<PathBuf>,
     socket: Option<PathBuf>,
+    listen: Option<Vec<SocketAddr>>,
+    insecure_listen: Option<bool>,
+    tls_certificate: Option<PathBuf>,
+    tls_key: Option<PathBuf>,
+    hosts: Option<Vec<String>>,
+    domain: Option<String>,
+    origins: Option<Vec<String>>,
+    metrics_public: Option<bool>,
     acquire_timeout_seconds: Option<u64>,
     isolation: Option<Isolation>,
     spares: Option<usize>,
@@ -280,6 +370,25 @@ pub struct Settings {
     pub cache: PathBuf,
     /// The daemon's socket.
     pub socket: PathBuf,
+    /// Where else it listens.
+    pub listen: Vec<SocketAddr>,
+    /// Whether without TLS and keys, also where others reach it.
+    pub insecure_listen: bool,
+    /// The certificate that it shows.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tls_certificate: Option<PathBuf>,
+    /// Its key.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tls_key: Option<PathBuf>,
+    /// What others call it.
+    pub hosts: Vec<String>,
+    /// Where ports of sessions are reached.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub domain: Option<String>,
+    /// Of which web pages it is used.
+    pub origins: Vec<String>,
+    /// Whether anybody may read its metrics.
+    pub metrics_public: bool,
     /// How long callers wait in line.
     #[serde(rename = "acquire_timeout_seconds", serialize_with = "seconds")]
     pub acquire_timeout: Duration,
@@ -378,6 +487,20 @@ pub fn load(options: &Options) -> Result<Settings> {
     let linger = options.linger_seconds.or(given.linger_seconds).unwrap_or(300);
     Ok(Settings {
         socket: absolute(&socket.unwrap_or_else(|| state.join("denizen.sock")))?,
+        listen: options.listen.clone().or(given.listen).unwrap_or_default(),
+        insecure_listen: options.insecure_listen.or(given.insecure_listen).unwrap_or(false),
+        tls_certificate: options
+            .tls_certificate
+            .clone()
+            .or(given.tls_certificate)
+            .as_deref()
+            .map(absolute)
+            .transpose()?,
+        tls_key: options.tls_key.clone().or(given.tls_key).as_deref().map(absolute).transpose()?,
+        hosts: options.hosts.clone().or(given.hosts).unwrap_or_default(),
+        domain: options.domain.clone().or(given.domain),
+        origins: options.origins.clone().or(given.origins).unwrap_or_default(),
+        metrics_public: options.metrics_public.or(given.metrics_public).unwrap_or(false),
         acquire_timeout: Duration::from_secs(wait),
         linger: Duration::from_secs(linger),
         isolation: options.isolation.or(given.isolation).unwrap_or(Isolation::Sandbox),
@@ -413,6 +536,18 @@ impl Settings {
             NetworkKind::None => Network::None,
             NetworkKind::Filtered => Network::Filtered(rules),
             NetworkKind::Full => Network::Full(rules),
+        }
+    }
+
+    /// How the daemon is reached besides its socket.
+    pub fn front(&self) -> denizen_server::Front {
+        denizen_server::Front {
+            listen: self.listen.clone(),
+            insecure_listen: self.insecure_listen,
+            hosts: self.hosts.clone(),
+            domain: self.domain.clone(),
+            origins: self.origins.clone(),
+            metrics_public: self.metrics_public,
         }
     }
 

@@ -9,7 +9,7 @@ use axum::http::StatusCode;
 use axum::http::header::{CONTENT_LENGTH, CONTENT_TYPE};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post, put};
-use axum::{Json, Router};
+use axum::{Extension, Json, Router};
 use denizen::{
     ArchiveError, Aspect, Credentials, Difference, Error, ImportOptions, MicroVmManager, Node,
     Progress, PullOptions, Retention, Stage, Version,
@@ -22,6 +22,7 @@ use tokio::sync::Notify;
 use tokio_util::io::{ReaderStream, StreamReader};
 use uuid::Uuid;
 
+use crate::access::Caller;
 use crate::lease::Leases;
 use crate::metrics;
 
@@ -63,11 +64,17 @@ pub(crate) fn router(pool: Arc<MicroVmManager>, leases: Arc<Leases>, stop: Arc<N
 
 /// An error as the API tells it: `{"code": …, "message": …}`.
 #[derive(Debug, Serialize)]
-struct Refused {
+pub(crate) struct Refused {
     #[serde(skip)]
     status: StatusCode,
     code: &'static str,
     message: String,
+}
+
+impl Refused {
+    pub(crate) fn new(status: StatusCode, code: &'static str, message: String) -> Self {
+        Self { status, code, message }
+    }
 }
 
 impl IntoResponse for Refused {
@@ -132,8 +139,10 @@ async fn shutdown(State(api): State<Api>) -> StatusCode {
     StatusCode::ACCEPTED
 }
 
-async fn list(State(api): State<Api>) -> Answer<Response> {
-    Ok(Json(api.pool.sessions()?).into_response())
+async fn list(State(api): State<Api>, Extension(caller): Extension<Caller>) -> Answer<Response> {
+    let mut sessions = api.pool.sessions()?;
+    sessions.retain(|session| caller.sees(session.id, session.name.as_deref()));
+    Ok(Json(sessions).into_response())
 }
 
 async fn inspect(State(api): State<Api>, Path(session): Path<String>) -> Answer<Response> {
@@ -302,9 +311,11 @@ struct ForkQuery {
 
 async fn fork(
     State(api): State<Api>,
+    Extension(caller): Extension<Caller>,
     Path(session): Path<String>,
     Query(query): Query<ForkQuery>,
 ) -> Answer<Response> {
+    caller.makes_nameless()?;
     let id = api.leases.find(&session)?;
     let made = match query.snapshot {
         Some(name) => api.pool.fork_snapshot(id, &name.parse()?).await?,
@@ -429,9 +440,11 @@ impl From<Difference> for DifferenceInfo {
 
 async fn diff(
     State(api): State<Api>,
+    Extension(caller): Extension<Caller>,
     Path(session): Path<String>,
     Query(query): Query<DiffQuery>,
 ) -> Answer<Response> {
+    caller.touches(&api.pool, query.other.as_ref().unwrap_or(&session))?;
     let version = |session: &str, snapshot: Option<String>| {
         let snapshot = snapshot.map(|name| name.parse()).transpose()?;
         Ok::<_, Error>(Version { session: api.leases.find(session)?, snapshot })
@@ -443,14 +456,20 @@ async fn diff(
 }
 
 /// One JSON object a line, from now on.
-async fn events(State(api): State<Api>) -> Answer<Response> {
+async fn events(State(api): State<Api>, Extension(caller): Extension<Caller>) -> Answer<Response> {
     let events = api.pool.events()?;
-    let lines = stream::unfold(events, |mut events| async {
-        let event = events.next().await?;
+    let lines = stream::unfold((events, caller), |(mut events, caller)| async {
+        let event = loop {
+            let event = events.next().await?;
+            // What was missed is nobody's, so everybody is told.
+            if event.session.is_nil() || caller.sees(event.session, event.name.as_deref()) {
+                break event;
+            }
+        };
         // Its parts are all strings and numbers: this cannot fail.
         let mut line = serde_json::to_vec(&event).unwrap_or_default();
         line.push(b'\n');
-        Some((Ok::<_, std::convert::Infallible>(line), events))
+        Some((Ok::<_, std::convert::Infallible>(line), (events, caller)))
     });
     Ok(([("content-type", "application/x-ndjson")], Body::from_stream(lines)).into_response())
 }
