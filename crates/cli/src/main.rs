@@ -14,6 +14,7 @@ mod port;
 mod progress;
 mod range;
 mod show;
+mod target;
 
 use std::io::Write;
 use std::os::fd::AsFd;
@@ -478,7 +479,7 @@ async fn serve(
             let _ = writeln!(std::io::stdout(), "{word}");
         }
     };
-    let front = settings.front();
+    let front = settings.front()?;
     let mut builder = denizen::MicroVmManager::builder((&settings.pool).into());
     builder = builder.network(settings.network());
     if let Some(image) = settings.image {
