@@ -2,11 +2,13 @@
 //! configuration file before defaults.
 
 use std::collections::HashMap;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
 use denizen::{BackupFormat, Isolation, Limits, Network, Retention, Rule, Sleep, VmPoolConfig};
+use denizen_server::{Certificate, Front};
 use serde::{Deserialize, Serialize};
 
 use crate::{Failure, Result};
@@ -33,6 +35,91 @@ pub struct Options {
     /// The daemon's socket [default: denizen.sock in the state folder]
     #[arg(long, global = true, env = "DENIZEN_SOCKET", value_name = "FILE")]
     socket: Option<PathBuf>,
+    /// A daemon elsewhere: https://HOST:PORT; its key is taken from DENIZEN_API_KEY [default: the
+    /// socket]
+    #[arg(long, global = true, env = "DENIZEN_URL", value_name = "URL", hide_short_help = true)]
+    url: Option<String>,
+    /// Where else the daemon listens, for clients with a key: 127.0.0.1:7878; several with commas
+    /// between [default: nowhere]
+    #[arg(
+        long,
+        global = true,
+        env = "DENIZEN_LISTEN",
+        value_name = "ADDRESS:PORT",
+        value_delimiter = ',',
+        hide_short_help = true
+    )]
+    listen: Option<Vec<SocketAddr>>,
+    /// Listen without TLS and without a key also on addresses that other machines reach [default:
+    /// false]
+    #[arg(
+        long,
+        global = true,
+        env = "DENIZEN_INSECURE_LISTEN",
+        value_name = "BOOL",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "true",
+        hide_short_help = true
+    )]
+    insecure_listen: Option<bool>,
+    /// The file with the certificate that the daemon shows, and those above it (PEM); what comes
+    /// in its place counts for the next connection
+    #[arg(
+        long,
+        global = true,
+        env = "DENIZEN_TLS_CERTIFICATE",
+        value_name = "FILE",
+        hide_short_help = true
+    )]
+    tls_certificate: Option<PathBuf>,
+    /// The file with that certificate's key (PEM)
+    #[arg(
+        long,
+        global = true,
+        env = "DENIZEN_TLS_KEY",
+        value_name = "FILE",
+        hide_short_help = true
+    )]
+    tls_key: Option<PathBuf>,
+    /// The names that others call the daemon by
+    #[arg(
+        long,
+        global = true,
+        env = "DENIZEN_HOSTS",
+        value_name = "NAMES",
+        value_delimiter = ',',
+        hide_short_help = true
+    )]
+    hosts: Option<Vec<String>>,
+    /// Ports of sessions are reached at <port>-<session>. and this
+    #[arg(
+        long,
+        global = true,
+        env = "DENIZEN_DOMAIN",
+        value_name = "DOMAIN",
+        hide_short_help = true
+    )]
+    domain: Option<String>,
+    /// The origins (https://example.org) of web pages that may use the daemon besides its own
+    #[arg(
+        long,
+        global = true,
+        env = "DENIZEN_ORIGINS",
+        value_name = "ORIGINS",
+        value_delimiter = ',',
+        hide_short_help = true
+    )]
+    origins: Option<Vec<String>>,
+    /// Whether the daemon's metrics are there for those who have no key too [default: false]
+    #[arg(
+        long,
+        global = true,
+        env = "DENIZEN_METRICS_PUBLIC",
+        value_name = "BOOL",
+        hide_short_help = true
+    )]
+    metrics_public: Option<bool>,
     /// Seconds to wait for a session in use or a place in a full pool
     #[arg(long, global = true, env = "DENIZEN_ACQUIRE_TIMEOUT_SECONDS", value_name = "SECONDS")]
     acquire_timeout_seconds: Option<u64>,
@@ -255,6 +342,15 @@ struct FileConfig {
     state: Option<PathBuf>,
     cache: Option<PathBuf>,
     socket: Option<PathBuf>,
+    url: Option<String>,
+    listen: Option<Vec<SocketAddr>>,
+    insecure_listen: Option<bool>,
+    tls_certificate: Option<PathBuf>,
+    tls_key: Option<PathBuf>,
+    hosts: Option<Vec<String>>,
+    domain: Option<String>,
+    origins: Option<Vec<String>>,
+    metrics_public: Option<bool>,
     acquire_timeout_seconds: Option<u64>,
     isolation: Option<Isolation>,
     spares: Option<usize>,
@@ -280,6 +376,28 @@ pub struct Settings {
     pub cache: PathBuf,
     /// The daemon's socket.
     pub socket: PathBuf,
+    /// Where the daemon is instead, for clients.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub url: Option<String>,
+    /// Where else it listens.
+    pub listen: Vec<SocketAddr>,
+    /// Whether without TLS and keys, also where others reach it.
+    pub insecure_listen: bool,
+    /// The certificate that it shows.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tls_certificate: Option<PathBuf>,
+    /// Its key.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tls_key: Option<PathBuf>,
+    /// What others call it.
+    pub hosts: Vec<String>,
+    /// Where ports of sessions are reached.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub domain: Option<String>,
+    /// Of which web pages it is used.
+    pub origins: Vec<String>,
+    /// Whether anybody may read its metrics.
+    pub metrics_public: bool,
     /// How long callers wait in line.
     #[serde(rename = "acquire_timeout_seconds", serialize_with = "seconds")]
     pub acquire_timeout: Duration,
@@ -378,6 +496,21 @@ pub fn load(options: &Options) -> Result<Settings> {
     let linger = options.linger_seconds.or(given.linger_seconds).unwrap_or(300);
     Ok(Settings {
         socket: absolute(&socket.unwrap_or_else(|| state.join("denizen.sock")))?,
+        url: options.url.clone().or(given.url).filter(|url| !url.is_empty()),
+        listen: options.listen.clone().or(given.listen).unwrap_or_default(),
+        insecure_listen: options.insecure_listen.or(given.insecure_listen).unwrap_or(false),
+        tls_certificate: options
+            .tls_certificate
+            .clone()
+            .or(given.tls_certificate)
+            .as_deref()
+            .map(absolute)
+            .transpose()?,
+        tls_key: options.tls_key.clone().or(given.tls_key).as_deref().map(absolute).transpose()?,
+        hosts: options.hosts.clone().or(given.hosts).unwrap_or_default(),
+        domain: options.domain.clone().or(given.domain),
+        origins: options.origins.clone().or(given.origins).unwrap_or_default(),
+        metrics_public: options.metrics_public.or(given.metrics_public).unwrap_or(false),
         acquire_timeout: Duration::from_secs(wait),
         linger: Duration::from_secs(linger),
         isolation: options.isolation.or(given.isolation).unwrap_or(Isolation::Sandbox),
@@ -414,6 +547,27 @@ impl Settings {
             NetworkKind::Filtered => Network::Filtered(rules),
             NetworkKind::Full => Network::Full(rules),
         }
+    }
+
+    /// How the daemon is reached besides its socket.
+    pub fn front(&self) -> Result<Front> {
+        let certificate = match (self.tls_certificate.clone(), self.tls_key.clone()) {
+            (Some(certificate), Some(key)) => Some(Certificate { certificate, key }),
+            (None, None) => None,
+            _ => {
+                let why = "TLS needs both: `tls_certificate` and `tls_key`";
+                return Err(Failure::new(why));
+            }
+        };
+        Ok(Front {
+            certificate,
+            listen: self.listen.clone(),
+            insecure_listen: self.insecure_listen,
+            hosts: self.hosts.clone(),
+            domain: self.domain.clone(),
+            origins: self.origins.clone(),
+            metrics_public: self.metrics_public,
+        })
     }
 
     /// The settings as a configuration file that leads to the same ones.

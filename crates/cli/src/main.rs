@@ -8,11 +8,13 @@ mod config;
 mod copy;
 mod doctor;
 mod image;
+mod key;
 mod moving;
 mod port;
 mod progress;
 mod range;
 mod show;
+mod target;
 
 use std::io::Write;
 use std::os::fd::AsFd;
@@ -221,6 +223,11 @@ Examples:
         #[command(subcommand)]
         verb: image::Verb,
     },
+    /// Make, list and revoke keys: what lets clients in that do not use the daemon's socket
+    Key {
+        #[command(subcommand)]
+        verb: key::Verb,
+    },
     /// Run the daemon in the foreground
     Serve {
         /// Leave after this many seconds in which nothing ran
@@ -336,6 +343,9 @@ async fn act(cli: Cli, settings: config::Settings, range: Range) -> Result<i32> 
     if let Verb::Shutdown = cli.verb {
         return Client::shutdown(&settings).await.map(|()| 0);
     }
+    if let Verb::Key { verb } = cli.verb {
+        return key::run(&settings, verb, json).await.map(|()| 0);
+    }
     let client = Client::connect(&settings).await?;
     match cli.verb {
         Verb::Exec(exec) => return command::exec(&client, exec, json).await,
@@ -405,7 +415,8 @@ async fn act(cli: Cli, settings: config::Settings, range: Range) -> Result<i32> 
         }
         Verb::Image { verb } => image::run(&client, verb, json).await?,
         Verb::Cp { from, to } => copy::run(&client, &from, &to).await?,
-        Verb::Serve { .. }
+        Verb::Key { .. }
+        | Verb::Serve { .. }
         | Verb::Agent
         | Verb::Namespace
         | Verb::Shutdown
@@ -468,6 +479,7 @@ async fn serve(
             let _ = writeln!(std::io::stdout(), "{word}");
         }
     };
+    let front = settings.front()?;
     let mut builder = denizen::MicroVmManager::builder((&settings.pool).into());
     builder = builder.network(settings.network());
     if let Some(image) = settings.image {
@@ -495,7 +507,8 @@ async fn serve(
             failed(&error)
         })?;
     let idle_exit = idle_exit.map(std::time::Duration::from_secs);
-    let daemon = match Daemon::bind(pool.clone(), &settings.socket, idle_exit) {
+    let daemon = Daemon::bind(pool.clone(), &settings.socket, &settings.state, front, idle_exit);
+    let daemon = match daemon {
         Ok(daemon) => daemon,
         Err(error) => {
             if let ServeError::Taken { .. } = error {
@@ -512,6 +525,9 @@ async fn serve(
     tell(client::READY);
     if !background {
         eprintln!("denizen listens on {}", settings.socket.display());
+        for address in daemon.addresses() {
+            eprintln!("denizen listens on {address}");
+        }
     }
     let stop = async move {
         tokio::select! {

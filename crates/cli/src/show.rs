@@ -79,6 +79,36 @@ pub fn session(value: &Value, as_json: bool) -> Result<()> {
     print(&lines)
 }
 
+/// A key that was made: alone on standard output, where a script takes it from.
+pub fn made_key(value: &Value, as_json: bool) -> Result<()> {
+    if as_json {
+        return json(value);
+    }
+    eprintln!("This key is not shown again; `denizen key revoke {}` ends it.", text(&value["id"]));
+    print(&format!("{}\n", text(&value["key"])))
+}
+
+/// All keys.
+pub fn keys(value: &Value, as_json: bool) -> Result<()> {
+    if as_json {
+        return json(value);
+    }
+    let or_none = |value: &Value| if value.is_null() { "-".to_owned() } else { text(value) };
+    let day = |value: &Value| or_none(value).chars().take("2026-01-31T12:00".len()).collect();
+    let rows = value["keys"].as_array().into_iter().flatten().map(|key| {
+        let sessions = key["sessions"].as_str().map_or("all".to_owned(), |it| format!("{it}*"));
+        [
+            text(&key["id"]),
+            text(&key["name"]),
+            text(&key["scope"]),
+            sessions,
+            day(&key["expires_at"]),
+            day(&key["last_used_at"]),
+        ]
+    });
+    table(["ID", "NAME", "SCOPE", "SESSIONS", "EXPIRES", "USED"], rows)
+}
+
 /// The backups of a session.
 pub fn backups(value: &Value, as_json: bool) -> Result<()> {
     if as_json {

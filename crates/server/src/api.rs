@@ -32,7 +32,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 pub(crate) use events::Recent;
-use refusal::Refused;
+pub(crate) use refusal::Refused;
 use repeats::Repeats;
 
 use crate::lease::Leases;

@@ -15,6 +15,7 @@ use parking_lot::Mutex;
 use tokio::time::Instant;
 use uuid::Uuid;
 
+use crate::access::guard;
 use crate::files::Within;
 use crate::{Ending, SESSION};
 
@@ -178,8 +179,7 @@ pub(crate) struct Resolver(pub(crate) Arc<Leases>);
 impl Resolver {
     /// The lease of the session that a request names.
     pub(crate) async fn lease(&self, headers: &HeaderMap) -> Result<Arc<Lease>, ConnectError> {
-        let header = headers.get(SESSION).or_else(|| headers.get("e2b-sandbox-id"));
-        let session = header.and_then(|value| value.to_str().ok()).ok_or_else(|| {
+        let session = guard::named(headers).ok_or_else(|| {
             ConnectError::invalid_argument(format!("which session? set the header {SESSION}"))
         })?;
         let Self(leases) = self;

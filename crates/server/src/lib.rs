@@ -1,25 +1,35 @@
-//! The daemon: one pool of sessions, offered over HTTP on a Unix socket.
+//! The daemon: one pool of sessions, offered over HTTP on a Unix socket, and over TCP to those
+//! who have a key (`access`).
 //!
 //! `/v1/…` is about sessions (`api`), with `/v1/metrics` for Prometheus (`/metrics` is a session's,
 //! as envd has it); all else is envd's protocol, for the session that the header [`SESSION`] names
 //! (`lease`). The daemon must never decide anything about a session's life: it asks the pool, as
 //! any caller of the library does.
 
+mod access;
 mod api;
+mod connections;
 mod files;
 mod lease;
 mod listener;
 mod metrics;
 mod rest;
 
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use axum::extract::DefaultBodyLimit;
 use axum::routing::any;
 use denizen::{Isolation, MicroVmManager};
 use denizen_agent::envd;
+use tokio::net::TcpListener;
+use tokio::task::JoinSet;
 
+use crate::access::tls::Tls;
+use crate::access::{Access, guard};
+pub use crate::access::{Certificate, Front, KeyInfo, Keys, KeysError, NewKey, Scope};
 pub use crate::api::description;
 use crate::lease::Leases;
 use crate::listener::OwnListener;
@@ -27,6 +37,9 @@ use crate::listener::OwnListener;
 /// Request header that names a session, by name or UUID. Clients of envd send
 /// `E2b-Sandbox-Id`, which is understood too.
 pub const SESSION: &str = "denizen-session";
+
+/// The most that a body of JSON may have, in bytes.
+const JSON: usize = 1 << 20;
 
 /// Why a daemon cannot run.
 #[derive(Debug, thiserror::Error)]
@@ -46,6 +59,34 @@ pub enum ServeError {
         /// The socket.
         path: PathBuf,
     },
+    /// A TCP address cannot be had.
+    #[error("cannot listen on {address}: {source}")]
+    Address {
+        /// The address.
+        address: SocketAddr,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// Others reach an address, and what keeps them out is not there.
+    #[error(
+        "{address} is reached from other machines, and {lack}; or say `insecure_listen = true` \
+         (--insecure-listen), if something else sees to that"
+    )]
+    Insecure {
+        /// The address.
+        address: SocketAddr,
+        /// What is not there, and what would change that.
+        lack: &'static str,
+    },
+    /// The keys cannot be had.
+    #[error(transparent)]
+    Keys(#[from] KeysError),
+    /// The certificate cannot be had.
+    #[error("the certificate for TLS: {0}")]
+    Tls(String),
+    /// The audit log cannot be written.
+    #[error("cannot write the audit log: {0}")]
+    Audit(std::io::Error),
     /// The pool could not be shut down in order.
     #[error(transparent)]
     Pool(#[from] denizen::Error),
@@ -64,23 +105,53 @@ pub enum Ending {
 pub struct Daemon {
     pool: Arc<MicroVmManager>,
     listener: OwnListener,
+    remote: Vec<TcpListener>,
+    tls: Option<Arc<Tls>>,
+    access: Arc<Access>,
     leases: Arc<Leases>,
     idle_exit: Option<Duration>,
 }
 
 impl Daemon {
-    /// Binds the socket, mode 0600, replacing one that nobody answers on.
+    /// Binds the socket, mode 0600, replacing one that nobody answers on, and what else there is
+    /// to listen on. `state` is the folder with the keys.
     ///
     /// # Errors
-    /// [`ServeError::Socket`], [`ServeError::Taken`].
+    /// [`ServeError`]; then nothing is left behind.
     pub fn bind(
         pool: Arc<MicroVmManager>,
         socket: &Path,
+        state: &Path,
+        front: Front,
         idle_exit: Option<Duration>,
     ) -> Result<Self, ServeError> {
+        let keys = Keys::open(state)?;
+        let lack = if keys.list().is_empty() {
+            Some("there is no key yet: make one (`denizen key create NAME`)")
+        } else if front.certificate.is_none() {
+            Some("there is no TLS: set `tls_certificate` and `tls_key`")
+        } else {
+            None
+        };
+        let is_open = |address: &&SocketAddr| !address.ip().to_canonical().is_loopback();
+        if let (Some(address), Some(lack), false) =
+            (front.listen.iter().find(is_open), lack, front.insecure_listen)
+        {
+            return Err(ServeError::Insecure { address: *address, lack });
+        }
+        let tls = front.certificate.clone().map(Tls::open).transpose().map_err(ServeError::Tls)?;
+        let remote = front.listen.iter().map(|address| listen(*address));
+        let remote = remote.collect::<Result<_, _>>()?;
         let listener = OwnListener::bind(socket)?;
         let leases = Arc::new(Leases::new(pool.clone()));
-        Ok(Self { pool, listener, leases, idle_exit })
+        let access = Access::new(pool.clone(), leases.clone(), keys, front, state);
+        let access = Arc::new(access.map_err(ServeError::Audit)?);
+        Ok(Self { pool, listener, remote, tls, access, leases, idle_exit })
+    }
+
+    /// Where it listens on TCP: the addresses that it was given, with the ports that it got.
+    pub fn addresses(&self) -> Vec<SocketAddr> {
+        self.remote.iter().filter_map(|listener| listener.local_addr().ok()).collect()
     }
 
     /// Serves until `stop` is ready, somebody asks over the API, or the daemon has been idle
@@ -91,7 +162,7 @@ impl Daemon {
     /// # Errors
     /// [`ServeError`].
     pub async fn serve(self, stop: impl Future<Output = Ending> + Send) -> Result<(), ServeError> {
-        let Self { pool, listener, leases, idle_exit } = self;
+        let Self { pool, listener, remote, tls, access, leases, idle_exit } = self;
         let path = listener.path().to_owned();
         let asked = Arc::new(tokio::sync::Notify::new());
         let resolver = Arc::new(lease::Resolver(leases.clone()));
@@ -103,8 +174,17 @@ impl Daemon {
         };
         let recent = api::Recent::of(&pool)?;
         let api = api::Api::new(pool.clone(), leases.clone(), asked.clone(), recent);
-        let app = api::router(api).merge(envd).layer(axum::middleware::from_fn(rest::read_on));
-        let server = tokio::spawn(async move { axum::serve(listener, app).await });
+        let app = api::router(api)
+            .merge(access::routes::router().with_state(access.clone()))
+            .layer(DefaultBodyLimit::max(JSON))
+            .merge(envd)
+            .layer(axum::middleware::from_fn_with_state(access.clone(), guard::guard))
+            .layer(axum::middleware::from_fn(rest::read_on));
+        let mut servers = JoinSet::new();
+        for listener in remote {
+            servers.spawn(connections::remote(listener, tls.clone(), app.clone(), access.clone()));
+        }
+        servers.spawn(connections::local(listener, app));
         let ending = tokio::select! {
             ending = stop => {
                 tracing::info!(?ending, "asked to stop");
@@ -120,9 +200,10 @@ impl Daemon {
             }
         };
         // Nobody new; then nothing that runs in the foreground; then the pool.
-        server.abort();
+        servers.shutdown().await;
         let _ = std::fs::remove_file(&path);
         leases.kill_all(ending).await;
+        access.keys.remember_use();
         drop(leases);
         match ending {
             Ending::Stop => pool.shutdown().await?,
@@ -130,6 +211,14 @@ impl Daemon {
         }
         Ok(())
     }
+}
+
+fn listen(address: SocketAddr) -> Result<TcpListener, ServeError> {
+    let failed = |source| ServeError::Address { address, source };
+    // Rust's own sets SO_REUSEADDR, so that a restart finds its port free.
+    let listener = std::net::TcpListener::bind(address).map_err(failed)?;
+    listener.set_nonblocking(true).map_err(failed)?;
+    TcpListener::from_std(listener).map_err(failed)
 }
 
 /// Ends when nothing has been in use for `limit` and all is saved that can be.

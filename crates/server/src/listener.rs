@@ -50,11 +50,9 @@ impl OwnListener {
     }
 }
 
-impl axum::serve::Listener for OwnListener {
-    type Io = UnixStream;
-    type Addr = ();
-
-    async fn accept(&mut self) -> (UnixStream, ()) {
+impl OwnListener {
+    /// The next connection that is let in, and whose it is. Cancel-safe.
+    pub(crate) async fn accept(&mut self) -> (UnixStream, u32) {
         loop {
             let stream = match self.listener.accept().await {
                 Ok((stream, _)) => stream,
@@ -67,14 +65,12 @@ impl axum::serve::Listener for OwnListener {
             };
             let me = rustix::process::geteuid().as_raw();
             match stream.peer_cred() {
-                Ok(peer) if peer.uid() == me || peer.uid() == 0 => return (stream, ()),
+                Ok(peer) if peer.uid() == me || peer.uid() == 0 => {
+                    return (stream, peer.uid());
+                }
                 Ok(peer) => tracing::warn!(uid = peer.uid(), "connection of another user refused"),
                 Err(error) => tracing::warn!(%error, "connection without credentials refused"),
             }
         }
-    }
-
-    fn local_addr(&self) -> io::Result<()> {
-        Ok(())
     }
 }

@@ -7,6 +7,7 @@ use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::sync::Arc;
 
+use axum::Extension;
 use axum::body::Body;
 use axum::extract::State;
 use axum::http::{HeaderMap, header};
@@ -23,6 +24,7 @@ use uuid::Uuid;
 use super::Api;
 use super::extract::Query;
 use super::refusal::{Answer, Refused};
+use crate::access::Caller;
 
 /// How many events are kept.
 const MOST: usize = 4096;
@@ -125,6 +127,7 @@ impl Whose {
         (denizen_api::Event = "application/x-ndjson"))), Refused))]
 pub(crate) async fn events(
     State(api): State<Api>,
+    Extension(caller): Extension<Caller>,
     Query(whose): Query<Whose>,
     headers: HeaderMap,
 ) -> Answer<Response> {
@@ -141,7 +144,12 @@ pub(crate) async fn events(
     let boot = recent.boot.clone();
     let lost = stream::iter(lost.then_some(None));
     let all = lost.chain(recent.after(after)).filter(move |kept| {
-        let takes = kept.as_ref().is_none_or(|kept| whose.takes(&kept.event));
+        let takes = kept.as_ref().is_none_or(|kept| {
+            let event = &kept.event;
+            // What is nobody's, everybody is told.
+            let sees = event.session.is_nil() || caller.sees(event.session, event.name.as_deref());
+            sees && whose.takes(event)
+        });
         std::future::ready(takes)
     });
     if word("accept").is_some_and(|accept| accept.contains("text/event-stream")) {

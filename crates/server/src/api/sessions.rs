@@ -1,5 +1,6 @@
 //! Sessions: made, listed, looked at, started, stopped, copied, removed.
 
+use axum::Extension;
 use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
@@ -12,6 +13,7 @@ use uuid::Uuid;
 use super::extract::{Json, Path, Query};
 use super::refusal::{Answer, Refused};
 use super::{Api, wire};
+use crate::access::Caller;
 
 /// Most sessions in one part of a list.
 const MOST: usize = 1000;
@@ -49,6 +51,7 @@ impl Filter {
     responses((status = 200, body = Sessions), Refused))]
 pub(crate) async fn list(
     State(api): State<Api>,
+    Extension(caller): Extension<Caller>,
     Query(filter): Query<Filter>,
 ) -> Answer<axum::Json<Sessions>> {
     let limit = filter.limit.unwrap_or(MOST);
@@ -56,7 +59,7 @@ pub(crate) async fn list(
         return Err(Refused::new(Code::BadRequest, format!("limit is from 1 to {MOST}")));
     }
     let mut all = api.pool.sessions()?;
-    all.retain(|session| filter.takes(session));
+    all.retain(|it| caller.sees(it.id, it.name.as_deref()) && filter.takes(it));
     all.sort_unstable_by_key(|session| session.id);
     let more = all.len() > limit;
     all.truncate(limit);
@@ -73,10 +76,15 @@ pub(crate) async fn list(
     request_body = NewSession, responses((status = 201, body = Session), Refused))]
 pub(crate) async fn create(
     State(api): State<Api>,
+    Extension(caller): Extension<Caller>,
     headers: HeaderMap,
     Json(new): Json<NewSession>,
 ) -> Answer<Response> {
     let NewSession { name, image } = new;
+    match &name {
+        Some(name) => caller.touches(&api.pool, name)?,
+        None => caller.makes_nameless()?,
+    }
     let words = ["create", name.as_deref().unwrap_or(""), image.as_deref().unwrap_or("")];
     let work = {
         let (api, name, image) = (api.clone(), name.clone(), image.clone());
@@ -243,10 +251,12 @@ pub(crate) struct Origin {
     responses((status = 201, body = Session), Refused))]
 pub(crate) async fn fork(
     State(api): State<Api>,
+    Extension(caller): Extension<Caller>,
     Path(session): Path<String>,
     Query(Origin { snapshot }): Query<Origin>,
     headers: HeaderMap,
 ) -> Answer<Response> {
+    caller.makes_nameless()?;
     let id = api.leases.find(&session)?;
     let text = id.to_string();
     let words = ["fork", &text, snapshot.as_deref().unwrap_or("")];

@@ -1,5 +1,6 @@
 //! Sessions as they once were, on the same disk, and what differs between two states.
 
+use axum::Extension;
 use axum::extract::State;
 use axum::http::StatusCode;
 use denizen::{Error, Version};
@@ -10,6 +11,7 @@ use utoipa::IntoParams;
 use super::extract::{Path, Query};
 use super::refusal::{Answer, Refused};
 use super::{Api, wire};
+use crate::access::Caller;
 
 /// List a session's snapshots.
 #[utoipa::path(get, path = "/v1/sessions/{session}/snapshots", tag = "snapshots",
@@ -73,9 +75,11 @@ pub(crate) struct Between {
     responses((status = 200, body = Vec<Difference>), Refused))]
 pub(crate) async fn diff(
     State(api): State<Api>,
+    Extension(caller): Extension<Caller>,
     Path(session): Path<String>,
     Query(between): Query<Between>,
 ) -> Answer<axum::Json<Vec<Difference>>> {
+    caller.touches(&api.pool, between.other.as_ref().unwrap_or(&session))?;
     let version = |session: &str, snapshot: Option<String>| {
         let snapshot = snapshot.map(|name| name.parse()).transpose()?;
         Ok::<_, Error>(Version { session: api.leases.find(session)?, snapshot })

@@ -1,0 +1,485 @@
+//! What every request passes before anything is done for it: whether the name it is asked by is
+//! ours and the page it comes from may ask (over TCP), whose key it carries, what that allows. It
+//! must never let through what it does not know.
+//!
+//! A browser lets any page send requests to this machine. It sends the page's origin along, which
+//! has to be one that is listed or our own; and a page whose name was made to lead here (DNS
+//! rebinding) asks by that name, which is none of ours. Neither has a key anyway.
+
+use std::net::{IpAddr, Ipv4Addr};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use axum::body::{Body, Bytes};
+use axum::extract::{FromRequestParts, MatchedPath, RawPathParams, Request, State};
+use axum::http::header::{
+    ACCESS_CONTROL_ALLOW_HEADERS, ACCESS_CONTROL_ALLOW_METHODS, ACCESS_CONTROL_ALLOW_ORIGIN,
+    ACCESS_CONTROL_EXPOSE_HEADERS, ACCESS_CONTROL_MAX_AGE, ACCESS_CONTROL_REQUEST_HEADERS,
+    ACCESS_CONTROL_REQUEST_METHOD, AUTHORIZATION, CONTENT_TYPE, HOST, ORIGIN, RETRY_AFTER, VARY,
+    WWW_AUTHENTICATE, X_CONTENT_TYPE_OPTIONS,
+};
+use axum::http::request::Parts;
+use axum::http::uri::{Authority, PathAndQuery, Uri};
+use axum::http::{HeaderMap, HeaderValue, Method, StatusCode};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+use denizen_api::Code;
+use futures::StreamExt;
+use hyper::body::{Body as _, Frame, SizeHint};
+use jiff::Timestamp;
+
+use super::keys::Scope;
+use super::limits::{One, network};
+use super::rules::{self, Need, On};
+use super::{Access, Caller, Front, Peer};
+use crate::SESSION;
+use crate::api::Refused;
+
+/// The port at which clients of E2B reach envd in a sandbox.
+const ENVD_PORT: u16 = 49983;
+/// How long a client may send nothing of a body that it has begun.
+const STANDSTILL: Duration = Duration::from_mins(1);
+/// What a page of a listed origin may read of an answer besides its body.
+const EXPOSED: HeaderValue =
+    HeaderValue::from_static("content-range, etag, last-modified, location, retry-after");
+
+/// The session that a request for envd names.
+pub(crate) fn named(headers: &HeaderMap) -> Option<&str> {
+    let header = headers.get(SESSION).or_else(|| headers.get("e2b-sandbox-id"));
+    header?.to_str().ok()
+}
+
+/// Rewrites a request for `<port>-<session>.<domain>` to the path that means the same, before it
+/// is routed: so what is asked by such a name is never a route of the daemon's own.
+pub(crate) fn by_path<B>(front: &Front, request: &mut axum::http::Request<B>) {
+    let host = hosts(request.uri(), request.headers()).next().flatten();
+    let Some((port, session)) = host.and_then(|host| of_session(front, &host)) else { return };
+    if port == ENVD_PORT {
+        if let Ok(session) = HeaderValue::from_str(&session) {
+            request.headers_mut().insert(SESSION, session);
+            return;
+        }
+    }
+    let rest = request.uri().path_and_query().map_or("/", PathAndQuery::as_str);
+    let session = escape(&session);
+    let path = format!("/v1/sessions/{session}/ports/{port}{rest}");
+    // Both parts of it were parts of a URI.
+    if let Ok(path) = path.parse::<PathAndQuery>() {
+        let mut parts = std::mem::take(request.uri_mut()).into_parts();
+        parts.path_and_query = Some(path);
+        *request.uri_mut() = Uri::from_parts(parts).unwrap_or_default();
+    }
+}
+
+fn escape(text: &str) -> String {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~".contains(&byte);
+    text.bytes()
+        .map(|byte| if plain(byte) { char::from(byte).into() } else { format!("%{byte:02X}") })
+        .collect()
+}
+
+/// The port and session of a host `<port>-<session>.<domain>`.
+fn of_session(front: &Front, host: &Authority) -> Option<(u16, String)> {
+    let name = host.host().to_ascii_lowercase();
+    let domain = front.domain.as_deref()?.to_ascii_lowercase();
+    let label = name.strip_suffix(&domain)?.strip_suffix('.')?;
+    let (port, session) = label.split_once('-')?;
+    let port = port.parse().ok().filter(|port| *port != 0)?;
+    (!session.is_empty() && !session.contains('.')).then(|| (port, session.to_owned()))
+}
+
+/// Every name that a request is asked by: what is in its URI, and what is in its headers.
+fn hosts<'a>(uri: &'a Uri, headers: &'a HeaderMap) -> impl Iterator<Item = Option<Authority>> + 'a {
+    let of_headers = headers.get_all(HOST).iter().map(|host| host.to_str().ok()?.parse().ok());
+    uri.authority().cloned().map(Some).into_iter().chain(of_headers)
+}
+
+/// Whether a host is one of ours.
+fn is_ours(front: &Front, host: &Authority, to: IpAddr) -> bool {
+    if host.as_str().contains('@') {
+        return false;
+    }
+    let name = host.host().trim_end_matches('.');
+    let address = name.trim_start_matches('[').trim_end_matches(']');
+    if let Ok(address) = address.parse::<IpAddr>() {
+        // An address is not a name that somebody else can have lead here.
+        let plain = address.to_canonical();
+        return plain.is_loopback() || plain == to.to_canonical() || listed(front, name);
+    }
+    name.eq_ignore_ascii_case("localhost")
+        || listed(front, name)
+        || of_session(front, host).is_some()
+}
+
+fn listed(front: &Front, name: &str) -> bool {
+    let is = |host: &String| host.eq_ignore_ascii_case(name);
+    front.hosts.iter().chain(&front.domain).any(is)
+}
+
+/// Whether the page at that origin is one that we have served ourselves.
+fn is_own(origin: &HeaderValue, host: Option<&Authority>, tls: bool) -> bool {
+    let scheme = if tls { "https://" } else { "http://" };
+    let origin = origin.to_str().ok().and_then(|origin| origin.strip_prefix(scheme));
+    origin.zip(host).is_some_and(|(origin, host)| origin.eq_ignore_ascii_case(host.as_str()))
+}
+
+/// The key or token that a request carries. Clients of E2B send theirs in headers of their own,
+/// and for envd an `Authorization: Basic` that names a user.
+fn secret(headers: &HeaderMap) -> Option<&str> {
+    let bearer = headers.get_all(AUTHORIZATION).iter().find_map(|value| {
+        let (scheme, secret) = value.to_str().ok()?.split_once(' ')?;
+        scheme.eq_ignore_ascii_case("bearer").then(|| secret.trim())
+    });
+    let plain = |name: &str| headers.get(name)?.to_str().ok();
+    bearer.or_else(|| plain("x-api-key")).or_else(|| plain("x-access-token"))
+}
+
+/// Why a request is not answered by its handler.
+enum No {
+    Refused(Refused),
+    /// It may be made after a while.
+    TooOften(Duration),
+}
+
+impl From<Refused> for No {
+    fn from(refused: Refused) -> Self {
+        Self::Refused(refused)
+    }
+}
+
+impl IntoResponse for No {
+    fn into_response(self) -> Response {
+        let wait = match self {
+            Self::Refused(refused) => return refused.into_response(),
+            Self::TooOften(wait) => wait,
+        };
+        let seconds = wait.as_secs() + 1;
+        let why = format!("too many requests: try again in {seconds} s");
+        let mut answer = Refused::new(Code::RateLimited, why).into_response();
+        answer.headers_mut().insert(RETRY_AFTER, seconds.into());
+        answer
+    }
+}
+
+/// Answers as `next` does, if the request may be made at all.
+pub(crate) async fn guard(
+    State(access): State<Arc<Access>>,
+    request: Request,
+    next: Next,
+) -> Response {
+    let (mut parts, body) = request.into_parts();
+    let mut record = Record::begin(access.clone(), &parts);
+    let (answer, origin) = match from_where(&access.front, &parts) {
+        Err(refused) => (access.refuse(record.peer.as_ref(), refused.into()), None),
+        Ok(Some(origin)) if is_preflight(&parts) => (preflight(&parts), Some(origin)),
+        Ok(origin) => {
+            let answer = match admit(&access, &mut parts, &mut record).await {
+                Ok(caller) => {
+                    let request = Request::from_parts(parts, body);
+                    pass(access, caller, request, next).await
+                }
+                Err(no) => access.refuse(record.peer.as_ref(), no),
+            };
+            (answer, origin)
+        }
+    };
+    record.status = Some(answer.status());
+    match origin {
+        Some(origin) => allow(answer, &origin),
+        None => answer,
+    }
+}
+
+impl Access {
+    /// A refusal as its client gets it. Whoever gets many is told no more than to go away, and
+    /// nobody else is held up by that: good keys are never counted with these.
+    fn refuse(&self, peer: Option<&Peer>, no: No) -> Response {
+        let no = match (peer, no) {
+            (Some(Peer::Tcp { from, .. }), No::Refused(refused)) => {
+                match self.refusals.count(network(from.ip()), Instant::now()) {
+                    Ok(()) => No::Refused(refused),
+                    Err(wait) => No::TooOften(wait),
+                }
+            }
+            (_, no) => no,
+        };
+        let mut answer = no.into_response();
+        if answer.status() == StatusCode::UNAUTHORIZED {
+            answer.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
+        answer
+    }
+}
+
+/// Who asks, if they may ask for that.
+async fn admit(access: &Access, parts: &mut Parts, record: &mut Record) -> Result<Caller, No> {
+    let route = parts.extensions.get::<MatchedPath>().map(|path| path.as_str().to_owned());
+    let route = route.or_else(|| rules::of_envd(parts.uri.path()).map(str::to_owned));
+    let route = route.unwrap_or_default();
+    let session = session(parts).await;
+    let of_whole = route == "/metrics" && session.is_none();
+    let rule = if of_whole { "/v1/metrics" } else { &route };
+    let mut need = rules::need(&parts.method, rule);
+    if rule == "/v1/metrics" && access.front.metrics_public {
+        need = Need::Nothing;
+    }
+    record.need = Some(need);
+    record.route = route;
+    record.session.clone_from(&session);
+    let caller = match (parts.extensions.get::<Peer>(), secret(&parts.headers)) {
+        (Some(Peer::Local { uid }), _) => Caller::local(*uid),
+        (_, _) if need == Need::Nothing => Caller::nobody(),
+        (_, secret) => secret.and_then(|secret| access.who(secret)).ok_or_else(|| {
+            let what = if secret.is_some() { "this key or token is not good" } else { "no key" };
+            let why = format!("{what}: `denizen key create` makes one");
+            Refused::new(Code::Unauthenticated, why)
+        })?,
+    };
+    record.caller = Some(caller.clone());
+    if let Some(id) = caller.counted_as() {
+        access.requests.count(id, Instant::now()).map_err(No::TooOften)?;
+    }
+    let Need::Scope(scope, on) = need else { return Ok(caller) };
+    if caller.scope < scope {
+        let has = caller.scope.name();
+        let why = format!("this needs a key of scope {}, and this one is {has}", scope.name());
+        return Err(Refused::new(Code::Forbidden, why).into());
+    }
+    match on {
+        On::All if caller.is_limited() => Err(caller.outside().into()),
+        On::Session if caller.is_limited() => {
+            let session = session.ok_or_else(|| caller.outside())?;
+            caller.touches(&access.pool, &session)?;
+            Ok(caller)
+        }
+        On::All | On::Session | On::Some => Ok(caller),
+    }
+}
+
+/// The session that a request is about, as its handler will read it.
+async fn session(parts: &mut Parts) -> Option<String> {
+    if let Ok(params) = RawPathParams::from_request_parts(parts, &()).await {
+        let of_path = params.iter().find(|(name, _)| *name == "session");
+        if let Some((_, session)) = of_path {
+            return Some(session.to_owned());
+        }
+    }
+    named(&parts.headers).map(str::to_owned)
+}
+
+/// That a request is asked by a name of ours, and by which listed origin, if there is one.
+fn from_where(front: &Front, parts: &Parts) -> Result<Option<HeaderValue>, Refused> {
+    let (to, tls) = match parts.extensions.get::<Peer>() {
+        // No browser gets here.
+        Some(Peer::Local { .. }) => return Ok(None),
+        Some(Peer::Tcp { to, tls, .. }) => (to.ip(), *tls),
+        None => (Ipv4Addr::UNSPECIFIED.into(), false),
+    };
+    let mut all = hosts(&parts.uri, &parts.headers).peekable();
+    let first = all.peek().cloned().flatten();
+    if first.is_none() || !all.all(|host| host.is_some_and(|host| is_ours(front, &host, to))) {
+        let why = "this is no name of this daemon's: list it in the setting `hosts`, if it is";
+        return Err(Refused::new(Code::BadHost, why.to_owned()));
+    }
+    let mut origins = parts.headers.get_all(ORIGIN).iter();
+    match (origins.next(), origins.next()) {
+        (None, _) => Ok(None),
+        (Some(origin), None) if is_own(origin, first.as_ref(), tls) => Ok(None),
+        (Some(origin), None)
+            if front.origins.iter().any(|it| it.as_bytes() == origin.as_bytes()) =>
+        {
+            Ok(Some(origin.clone()))
+        }
+        _ => {
+            let why = "pages of this origin may not ask: list it in the setting `origins`";
+            Err(Refused::new(Code::BadOrigin, why.to_owned()))
+        }
+    }
+}
+
+/// Whether a browser asks if it may ask (Fetch, 4.8).
+fn is_preflight(parts: &Parts) -> bool {
+    parts.method == Method::OPTIONS && parts.headers.contains_key(ACCESS_CONTROL_REQUEST_METHOD)
+}
+
+fn preflight(parts: &Parts) -> Response {
+    let mut answer = StatusCode::NO_CONTENT.into_response();
+    let headers = answer.headers_mut();
+    for (asked, allowed) in [
+        (ACCESS_CONTROL_REQUEST_METHOD, ACCESS_CONTROL_ALLOW_METHODS),
+        (ACCESS_CONTROL_REQUEST_HEADERS, ACCESS_CONTROL_ALLOW_HEADERS),
+    ] {
+        if let Some(asked) = parts.headers.get(asked) {
+            headers.insert(allowed, asked.clone());
+        }
+    }
+    headers.insert(ACCESS_CONTROL_MAX_AGE, HeaderValue::from_static("600"));
+    answer
+}
+
+fn allow(mut answer: Response, origin: &HeaderValue) -> Response {
+    let headers = answer.headers_mut();
+    headers.insert(ACCESS_CONTROL_ALLOW_ORIGIN, origin.clone());
+    headers.insert(ACCESS_CONTROL_EXPOSE_HEADERS, EXPOSED);
+    headers.append(VARY, HeaderValue::from_static("origin"));
+    answer
+}
+
+/// Has a request answered. All of it ends when what its caller was let in by does: the handler,
+/// the answer's body, and a connection that it has become.
+async fn pass(access: Arc<Access>, caller: Caller, mut request: Request, next: Next) -> Response {
+    let peer = request.extensions().get::<Peer>().cloned();
+    request.extensions_mut().insert(caller.clone());
+    let Some(Peer::Tcp { cut, .. }) = peer else { return next.run(request).await };
+    let one = match caller.counted_as() {
+        Some(id) => match access.at_a_time.begin(id) {
+            Some(one) => Some(one),
+            None => return No::TooOften(Duration::ZERO).into_response(),
+        },
+        None => None,
+    };
+    let mut over = Box::pin(access.over(caller));
+    let mut answer = tokio::select! {
+        answer = next.run(patient(request)) => answer,
+        () = &mut over => {
+            let why = "the key or token was revoked, or has expired".to_owned();
+            Refused::new(Code::Unauthenticated, why).into_response()
+        }
+    };
+    // What a session serves is never taken for a page or a script of ours, whatever it looks like.
+    let headers = answer.headers_mut();
+    headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    if answer.status() == StatusCode::SWITCHING_PROTOCOLS {
+        tokio::spawn(async move {
+            let _one = one;
+            tokio::select! {
+                () = over => cut.cancel(),
+                () = cut.cancelled() => {}
+            }
+        });
+        return answer;
+    }
+    answer.map(|body| Body::new(Held { body, over, _one: one }))
+}
+
+/// A request whose body does not stand still for long. A stream of messages may: nobody types all
+/// the time.
+fn patient(request: Request) -> Request {
+    let kind = request.headers().get(CONTENT_TYPE).map_or(&b""[..], HeaderValue::as_bytes);
+    let is_stream = [&b"application/connect+"[..], b"application/grpc"];
+    if request.body().is_end_stream() || is_stream.iter().any(|it| kind.starts_with(it)) {
+        return request;
+    }
+    request.map(|body| {
+        let pieces = futures::stream::unfold(body.into_data_stream(), |mut body| async {
+            let piece = match tokio::time::timeout(STANDSTILL, body.next()).await {
+                Ok(piece) => piece?.map_err(std::io::Error::other),
+                Err(_) => Err(std::io::ErrorKind::TimedOut.into()),
+            };
+            Some((piece, body))
+        });
+        Body::from_stream(pieces)
+    })
+}
+
+/// A body that ends when its reader may no longer read it.
+struct Held<F> {
+    body: Body,
+    over: Pin<Box<F>>,
+    _one: Option<One<String>>,
+}
+
+impl<F: Future<Output = ()>> hyper::body::Body for Held<F> {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        if self.over.as_mut().poll(context).is_ready() {
+            let why = std::io::Error::other("the key or token is no longer good");
+            return Poll::Ready(Some(Err(axum::Error::new(why))));
+        }
+        Pin::new(&mut self.body).poll_frame(context)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+/// What the audit log is told of a request: when its answer begins, or when nobody waits for that
+/// any more.
+struct Record {
+    access: Arc<Access>,
+    begin: Instant,
+    method: Method,
+    peer: Option<Peer>,
+    caller: Option<Caller>,
+    need: Option<Need>,
+    route: String,
+    session: Option<String>,
+    status: Option<StatusCode>,
+}
+
+impl Record {
+    fn begin(access: Arc<Access>, parts: &Parts) -> Self {
+        Self {
+            access,
+            begin: Instant::now(),
+            method: parts.method.clone(),
+            peer: parts.extensions.get().cloned(),
+            caller: None,
+            need: None,
+            route: String::new(),
+            session: None,
+            status: None,
+        }
+    }
+
+    fn matters(&self) -> bool {
+        match self.status {
+            Some(
+                StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN | StatusCode::MISDIRECTED_REQUEST,
+            ) => true,
+            // Written down too, whoever floods us would have the rest put aside.
+            Some(StatusCode::TOO_MANY_REQUESTS) => false,
+            _ => matches!(self.need, Some(Need::Scope(Scope::Operate | Scope::Admin, _))),
+        }
+    }
+}
+
+impl Drop for Record {
+    fn drop(&mut self) {
+        if !self.matters() {
+            return;
+        }
+        let peer = match &self.peer {
+            Some(Peer::Tcp { from, .. }) => from.to_string(),
+            Some(Peer::Local { .. }) | None => "socket".to_owned(),
+        };
+        let method = self.method.as_str();
+        self.access.audit.write(&serde_json::json!({
+            "at": Timestamp::now(),
+            "who": self.caller.as_ref().map(Caller::told),
+            "peer": peer,
+            "method": shortened(method),
+            "route": self.route,
+            "session": self.session.as_deref().map(shortened),
+            "status": self.status.map(|status| status.as_u16()),
+            "milliseconds": u64::try_from(self.begin.elapsed().as_millis()).unwrap_or(u64::MAX),
+        }));
+    }
+}
+
+/// As much of what somebody sent as a name could be.
+fn shortened(text: &str) -> String {
+    text.chars().take(128).collect()
+}

@@ -1,0 +1,299 @@
+//! Who may do what, and from where. Whoever reaches the daemon's Unix socket is its own user and
+//! may do all; over TCP, a key or a session's token says what.
+//!
+//! Every request passes [`guard`], which asks [`rules`] what its route needs. A handler must never
+//! decide by itself who may call it; where its answer depends on the caller's reach (a list, a
+//! stream of events), or its session is not in the path, it asks the [`Caller`].
+
+mod audit;
+pub(crate) mod guard;
+mod keys;
+pub(crate) mod limits;
+pub(crate) mod routes;
+mod rules;
+pub(crate) mod tls;
+mod tokens;
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use denizen::MicroVmManager;
+use denizen_api::Code;
+use jiff::Timestamp;
+use uuid::Uuid;
+
+use self::audit::Audit;
+pub use self::keys::{KeyInfo, Keys, KeysError, NewKey, Scope};
+use self::limits::{AtATime, Rate};
+pub use self::tls::Certificate;
+use self::tokens::Token;
+use crate::api::Refused;
+use crate::lease::Leases;
+
+/// How the daemon is reached besides its Unix socket.
+#[derive(Clone, Debug, Default)]
+pub struct Front {
+    /// Where it listens on TCP.
+    pub listen: Vec<SocketAddr>,
+    /// Whether it may do so without TLS or any key on addresses that others reach.
+    pub insecure_listen: bool,
+    /// What it shows there; without, it speaks no TLS.
+    pub certificate: Option<Certificate>,
+    /// The names that it is called by, besides those of this machine for itself.
+    pub hosts: Vec<String>,
+    /// Ports of sessions are reached at `<port>-<session>.` and this.
+    pub domain: Option<String>,
+    /// Web pages of other origins (`https://example.org`) that may use it.
+    pub origins: Vec<String>,
+    /// Whether anybody may read its metrics.
+    pub metrics_public: bool,
+}
+
+/// Where a request came from.
+#[derive(Clone, Debug)]
+pub(crate) enum Peer {
+    /// The Unix socket, and who is there.
+    Local { uid: u32 },
+    /// TCP.
+    Tcp {
+        from: SocketAddr,
+        to: SocketAddr,
+        tls: bool,
+        /// Ends the connection, whatever is being done on it.
+        cut: tokio_util::sync::CancellationToken,
+    },
+}
+
+/// What a caller is let in by.
+#[derive(Clone, Debug)]
+enum Credential {
+    /// The Unix socket.
+    Local { uid: u32 },
+    /// The key of this id.
+    Key(String),
+    /// A session's token.
+    Token(Token),
+    /// Nothing was needed.
+    None,
+}
+
+/// The sessions that a caller sees and touches.
+#[derive(Clone, Debug)]
+enum Reach {
+    All,
+    /// Those whose names begin so.
+    Prefix(String),
+    One(Uuid),
+}
+
+/// Who asks. The guard adds it to each request.
+#[derive(Clone, Debug)]
+pub(crate) struct Caller {
+    credential: Credential,
+    name: String,
+    scope: Scope,
+    reach: Reach,
+    expires: Option<Timestamp>,
+}
+
+impl Caller {
+    fn local(uid: u32) -> Self {
+        Self {
+            credential: Credential::Local { uid },
+            name: "local".to_owned(),
+            scope: Scope::Admin,
+            reach: Reach::All,
+            expires: None,
+        }
+    }
+
+    /// Whoever asks for what needs nothing.
+    fn nobody() -> Self {
+        Self {
+            credential: Credential::None,
+            name: String::new(),
+            scope: Scope::Read,
+            // No session has this one.
+            reach: Reach::One(Uuid::nil()),
+            expires: None,
+        }
+    }
+
+    /// What its requests are counted by.
+    fn counted_as(&self) -> Option<String> {
+        match &self.credential {
+            Credential::Local { .. } | Credential::None => None,
+            Credential::Key(id) => Some(id.clone()),
+            Credential::Token(token) => Some(token.session.to_string()),
+        }
+    }
+
+    /// Who it is, for the audit log.
+    fn told(&self) -> serde_json::Value {
+        match &self.credential {
+            Credential::Local { uid } => serde_json::json!({ "uid": uid }),
+            Credential::Key(id) => serde_json::json!({ "key": id, "name": self.name }),
+            Credential::Token(token) => {
+                serde_json::json!({ "token_of": token.session, "key": token.issuer })
+            }
+            Credential::None => serde_json::Value::Null,
+        }
+    }
+
+    /// Whether it is limited to some sessions.
+    fn is_limited(&self) -> bool {
+        !matches!(self.reach, Reach::All)
+    }
+
+    /// Whether it may know of a session.
+    pub(crate) fn sees(&self, id: Uuid, name: Option<&str>) -> bool {
+        match &self.reach {
+            Reach::All => true,
+            Reach::Prefix(prefix) => name.is_some_and(|name| name.starts_with(prefix)),
+            Reach::One(session) => *session == id,
+        }
+    }
+
+    /// That it may touch a session, by whichever name that is called. What it may not touch and
+    /// what there is not are told alike.
+    ///
+    /// # Errors
+    /// `forbidden`.
+    pub(crate) fn touches(&self, pool: &MicroVmManager, session: &str) -> Result<(), Refused> {
+        // In the same order as `Leases::find`, so that both mean the same session.
+        let touches = match (&self.reach, Uuid::try_parse(session)) {
+            (Reach::All, _) => true,
+            (Reach::One(one), Ok(id)) => *one == id,
+            (Reach::One(one), Err(_)) => {
+                let name = session.parse().ok();
+                name.and_then(|name| pool.find(&name).ok().flatten()) == Some(*one)
+            }
+            (Reach::Prefix(_), Ok(id)) => {
+                pool.inspect(id).is_ok_and(|known| self.sees(id, known.name.as_deref()))
+            }
+            (Reach::Prefix(_), Err(_)) => self.sees(Uuid::nil(), Some(session)),
+        };
+        if touches { Ok(()) } else { Err(self.outside()) }
+    }
+
+    /// That it may make a session without a name.
+    ///
+    /// # Errors
+    /// `forbidden`, if it could not use it then.
+    pub(crate) fn makes_nameless(&self) -> Result<(), Refused> {
+        if self.is_limited() { Err(self.outside()) } else { Ok(()) }
+    }
+
+    fn outside(&self) -> Refused {
+        let message = match &self.reach {
+            Reach::Prefix(prefix) => {
+                format!("this key is for sessions whose names begin with {prefix:?} only")
+            }
+            _ => "this token is for one session only".to_owned(),
+        };
+        Refused::new(Code::Forbidden, message)
+    }
+}
+
+/// How many requests a key may make in a second, and at once after a while of none.
+const REQUESTS: [f64; 2] = [1000.0, 4000.0];
+/// How many a key may have open at a time.
+const OPEN: usize = 512;
+/// How many requests of one address are refused in a second, and at once, before it is told to go
+/// away.
+const REFUSALS: [f64; 2] = [1.0, 30.0];
+
+/// What the guard needs.
+pub(crate) struct Access {
+    pub(crate) pool: Arc<MicroVmManager>,
+    pub(crate) leases: Arc<Leases>,
+    pub(crate) keys: Keys,
+    pub(crate) front: Front,
+    audit: Audit,
+    requests: Rate<String>,
+    at_a_time: Arc<AtATime<String>>,
+    refusals: Rate<IpAddr>,
+}
+
+impl Access {
+    /// With the audit log in the folder `state`.
+    ///
+    /// # Errors
+    /// That it cannot be written.
+    pub(crate) fn new(
+        pool: Arc<MicroVmManager>,
+        leases: Arc<Leases>,
+        keys: Keys,
+        front: Front,
+        state: &Path,
+    ) -> std::io::Result<Self> {
+        let [a_second, at_once] = REQUESTS;
+        let [refused_a_second, refused_at_once] = REFUSALS;
+        Ok(Self {
+            pool,
+            leases,
+            keys,
+            front,
+            audit: Audit::open(state)?,
+            requests: Rate::new(a_second, at_once),
+            at_a_time: AtATime::new(OPEN),
+            refusals: Rate::new(refused_a_second, refused_at_once),
+        })
+    }
+
+    /// Who has this key or token, if it is good.
+    fn who(&self, secret: &str) -> Option<Caller> {
+        if secret.starts_with("dt_") {
+            let token = self.keys.read_token(secret).filter(|token| self.is_of_today(token))?;
+            return Some(Caller {
+                name: "token".to_owned(),
+                scope: Scope::Operate,
+                reach: Reach::One(token.session),
+                expires: Timestamp::from_second(token.expires).ok(),
+                credential: Credential::Token(token),
+            });
+        }
+        let info = self.keys.key(secret)?;
+        Some(Caller {
+            credential: Credential::Key(info.id),
+            name: info.name,
+            scope: info.scope,
+            reach: info.sessions.map_or(Reach::All, Reach::Prefix),
+            expires: info.expires_at,
+        })
+    }
+
+    /// Whether what a caller was let in by is still good.
+    fn is_good(&self, caller: &Caller) -> bool {
+        match &caller.credential {
+            Credential::Local { .. } | Credential::None => true,
+            Credential::Key(id) => self.keys.good(id).is_some(),
+            Credential::Token(token) => self.keys.good_token(token) && self.is_of_today(token),
+        }
+    }
+
+    /// Whether a token is for the session that there is now, not for one of the same id that was
+    /// removed.
+    fn is_of_today(&self, token: &Token) -> bool {
+        let known = self.pool.inspect(token.session);
+        let made = known.ok().and_then(|known| Timestamp::try_from(known.created_at).ok());
+        made.is_some_and(|made| made.as_microsecond() <= token.issued)
+    }
+
+    /// Ends when what a caller was let in by is no longer good. Cancel-safe.
+    async fn over(self: Arc<Self>, caller: Caller) {
+        let mut changes = self.keys.changes();
+        // Looked at anew now and then, for the clock may be set.
+        let most = Duration::from_mins(1);
+        while self.is_good(&caller) {
+            let left = caller.expires.map_or(most, |at| {
+                Duration::try_from(at.duration_since(Timestamp::now())).unwrap_or_default()
+            });
+            // A token's issuer may expire before it: found out within that minute.
+            let left = left.clamp(Duration::from_millis(1), most);
+            let _ = tokio::time::timeout(left, changes.changed()).await;
+        }
+    }
+}

@@ -1,0 +1,196 @@
+//! Which route asks for what: the one place that says so. What is not listed asks for an
+//! unlimited admin, and a test fails for a route of ours that is not listed.
+
+use axum::http::Method;
+
+use super::keys::Scope;
+
+/// What a route touches, which is what a caller that is limited to some sessions is judged by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum On {
+    /// The session that the request names.
+    Session,
+    /// What the caller may see, which is the handler's to find out, or nothing of any session.
+    Some,
+    /// All of it: only for callers that are not limited.
+    All,
+}
+
+/// What a request needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Need {
+    /// Nothing.
+    Nothing,
+    /// A scope, over what is touched.
+    Scope(Scope, On),
+}
+
+use Need::{Nothing, Scope as Of};
+use On::{All, Session, Some as Seen};
+use Scope::{Admin, Operate, Read};
+
+/// Method and path as the router has it; `GET` is `HEAD` too, `*` is any.
+const RULES: &[(&str, &str, Need)] = &[
+    // The page itself, which is the same for all; how to ask; and whether anybody is there.
+    ("GET", "/", Nothing),
+    ("GET", "/assets/{*path}", Nothing),
+    ("GET", "/v1/openapi.json", Nothing),
+    ("GET", "/healthz", Nothing),
+    ("GET", "/readyz", Nothing),
+    ("GET", "/v1/health", Of(Read, Seen)),
+    ("GET", "/v1/whoami", Of(Read, Seen)),
+    ("GET", "/v1/metrics", Of(Read, All)),
+    ("POST", "/v1/shutdown", Of(Admin, All)),
+    ("GET", "/v1/keys", Of(Admin, All)),
+    ("POST", "/v1/keys", Of(Admin, All)),
+    ("DELETE", "/v1/keys/{id}", Of(Admin, All)),
+    ("GET", "/v1/events", Of(Read, Seen)),
+    ("GET", "/v1/images", Of(Read, Seen)),
+    // By a path of this machine, or with its credentials.
+    ("POST", "/v1/images", Of(Admin, All)),
+    ("DELETE", "/v1/images", Of(Admin, All)),
+    ("GET", "/v1/backups", Of(Read, All)),
+    ("POST", "/v1/backups/verify", Of(Operate, All)),
+    ("POST", "/v1/backups/forget", Of(Admin, All)),
+    ("POST", "/v1/recover", Of(Admin, All)),
+    ("GET", "/v1/sessions", Of(Read, Seen)),
+    ("POST", "/v1/sessions", Of(Operate, Seen)),
+    ("GET", "/v1/sessions/{session}", Of(Read, Session)),
+    ("PUT", "/v1/sessions/{session}", Of(Operate, Session)),
+    // Its backups stay; and who may run commands in it may delete all that is in it anyway.
+    ("DELETE", "/v1/sessions/{session}", Of(Operate, Session)),
+    ("POST", "/v1/sessions/{session}/start", Of(Operate, Session)),
+    ("POST", "/v1/sessions/{session}/stop", Of(Operate, Session)),
+    ("POST", "/v1/sessions/{session}/backup", Of(Operate, Session)),
+    ("GET", "/v1/sessions/{session}/backups", Of(Read, Session)),
+    ("POST", "/v1/sessions/{session}/restore", Of(Operate, Session)),
+    ("POST", "/v1/sessions/{session}/fork", Of(Operate, Session)),
+    ("GET", "/v1/sessions/{session}/diff", Of(Operate, Session)),
+    ("GET", "/v1/sessions/{session}/snapshots", Of(Read, Session)),
+    ("PUT", "/v1/sessions/{session}/snapshots/{name}", Of(Operate, Session)),
+    ("DELETE", "/v1/sessions/{session}/snapshots/{name}", Of(Operate, Session)),
+    ("GET", "/v1/sessions/{session}/export", Of(Operate, Session)),
+    ("POST", "/v1/sessions/{session}/import", Of(Operate, Session)),
+    ("GET", "/v1/sessions/{session}/logs/{job}", Of(Read, Session)),
+    ("POST", "/v1/sessions/{session}/tokens", Of(Operate, Session)),
+    ("DELETE", "/v1/sessions/{session}/tokens", Of(Operate, Session)),
+    ("*", "/v1/sessions/{session}/ports/{port}", Of(Operate, Session)),
+    ("*", "/v1/sessions/{session}/ports/{port}/{*rest}", Of(Operate, Session)),
+    ("*", "/v1/sessions/{session}/files/{*path}", Of(Operate, Session)),
+    ("GET", "/v1/sessions/{session}/processes", Of(Read, Session)),
+    ("POST", "/v1/sessions/{session}/processes", Of(Operate, Session)),
+    ("GET", "/v1/sessions/{session}/processes/{process}/output", Of(Read, Session)),
+    ("POST", "/v1/sessions/{session}/processes/{process}/input", Of(Operate, Session)),
+    ("POST", "/v1/sessions/{session}/processes/{process}/signal", Of(Operate, Session)),
+    ("PUT", "/v1/sessions/{session}/processes/{process}/size", Of(Operate, Session)),
+    // envd's, for the session in a header.
+    ("*", "/process.Process/{method}", Of(Operate, Session)),
+    ("*", "/filesystem.Filesystem/{method}", Of(Operate, Session)),
+    ("*", "/files", Of(Operate, Session)),
+    ("GET", "/health", Of(Operate, Session)),
+    ("GET", "/envs", Of(Operate, Session)),
+    ("GET", "/metrics", Of(Operate, Session)),
+    ("POST", "/init", Of(Operate, Session)),
+];
+
+/// What a request needs whose path is that of a router's route.
+pub(crate) fn need(method: &Method, route: &str) -> Need {
+    rule(method, route).unwrap_or(Of(Admin, All))
+}
+
+fn rule(method: &Method, route: &str) -> Option<Need> {
+    let method = if *method == Method::HEAD { "GET" } else { method.as_str() };
+    let rule = RULES.iter().find(|(for_method, for_route, _)| {
+        (*for_method == "*" || *for_method == method) && *for_route == route
+    });
+    rule.map(|(_, _, need)| *need)
+}
+
+/// The route of a path that the router left to a service of its own, as the rules have it.
+pub(crate) fn of_envd(path: &str) -> Option<&'static str> {
+    let services = ["/process.Process/{method}", "/filesystem.Filesystem/{method}"];
+    let service = services.into_iter().find(|it| path.starts_with(it.trim_end_matches("{method}")));
+    let paths = ["/files", "/health", "/envs", "/metrics", "/init"];
+    service.or_else(|| paths.into_iter().find(|route| *route == path))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::lease::Leases;
+
+    /// Method and path of every route, as axum writes a router down for debugging.
+    fn routes(router: &impl std::fmt::Debug) -> Vec<(Method, String)> {
+        let written = format!("{router:?}");
+        // The fallbacks are routers of their own, behind the first.
+        let (routes, paths) = written.split_once("node: Node { paths: {").unwrap();
+        let paths = paths.split_once("fallback_router").unwrap().0;
+        let methods = ["get", "head", "delete", "options", "patch", "post", "put", "trace"];
+        let mut all = Vec::new();
+        for path in paths.split("RouteId(").skip(1) {
+            let Some((id, path)) = path.split_once("): \"") else { continue };
+            let path = path.split_once('"').unwrap().0;
+            let endpoint = routes.split_once(&format!("RouteId({id}): MethodRouter(")).unwrap().1;
+            for method in methods {
+                let handler = endpoint.split_once(&format!(" {method}: ")).unwrap().1;
+                if !handler.starts_with("None") {
+                    all.push((method.to_uppercase().parse().unwrap(), path.to_owned()));
+                }
+            }
+        }
+        all
+    }
+
+    #[tokio::test]
+    async fn every_route_has_a_rule() {
+        let folder = tempfile::tempdir().unwrap();
+        let config = denizen::VmPoolConfig {
+            enabled: true,
+            volume_root: folder.path().join("pool"),
+            ..denizen::VmPoolConfig::default()
+        };
+        let pool = denizen::MicroVmManager::builder((&config).into());
+        let pool = pool.isolation(denizen::Isolation::Host).build().unwrap();
+        let leases = Arc::new(Leases::new(pool.clone()));
+        let envd = denizen_agent::envd::router(Arc::new(crate::lease::Resolver(leases.clone())));
+        let processes =
+            denizen_agent::envd::processes(Arc::new(crate::lease::Resolver(leases.clone())));
+        let recent = crate::api::Recent::of(&pool).unwrap();
+        let api = crate::api::Api::new(pool.clone(), leases, Arc::default(), recent);
+        let api = crate::api::router(api);
+        let mut all = Vec::new();
+        for routes in [routes(&api), routes(&super::super::routes::router()), routes(&envd)] {
+            assert!(routes.len() > 4, "{routes:?}");
+            all.extend(routes);
+        }
+        let known = (Method::DELETE, "/v1/sessions/{session}".to_owned());
+        assert!(all.contains(&known), "{all:?}");
+        let lacking: Vec<_> =
+            all.iter().filter(|(method, path)| rule(method, path).is_none()).collect();
+        assert!(lacking.is_empty(), "routes without a rule: {lacking:?}");
+        // Its one route is a service, for all methods.
+        assert!(format!("{processes:?}").contains("\"/process.Process/{method}\""));
+        assert!(rule(&Method::POST, "/process.Process/{method}").is_some());
+        pool.shutdown().await.unwrap();
+    }
+
+    #[test]
+    fn what_has_no_rule_asks_for_an_unlimited_admin() {
+        let all = Of(Admin, All);
+        for (method, path) in [
+            ("GET", "/v1/sessionz"),
+            ("POST", "/v1/sessions/"),
+            ("DELETE", "/v1/sessions"),
+            ("PATCH", "/v1/keys"),
+            ("OPTIONS", "/v1/sessions/{session}"),
+            ("TRACE", "/"),
+        ] {
+            assert_eq!(need(&method.parse().unwrap(), path), all, "{method} {path}");
+        }
+        assert_eq!(need(&Method::HEAD, "/v1/sessions"), Of(Read, Seen));
+    }
+}

@@ -1,0 +1,237 @@
+//! Connections, of the Unix socket and of TCP, and what each of them may cost: a client that is
+//! slow, silent or gone must never keep what others need.
+
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use axum::Router;
+use axum::http::Request;
+use hyper::body::Incoming;
+use hyper::service::{Service, service_fn};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::server::conn::auto::Builder;
+use hyper_util::service::TowerToHyperService;
+use rustix::net::sockopt;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
+
+use crate::access::limits::{AtATime, network};
+use crate::access::tls::Tls;
+use crate::access::{Access, Peer, guard};
+use crate::listener::OwnListener;
+
+/// The most connections by TCP.
+const CONNECTIONS: usize = 1024;
+/// The most that one address may have.
+const OF_ONE: usize = CONNECTIONS / 2;
+/// The longest request line and headers, in bytes.
+const HEAD: u16 = 32 * 1024;
+/// How long a client may take to send these, also after the request before.
+const PATIENCE: Duration = Duration::from_secs(15);
+/// The most requests at a time on one connection of HTTP/2.
+const STREAMS: u32 = 256;
+/// What is taken in of a request that nobody reads yet, and of all of a connection.
+const WINDOW: u32 = 256 * 1024;
+const WINDOWS: u32 = 2 * 1024 * 1024;
+/// After how long a client that says nothing is asked whether it is there, how often then, and
+/// for how long.
+const SILENCE: [Duration; 3] =
+    [Duration::from_secs(30), Duration::from_secs(10), Duration::from_mins(1)];
+
+/// Serves what comes by the Unix socket, for ever.
+pub(crate) async fn local(mut listener: OwnListener, app: Router) {
+    let app = TowerToHyperService::new(app);
+    loop {
+        let (stream, uid) = listener.accept().await;
+        let app = app.clone();
+        let service = service_fn(move |mut request: Request<Incoming>| {
+            request.extensions_mut().insert(Peer::Local { uid });
+            app.call(request)
+        });
+        tokio::spawn(async move {
+            let builder = Builder::new(TokioExecutor::new());
+            let serving = builder.serve_connection_with_upgrades(TokioIo::new(stream), service);
+            // It ends as its client sees fit.
+            let _ = serving.await;
+        });
+    }
+}
+
+/// Serves what comes by TCP, for ever.
+pub(crate) async fn remote(
+    listener: TcpListener,
+    tls: Option<Arc<Tls>>,
+    app: Router,
+    access: Arc<Access>,
+) {
+    let of_one = AtATime::new(OF_ONE);
+    let app = TowerToHyperService::new(app);
+    let places = Arc::new(Semaphore::new(CONNECTIONS));
+    loop {
+        // Whoever finds no place waits in the kernel's queue.
+        let Ok(place) = places.clone().acquire_owned().await else { return };
+        let (stream, from) = match listener.accept().await {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                tracing::warn!(%error, "cannot accept a connection");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                continue;
+            }
+        };
+        // Nobody alone takes all places. Who is on this machine may be a proxy for others.
+        let one = of_one.begin(network(from.ip()));
+        if one.is_none() && !from.ip().to_canonical().is_loopback() {
+            continue;
+        }
+        let (tls, app, access) = (tls.clone(), app.clone(), access.clone());
+        tokio::spawn(async move {
+            let _place = (place, one);
+            connection(stream, from, tls, app, access).await;
+        });
+    }
+}
+
+/// Serves one connection, until either side ends it.
+async fn connection(
+    stream: TcpStream,
+    from: SocketAddr,
+    tls: Option<Arc<Tls>>,
+    app: TowerToHyperService<Router>,
+    access: Arc<Access>,
+) {
+    let deadline = tokio::time::Instant::now() + PATIENCE;
+    let Ok(to) = prepare(&stream) else { return };
+    let cut = CancellationToken::new();
+    // Whoever waits for its end is told however that comes.
+    let _cut = cut.clone().drop_guard();
+    let peer = Peer::Tcp { from, to, tls: tls.is_some(), cut: cut.clone() };
+    let Some(tls) = tls else {
+        return serve(Cuttable::new(stream, cut), peer, deadline, app, access).await;
+    };
+    let stream = tls.acceptor().await.accept(stream);
+    // Who does not manage to say a word of TLS is nobody to talk to about it.
+    if let Ok(Ok(stream)) = tokio::time::timeout_at(deadline, stream).await {
+        serve(Cuttable::new(stream, cut), peer, deadline, app, access).await;
+    }
+}
+
+async fn serve(
+    io: Cuttable<impl AsyncRead + AsyncWrite + Unpin + Send + 'static>,
+    peer: Peer,
+    deadline: tokio::time::Instant,
+    app: TowerToHyperService<Router>,
+    access: Arc<Access>,
+) {
+    let begun = Arc::new(tokio::sync::Notify::new());
+    let service = {
+        let begun = begun.clone();
+        service_fn(move |mut request: Request<Incoming>| {
+            begun.notify_one();
+            guard::by_path(&access.front, &mut request);
+            request.extensions_mut().insert(peer.clone());
+            app.call(request)
+        })
+    };
+    let mut builder = Builder::new(TokioExecutor::new());
+    builder
+        .http1()
+        .timer(TokioTimer::new())
+        .header_read_timeout(PATIENCE)
+        .max_buf_size(HEAD.into());
+    let [idle, _, end] = SILENCE;
+    builder
+        .http2()
+        .timer(TokioTimer::new())
+        .max_header_list_size(HEAD.into())
+        .max_concurrent_streams(STREAMS)
+        .initial_stream_window_size(WINDOW)
+        .initial_connection_window_size(WINDOWS)
+        .keep_alive_interval(idle)
+        .keep_alive_timeout(end);
+    let serving = builder.serve_connection_with_upgrades(TokioIo::new(io), service);
+    let mut serving = std::pin::pin!(serving);
+    // Until its first request, nothing else sees to it that there is one.
+    tokio::select! {
+        _ = &mut serving => return,
+        () = tokio::time::sleep_until(deadline) => return,
+        () = begun.notified() => {}
+    }
+    let _ = serving.await;
+}
+
+/// Has the kernel see to it that a client that is gone is noticed.
+fn prepare(stream: &TcpStream) -> std::io::Result<SocketAddr> {
+    let [idle, interval, end] = SILENCE;
+    stream.set_nodelay(true)?;
+    sockopt::set_socket_keepalive(stream, true)?;
+    sockopt::set_tcp_keepidle(stream, idle)?;
+    sockopt::set_tcp_keepintvl(stream, interval)?;
+    sockopt::set_tcp_user_timeout(stream, u32::try_from(end.as_millis()).unwrap_or(u32::MAX))?;
+    stream.local_addr()
+}
+
+/// A connection that can be ended from elsewhere, also when it has been upgraded and nobody
+/// knows who has it.
+struct Cuttable<S> {
+    stream: S,
+    cut: Pin<Box<WaitForCancellationFutureOwned>>,
+}
+
+impl<S> Cuttable<S> {
+    fn new(stream: S, cut: CancellationToken) -> Self {
+        Self { stream, cut: Box::pin(cut.cancelled_owned()) }
+    }
+
+    fn is_cut(&mut self, context: &mut Context<'_>) -> bool {
+        self.cut.as_mut().poll(context).is_ready()
+    }
+}
+
+fn was_cut<T>() -> Poll<std::io::Result<T>> {
+    Poll::Ready(Err(std::io::ErrorKind::ConnectionAborted.into()))
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Cuttable<S> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<std::io::Result<()>> {
+        if self.is_cut(context) {
+            return was_cut();
+        }
+        Pin::new(&mut self.stream).poll_read(context, buffer)
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Cuttable<S> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<std::io::Result<usize>> {
+        if self.is_cut(context) {
+            return was_cut();
+        }
+        Pin::new(&mut self.stream).poll_write(context, bytes)
+    }
+
+    fn poll_flush(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(context)
+    }
+
+    fn poll_shutdown(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(context)
+    }
+}
