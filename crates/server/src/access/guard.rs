@@ -9,6 +9,7 @@
 use std::net::{IpAddr, Ipv4Addr};
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
@@ -172,7 +173,7 @@ pub(crate) async fn guard(
     let (mut parts, body) = request.into_parts();
     let mut record = Record::begin(access.clone(), &parts);
     let (answer, origin) = match from_where(&access.front, &parts) {
-        Err(refused) => (access.refuse(record.peer.as_ref(), refused.into()), None),
+        Err(refused) => (refuse(refused.into(), &mut record), None),
         Ok(Some(origin)) if is_preflight(&parts) => (preflight(&parts), Some(origin)),
         Ok(origin) => {
             let answer = match admit(&access, &mut parts, &mut record).await {
@@ -180,7 +181,7 @@ pub(crate) async fn guard(
                     let request = Request::from_parts(parts, body);
                     pass(access, caller, request, next).await
                 }
-                Err(no) => access.refuse(record.peer.as_ref(), no),
+                Err(no) => refuse(no, &mut record),
             };
             (answer, origin)
         }
@@ -192,25 +193,25 @@ pub(crate) async fn guard(
     }
 }
 
-impl Access {
-    /// A refusal as its client gets it. Whoever gets many is told no more than to go away, and
-    /// nobody else is held up by that: good keys are never counted with these.
-    fn refuse(&self, peer: Option<&Peer>, no: No) -> Response {
-        let no = match (peer, no) {
-            (Some(Peer::Tcp { from, .. }), No::Refused(refused)) => {
-                match self.refusals.count(network(from.ip()), Instant::now()) {
-                    Ok(()) => No::Refused(refused),
-                    Err(wait) => No::TooOften(wait),
-                }
+/// A refusal as its client gets it. Who has no good key and gets many is told to wait, and
+/// nobody is held up by that who has one; of neither more is written down.
+fn refuse(no: No, record: &mut Record) -> Response {
+    let no = match (&record.peer, no) {
+        (Some(Peer::Tcp { from, .. }), No::Refused(refused)) => {
+            let counted = record.access.refusals.count(network(from.ip()), Instant::now());
+            record.is_one_of_many = counted.is_err();
+            match counted {
+                Err(wait) if record.caller.is_none() => No::TooOften(wait),
+                _ => No::Refused(refused),
             }
-            (_, no) => no,
-        };
-        let mut answer = no.into_response();
-        if answer.status() == StatusCode::UNAUTHORIZED {
-            answer.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
-        answer
+        (_, no) => no,
+    };
+    let mut answer = no.into_response();
+    if answer.status() == StatusCode::UNAUTHORIZED {
+        answer.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
     }
+    answer
 }
 
 /// Who asks, if they may ask for that.
@@ -341,13 +342,18 @@ async fn pass(access: Arc<Access>, caller: Caller, mut request: Request, next: N
         None => None,
     };
     let mut over = Box::pin(access.over(caller));
+    let (request, broke_off) = patient(request);
     let mut answer = tokio::select! {
-        answer = next.run(patient(request)) => answer,
+        answer = next.run(request) => answer,
         () = &mut over => {
             let why = "the key or token was revoked, or has expired".to_owned();
             Refused::new(StatusCode::UNAUTHORIZED, "unauthenticated", why).into_response()
         }
     };
+    if answer.status().is_server_error() && broke_off.load(Ordering::Relaxed) {
+        let why = "the body of the request broke off".to_owned();
+        answer = Refused::new(StatusCode::BAD_REQUEST, "broken_off", why).into_response();
+    }
     // What a session serves is never taken for a page or a script of ours, whatever it looks like.
     let headers = answer.headers_mut();
     headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
@@ -364,24 +370,33 @@ async fn pass(access: Arc<Access>, caller: Caller, mut request: Request, next: N
     answer.map(|body| Body::new(Held { body, over, _one: one }))
 }
 
-/// A request whose body does not stand still for long. A stream of messages may: nobody types all
-/// the time.
-fn patient(request: Request) -> Request {
+/// A request whose body does not stand still for long, and what tells whether that broke off. A
+/// stream of messages may stand still: nobody types all the time.
+fn patient(request: Request) -> (Request, Arc<AtomicBool>) {
+    let broke_off = Arc::new(AtomicBool::new(false));
+    if request.body().is_end_stream() {
+        return (request, broke_off);
+    }
     let kind = request.headers().get(CONTENT_TYPE).map_or(&b""[..], HeaderValue::as_bytes);
     let is_stream = [&b"application/connect+"[..], b"application/grpc"];
-    if request.body().is_end_stream() || is_stream.iter().any(|it| kind.starts_with(it)) {
-        return request;
-    }
-    request.map(|body| {
-        let pieces = futures::stream::unfold(body.into_data_stream(), |mut body| async {
-            let piece = match tokio::time::timeout(STANDSTILL, body.next()).await {
-                Ok(piece) => piece?.map_err(std::io::Error::other),
-                Err(_) => Err(std::io::ErrorKind::TimedOut.into()),
+    let is_stream = is_stream.iter().any(|it| kind.starts_with(it));
+    let told = broke_off.clone();
+    let request = request.map(|body| {
+        let begin = (body.into_data_stream(), told);
+        Body::from_stream(futures::stream::unfold(begin, move |(mut body, told)| async move {
+            let piece = if is_stream {
+                body.next().await?.map_err(std::io::Error::other)
+            } else {
+                match tokio::time::timeout(STANDSTILL, body.next()).await {
+                    Ok(piece) => piece?.map_err(std::io::Error::other),
+                    Err(_) => Err(std::io::ErrorKind::TimedOut.into()),
+                }
             };
-            Some((piece, body))
-        });
-        Body::from_stream(pieces)
-    })
+            told.fetch_or(piece.is_err(), Ordering::Relaxed);
+            Some((piece, (body, told)))
+        }))
+    });
+    (request, broke_off)
 }
 
 /// A body that ends when its reader may no longer read it.
@@ -427,6 +442,8 @@ struct Record {
     route: String,
     session: Option<String>,
     status: Option<StatusCode>,
+    /// Whether it is one of more refusals than anybody wants to read.
+    is_one_of_many: bool,
 }
 
 impl Record {
@@ -441,16 +458,15 @@ impl Record {
             route: String::new(),
             session: None,
             status: None,
+            is_one_of_many: false,
         }
     }
 
     fn matters(&self) -> bool {
-        match self.status {
-            Some(
-                StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN | StatusCode::MISDIRECTED_REQUEST,
-            ) => true,
-            // Written down too, whoever floods us would have the rest put aside.
-            Some(StatusCode::TOO_MANY_REQUESTS) => false,
+        match self.status.map(|status| status.as_u16()) {
+            // Were they written down, whoever floods us would have the rest put aside.
+            Some(429) => false,
+            Some(401 | 403 | 421) => !self.is_one_of_many,
             _ => matches!(self.need, Some(Need::Scope(Scope::Operate | Scope::Admin, _))),
         }
     }

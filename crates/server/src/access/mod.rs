@@ -201,8 +201,8 @@ impl Caller {
 const REQUESTS: [f64; 2] = [1000.0, 4000.0];
 /// How many a key may have open at a time.
 const OPEN: usize = 512;
-/// How many requests of one address are refused in a second, and at once, before it is told to go
-/// away.
+/// How many requests of one address are refused in a second, and at once, before it is told to
+/// wait.
 const REFUSALS: [f64; 2] = [1.0, 30.0];
 
 /// What the guard needs.
