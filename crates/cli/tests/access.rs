@@ -460,7 +460,18 @@ fn a_key_that_is_revoked_ends_what_is_done_with_it() {
         assert_ne!(count, 0, "{}", text(&greeted));
         greeted.extend(&piece[..count]);
     }
+    // A handler that is not done, as its client has not sent all.
+    let mut sending = daemon.connect();
+    let head = format!("host: {}\r\nauthorization: Bearer {key}\r\n", daemon.address);
+    let line = format!("POST /v1/sessions/new/import HTTP/1.1\r\n{head}");
+    write!(sending, "{line}expect: 100-continue\r\ncontent-length: 9\r\n\r\n").unwrap();
+    let mut going_on = [0; 25];
+    sending.read_exact(&mut going_on).unwrap();
+    assert_eq!(&going_on, b"HTTP/1.1 100 Continue\r\n\r\n");
     assert!(daemon.user.run(&["key", "revoke", &id]).status.success());
+    let mut answer = [0; 12];
+    sending.read_exact(&mut answer).unwrap();
+    assert_eq!(&answer, b"HTTP/1.1 401");
     // All of them end, and none waits for its client to notice.
     let mut rest = Vec::new();
     let _ = events.read_to_end(&mut rest);

@@ -56,11 +56,12 @@ pub(crate) fn named(headers: &HeaderMap) -> Option<&str> {
 pub(crate) fn by_path<B>(front: &Front, request: &mut axum::http::Request<B>) {
     let host = hosts(request.uri(), request.headers()).next().flatten();
     let Some((port, session)) = host.and_then(|host| of_session(front, &host)) else { return };
-    if port == ENVD_PORT {
+    if port == ENVD_PORT && rules::of_envd(request.uri().path()).is_some() {
+        // A part of a host is one of a header.
         if let Ok(session) = HeaderValue::from_str(&session) {
             request.headers_mut().insert(SESSION, session);
-            return;
         }
+        return;
     }
     let rest = request.uri().path_and_query().map_or("/", PathAndQuery::as_str);
     let session = escape(&session);
@@ -219,7 +220,7 @@ async fn admit(access: &Access, parts: &mut Parts, record: &mut Record) -> Resul
     let route = parts.extensions.get::<MatchedPath>().map(|path| path.as_str().to_owned());
     let route = route.or_else(|| rules::of_envd(parts.uri.path()).map(str::to_owned));
     let route = route.unwrap_or_default();
-    let session = session(parts).await;
+    let session = session(parts, &route).await;
     let of_whole = route == "/metrics" && session.is_none();
     let rule = if of_whole { "/v1/metrics" } else { &route };
     let mut need = rules::need(&parts.method, rule);
@@ -227,7 +228,11 @@ async fn admit(access: &Access, parts: &mut Parts, record: &mut Record) -> Resul
         need = Need::Nothing;
     }
     record.need = Some(need);
-    record.route = route;
+    // What is asked of envd is in the last part of its path.
+    record.route = match route.strip_suffix("{method}") {
+        Some(_) => shortened(parts.uri.path()),
+        None => route,
+    };
     record.session.clone_from(&session);
     let caller = match (parts.extensions.get::<Peer>(), secret(&parts.headers)) {
         (Some(Peer::Local { uid }), _) => Caller::local(*uid),
@@ -260,14 +265,13 @@ async fn admit(access: &Access, parts: &mut Parts, record: &mut Record) -> Resul
 }
 
 /// The session that a request is about, as its handler will read it.
-async fn session(parts: &mut Parts) -> Option<String> {
-    if let Ok(params) = RawPathParams::from_request_parts(parts, &()).await {
-        let of_path = params.iter().find(|(name, _)| *name == "session");
-        if let Some((_, session)) = of_path {
-            return Some(session.to_owned());
-        }
+async fn session(parts: &mut Parts, route: &str) -> Option<String> {
+    if !route.contains("{session}") {
+        return named(&parts.headers).map(str::to_owned);
     }
-    named(&parts.headers).map(str::to_owned)
+    let params = RawPathParams::from_request_parts(parts, &()).await.ok()?;
+    let session = params.iter().find(|(name, _)| *name == "session");
+    session.map(|(_, session)| session.to_owned())
 }
 
 /// That a request is asked by a name of ours, and by which listed origin, if there is one.
@@ -347,7 +351,7 @@ async fn pass(access: Arc<Access>, caller: Caller, mut request: Request, next: N
         answer = next.run(request) => answer,
         () = &mut over => {
             let why = "the key or token was revoked, or has expired".to_owned();
-            Refused::new(StatusCode::UNAUTHORIZED, "unauthenticated", why).into_response()
+            return Refused::new(StatusCode::UNAUTHORIZED, "unauthenticated", why).into_response();
         }
     };
     if answer.status().is_server_error() && broke_off.load(Ordering::Relaxed) {
@@ -467,7 +471,11 @@ impl Record {
             // Were they written down, whoever floods us would have the rest put aside.
             Some(429) => false,
             Some(401 | 403 | 421) => !self.is_one_of_many,
-            _ => matches!(self.need, Some(Need::Scope(Scope::Operate | Scope::Admin, _))),
+            _ => {
+                let scope =
+                    matches!(self.need, Some(Need::Scope(Scope::Operate | Scope::Admin, _)));
+                scope && !rules::goes_on(&self.route)
+            }
         }
     }
 }
