@@ -384,14 +384,15 @@ fn no_page_drives_a_daemon() {
     let request = "GET /healthz HTTP/1.0\r\n\r\n";
     assert_eq!(answer(&daemon.raw(request.as_bytes())).status, 421);
 
+    assert!(daemon.user.run(&["start", "a"]).status.success());
     let host = format!("localhost:{port}");
     let from =
-        |origin: &str| ask("POST /v1/sessions/a/start", &[("host", &host), ("origin", origin)]);
+        |origin: &str| ask("POST /v1/sessions/a/stop", &[("host", &host), ("origin", origin)]);
     let listed = from("https://ui.example.org");
-    assert_eq!(listed.status, 200, "{}", listed.head);
+    assert_eq!(listed.status, 204, "{}", listed.head);
     assert_eq!(listed.header("access-control-allow-origin"), Some("https://ui.example.org"));
     let own = from(&format!("http://localhost:{port}"));
-    assert_eq!((own.status, own.header("access-control-allow-origin")), (200, None));
+    assert_eq!((own.status, own.header("access-control-allow-origin")), (204, None));
     for other in [
         "https://evil.example",
         "null",
@@ -536,7 +537,10 @@ fn a_token_is_for_one_session() {
     ] {
         assert_eq!(status(&token, line), 403, "{line}");
     }
-    assert_eq!(daemon.ask(&token, "GET /v1/sessions").json().as_array().unwrap().len(), 1);
+    assert_eq!(
+        daemon.ask(&token, "GET /v1/sessions").json()["sessions"].as_array().unwrap().len(),
+        1
+    );
     let list = |token: &str, session: &str| {
         let headers = [("x-access-token", token), ("e2b-sandbox-id", session)];
         daemon.ask_with("POST /process.Process/List", &headers, "{}").status
@@ -694,21 +698,21 @@ fn nobody_forges_a_line_of_the_audit_log() {
     let daemon = Daemon::start(&[]);
     let (id, key) = daemon.key(&["--scope", "admin"]);
     let name = "x%0A%7B%22who%22:1%7D%1B%5B2J%C2%9B";
-    daemon.ask(&key, &format!("POST /v1/sessions/{name}/start"));
+    daemon.ask(&key, &format!("PUT /v1/sessions/{name}"));
     daemon.ask(&key, "GET /v1/sessions");
-    daemon.ask(&key, "POST /v1/sessions/good/start");
-    daemon.ask("dk_wrong", "POST /v1/sessions/good/start");
+    daemon.ask(&key, "PUT /v1/sessions/good");
+    daemon.ask("dk_wrong", "PUT /v1/sessions/good");
     let lines = daemon.audit();
     let routes: Vec<_> = lines
         .iter()
         .map(|line| (line["route"].as_str().unwrap(), line["status"].as_u64().unwrap()))
         .collect();
-    let start = "/v1/sessions/{session}/start";
-    assert_eq!(routes, [("/v1/keys", 201), (start, 400), (start, 200), (start, 401)]);
+    let start = "/v1/sessions/{session}";
+    assert_eq!(routes, [("/v1/keys", 201), (start, 400), (start, 201), (start, 401)]);
     assert!(lines[0]["who"]["uid"].is_u64() && lines[0]["peer"] == "socket", "{}", lines[0]);
     assert_eq!(lines[1]["session"], "x\n{\"who\":1}\u{1b}[2J\u{9b}");
     assert_eq!(lines[2]["who"], json!({ "key": id, "name": "test" }));
-    assert_eq!((&lines[2]["session"], &lines[2]["method"]), (&json!("good"), &json!("POST")));
+    assert_eq!((&lines[2]["session"], &lines[2]["method"]), (&json!("good"), &json!("PUT")));
     assert!(lines[2]["peer"].as_str().unwrap().starts_with("127.0.0.1:"));
     assert!(lines[2]["milliseconds"].is_u64());
     assert_eq!(lines[3]["who"], json!(null));
