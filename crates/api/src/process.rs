@@ -47,6 +47,31 @@ pub struct NewProcess {
     pub detach: bool,
 }
 
+impl NewProcess {
+    /// A program and its arguments.
+    pub fn command<W: Into<String>>(words: impl IntoIterator<Item = W>) -> Self {
+        Self::new(Command::Command(words.into_iter().map(Into::into).collect()))
+    }
+
+    /// A line for the session's shell.
+    pub fn shell(line: impl Into<String>) -> Self {
+        Self::new(Command::Shell(line.into()))
+    }
+
+    fn new(what: Command) -> Self {
+        Self {
+            what,
+            env: Environment::new(),
+            cwd: None,
+            tag: None,
+            terminal: None,
+            stdin: false,
+            timeout_seconds: None,
+            detach: false,
+        }
+    }
+}
+
 /// A terminal's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(ToSchema))]

@@ -106,11 +106,11 @@ pub async fn run(
             forget(client, dry_run, keep.into(), json).await.map(|()| 0)
         }
         (None, Some(session)) => {
-            let path = client::path(session, "/backups");
-            show::backups(&client.json("GET", &path).await?, json).map(|()| 0)
+            let all = client.backups(Some(session)).await?;
+            show::backups(&show::value(all)?, json).map(|()| 0)
         }
         (None, None) => {
-            show::all_backups(&client.json("GET", "/v1/backups").await?, json).map(|()| 0)
+            show::all_backups(&show::value(client.backups(None).await?)?, json).map(|()| 0)
         }
     }
 }
@@ -140,8 +140,8 @@ pub fn past(text: &str) -> std::result::Result<Timestamp, String> {
 
 /// Backs a session up, and shows what is known of it then.
 pub async fn backup(client: &Client, session: &str, json: bool) -> Result<()> {
-    let path = client::path(session, "/backup");
-    let done = progress::showing(client, Some(session), client.json("POST", &path)).await?;
+    let done = progress::showing(client, Some(session), client.backup(session)).await?;
+    let done = show::value(done)?;
     show::session(&done, json)
 }
 
@@ -159,7 +159,7 @@ pub async fn restore(client: &Client, args: RestoreArgs, json: bool) -> Result<(
 
 /// Recovers sessions, and says how many.
 pub async fn recover(client: &Client, json: bool) -> Result<()> {
-    let found = client.json("POST", "/v1/recover").await?;
+    let found = show::value(client.recover().await?)?;
     if !json && found.as_array().is_some_and(Vec::is_empty) {
         return Err(Failure::new("no session is in the destination that is not known here"));
     }

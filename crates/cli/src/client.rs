@@ -8,21 +8,14 @@ use std::process::{Command, Stdio};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
-use connectrpc::client::SharedHttp2Connection;
-use denizen_envd::filesystem::FilesystemClient;
-use denizen_envd::process::ProcessClient;
-use futures::TryStreamExt;
-use http_body_util::{BodyExt, Full, combinators::BoxBody};
-use hyper::Response;
-use hyper::body::Incoming;
-use hyper_util::rt::TokioIo;
+use denizen_client::Target;
+use denizen_client::api::Difference;
 use rustix::fs::{MemfdFlags, memfd_create};
-use tokio::io::{AsyncWrite, AsyncWriteExt};
-use tokio::net::{TcpStream, UnixStream};
+use tokio::net::UnixStream;
+
+pub use denizen_client::{Client, Lines, Processes, empty, escape, path, query};
 
 use crate::config::Settings;
-use crate::target::Target;
 use crate::{Failure, Result};
 
 /// How long the daemon may take to start without a word of it.
@@ -38,267 +31,79 @@ const OTHER_DAEMON: Duration = Duration::from_secs(15);
 pub const READY: &str = "ready";
 pub const TAKEN: &str = "taken";
 
-/// The envd side of the daemon.
-pub type Processes = ProcessClient<SharedHttp2Connection>;
-
-/// A way to a daemon that answers.
-#[derive(Clone)]
-pub struct Client {
-    target: Target,
-}
-
-impl Client {
-    /// Finds the daemon, starting one in the background if none answers on this machine.
-    pub async fn connect(settings: &Settings) -> Result<Self> {
-        let client = Self { target: Target::of(settings)? };
-        let Some(socket) = client.target.socket() else { return Ok(client) };
-        if UnixStream::connect(socket).await.is_ok() {
-            return Ok(client);
-        }
-        start_daemon(settings).await?;
-        match UnixStream::connect(socket).await {
-            Ok(_) => Ok(client),
-            Err(error) => Err(Failure::new(format!(
-                "no daemon answers on {}: {error}; see {}",
-                socket.display(),
-                crate::log_file(settings).display()
-            ))),
-        }
-    }
-
-    /// The daemon, if there is one on this machine, or another machine's.
-    pub async fn answering(settings: &Settings) -> Result<Option<Self>> {
-        let client = Self { target: Target::of(settings)? };
-        let gone = match client.target.socket() {
-            Some(socket) => UnixStream::connect(socket).await.is_err(),
-            None => false,
-        };
-        Ok((!gone).then_some(client))
-    }
-
-    /// Stops the daemon, if there is one.
-    pub async fn shutdown(settings: &Settings) -> Result<()> {
-        let Some(client) = Self::answering(settings).await? else { return Ok(()) };
-        match client.json("POST", "/v1/shutdown").await {
-            // Gone before it could answer.
-            Err(_) if client.target.connect().await.is_err() => Ok(()),
-            answer => answer.map(drop),
-        }
-    }
-
-    /// A client of sessions' processes.
-    pub fn processes(&self) -> Processes {
-        let (connection, config) = self.target.envd();
-        ProcessClient::new(connection, config)
-    }
-
-    /// A client of sessions' files.
-    pub fn files(&self) -> FilesystemClient<SharedHttp2Connection> {
-        let (connection, config) = self.target.envd();
-        FilesystemClient::new(connection, config)
-    }
-
-    /// Asks for anything, with one more header: the content's type, or for what is envd's
-    /// the session.
-    pub async fn request(
-        &self,
-        method: &str,
-        path: &str,
-        header: Option<(&str, &str)>,
-        body: BoxBody<Bytes, std::io::Error>,
-    ) -> Result<Response<Incoming>> {
-        let failed = |error: &dyn std::fmt::Display| {
-            Failure::new(format!("the daemon on {} is gone: {error}", self.target))
-        };
-        let stream = self.target.connect().await.map_err(|error| failed(&error))?;
-        let handshake = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await;
-        let (mut sender, connection) = handshake.map_err(|error| failed(&error))?;
-        tokio::spawn(connection);
-        let mut request = self.target.request(method, path);
-        if let Some((name, value)) = header {
-            request = request.header(name, value);
-        }
-        let request = request.body(body).map_err(|error| failed(&error))?;
-        let response = sender.send_request(request).await.map_err(|error| failed(&error))?;
-        if response.status().is_success() {
-            return Ok(response);
-        }
-        Err(refusal(response).await)
-    }
-
-    /// Asks for JSON; nothing is null.
-    pub async fn json(&self, method: &str, path: &str) -> Result<serde_json::Value> {
-        Self::body(self.request(method, path, None, empty()).await?).await
-    }
-
-    /// The JSON of an answer; nothing is null.
-    pub async fn body(response: Response<Incoming>) -> Result<serde_json::Value> {
-        let body = response.into_body().collect().await;
-        let body = body.map_err(|error| Failure::new(error.to_string()))?.to_bytes();
-        if body.is_empty() {
-            return Ok(serde_json::Value::Null);
-        }
-        serde_json::from_slice(&body).map_err(|error| Failure::new(error.to_string()))
-    }
-
-    /// All sessions, by their names; those without come last.
-    pub async fn sessions(&self) -> Result<serde_json::Value> {
-        let mut all = Vec::new();
-        let mut path = "/v1/sessions".to_owned();
-        loop {
-            let mut part = self.json("GET", &path).await?;
-            if let Some(sessions) = part["sessions"].as_array_mut() {
-                all.append(sessions);
-            }
-            match part["next"].as_str() {
-                Some(next) => path = format!("/v1/sessions?after={next}"),
-                None => break,
-            }
-        }
-        all.sort_by_key(|session| {
-            let name = session["name"].as_str().map(str::to_owned);
-            (name.is_none(), name)
-        });
-        Ok(all.into())
-    }
-
-    /// Asks for a stream of lines.
-    pub async fn lines(&self, path: &str) -> Result<Lines> {
-        Ok(Lines::new(self.request("GET", path, None, empty()).await?))
-    }
-
-    /// Joins a connection to a port of a session, until either ends it.
-    pub async fn join_port(&self, session: &str, port: u16, mut ours: TcpStream) -> Result<()> {
-        let failed = |error: &dyn std::fmt::Display| Failure::new(error.to_string());
-        let stream = self.target.connect().await.map_err(|error| failed(&error))?;
-        let handshake = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await;
-        let (mut sender, connection) = handshake.map_err(|error| failed(&error))?;
-        tokio::spawn(connection.with_upgrades());
-        let request = self
-            .target
-            .request("GET", &path(session, &format!("/ports/{port}")))
-            .header("connection", "upgrade")
-            .header("upgrade", "tcp")
-            .body(empty())
-            .map_err(|error| failed(&error))?;
-        let response = sender.send_request(request).await.map_err(|error| failed(&error))?;
-        if response.status() != hyper::StatusCode::SWITCHING_PROTOCOLS {
-            return Err(refusal(response).await);
-        }
-        let theirs = hyper::upgrade::on(response).await.map_err(|error| failed(&error))?;
-        let mut theirs = TokioIo::new(theirs);
-        let joined = tokio::io::copy_bidirectional(&mut ours, &mut theirs).await;
-        joined.map(drop).map_err(|error| failed(&error))
-    }
-
-    /// Copies what the daemon answers to `into`.
-    pub async fn download(&self, path: &str, into: &mut (impl AsyncWrite + Unpin)) -> Result<()> {
-        let response = self.request("GET", path, None, empty()).await?;
-        let body = response.into_body().into_data_stream().map_err(std::io::Error::other);
-        let mut body = tokio_util::io::StreamReader::new(body);
-        let copied = tokio::io::copy(&mut body, into).await;
-        copied.map_err(|error| Failure::new(error.to_string()))?;
-        into.flush().await.map_err(|error| Failure::new(error.to_string()))
+impl From<denizen_client::Error> for Failure {
+    fn from(error: denizen_client::Error) -> Self {
+        Self::new(error.to_string())
     }
 }
 
-/// What the daemon says of what it does not do.
-async fn refusal(response: Response<Incoming>) -> Failure {
-    let status = response.status();
-    let body = match response.into_body().collect().await {
-        Ok(body) => body.to_bytes(),
-        Err(error) => return Failure::new(error.to_string()),
+/// Where the settings say, with the key in the variable `DENIZEN_API_KEY`. That is no flag, nor in
+/// a file that the program prints, so that no other user sees it.
+fn of(settings: &Settings) -> Result<Client> {
+    let target = match &settings.url {
+        None => Target::socket(&settings.socket),
+        Some(url) => {
+            let key = std::env::var("DENIZEN_API_KEY").ok().filter(|key| !key.is_empty());
+            Target::url(url, key.as_deref())?
+        }
     };
-    let message = serde_json::from_slice::<serde_json::Value>(&body)
-        .ok()
-        .and_then(|body| {
-            // A problem of the API's, or envd's way.
-            let told = body.get("detail").or_else(|| body.get("message"))?;
-            Some(told.as_str()?.to_owned())
-        })
-        .unwrap_or_else(|| format!("{status}: {}", String::from_utf8_lossy(&body)));
-    Failure::new(message)
+    Ok(Client::new(target))
 }
 
-/// No content.
-pub fn empty() -> BoxBody<Bytes, std::io::Error> {
-    Full::new(Bytes::new()).map_err(|never| match never {}).boxed()
-}
-
-/// A stream of lines.
-pub struct Lines {
-    body: Incoming,
-    buffer: Vec<u8>,
-}
-
-impl Lines {
-    /// Those of an answer.
-    pub fn new(response: Response<Incoming>) -> Self {
-        Self { body: response.into_body(), buffer: Vec::new() }
+/// Finds the daemon, starting one in the background if none answers on this machine.
+pub async fn connect(settings: &Settings) -> Result<Client> {
+    let client = of(settings)?;
+    let Some(socket) = client.target().path() else { return Ok(client) };
+    if UnixStream::connect(socket).await.is_ok() {
+        return Ok(client);
     }
-
-    /// The next line, without its end.
-    pub async fn next(&mut self) -> Result<Option<String>> {
-        loop {
-            if let Some(end) = self.buffer.iter().position(|byte| *byte == b'\n') {
-                let line: Vec<u8> = self.buffer.drain(..=end).collect();
-                return Ok(Some(String::from_utf8_lossy(&line[..end]).into_owned()));
-            }
-            match self.body.frame().await {
-                None => return Ok(None),
-                Some(Err(error)) => return Err(Failure::new(error.to_string())),
-                Some(Ok(frame)) => {
-                    if let Some(bytes) = frame.data_ref() {
-                        self.buffer.extend_from_slice(bytes);
-                    }
-                }
-            }
-        }
+    start_daemon(settings).await?;
+    match UnixStream::connect(socket).await {
+        Ok(_) => Ok(client),
+        Err(error) => Err(Failure::new(format!(
+            "no daemon answers on {}: {error}; see {}",
+            socket.display(),
+            crate::log_file(settings).display()
+        ))),
     }
 }
 
-/// A part of a URI: all but unreserved characters (RFC 3986) are escaped.
-pub fn escape(text: &str) -> String {
-    text.bytes()
-        .map(|byte| match byte {
-            b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => {
-                char::from(byte).to_string()
-            }
-            byte => format!("%{byte:02X}"),
-        })
-        .collect()
+/// The daemon, if there is one on this machine, or another machine's.
+pub async fn answering(settings: &Settings) -> Result<Option<Client>> {
+    let client = of(settings)?;
+    let gone = match client.target().path() {
+        Some(socket) => UnixStream::connect(socket).await.is_err(),
+        None => false,
+    };
+    Ok((!gone).then_some(client))
 }
 
-/// The query of a URI, if there is something to ask for.
-pub fn query(name: &str, value: Option<String>) -> String {
-    value.map_or_else(String::new, |value| format!("?{name}={}", escape(&value)))
+/// Stops the daemon, if there is one.
+pub async fn shutdown(settings: &Settings) -> Result<()> {
+    let Some(client) = answering(settings).await? else { return Ok(()) };
+    match client.shutdown().await {
+        // Gone before it could answer.
+        Err(_) if client.target().connect().await.is_err() => Ok(()),
+        answer => Ok(answer?),
+    }
 }
 
-/// Where the API has the differences between two states, as they are named on a command line.
-pub fn diff(from: &str, to: Option<&str>) -> Result<String> {
+/// What differs between two states, as they are named on a command line.
+pub async fn diff(client: &Client, from: &str, to: Option<&str>) -> Result<Vec<Difference>> {
     let split = |state: &str| match state.split_once(':') {
         Some((session, snapshot)) => (session.to_owned(), Some(snapshot.to_owned())),
         None => (state.to_owned(), None),
     };
-    let (session, snapshot) = split(from);
-    let other = to.map_or_else(|| (session.clone(), None), split);
-    if other == (session.clone(), snapshot.clone()) {
+    let before = split(from);
+    let after = to.map_or_else(|| (before.0.clone(), None), split);
+    if before == after {
+        let session = before.0;
         let message =
             format!("nothing can differ: name a snapshot ({session}:NAME) or another session");
         return Err(Failure::new(message));
     }
-    let mut query = format!("/diff?other={}", escape(&other.0));
-    for (name, snapshot) in [("snapshot", snapshot), ("other_snapshot", other.1)] {
-        if let Some(snapshot) = snapshot {
-            query.push_str(&format!("&{name}={}", escape(&snapshot)));
-        }
-    }
-    Ok(path(&session, &query))
-}
-
-/// Where the API has a session, and what belongs to it.
-pub fn path(session: &str, rest: &str) -> String {
-    format!("/v1/sessions/{}{rest}", escape(session))
+    let before = (before.0.as_str(), before.1.as_deref());
+    Ok(client.diff(before, (&after.0, after.1.as_deref())).await?)
 }
 
 /// Starts a daemon that outlives this program, and waits until it can be reached, or until one

@@ -15,7 +15,7 @@ use hyper::body::Frame;
 use tempfile::TempPath;
 use tokio_util::io::{ReaderStream, StreamReader};
 
-use crate::client::{Client, empty, escape, path};
+use crate::client::{Client, empty, escape};
 use crate::{Failure, Result};
 
 /// Copies in or out: one side is SESSION:PATH.
@@ -81,12 +81,13 @@ async fn copy_in(client: &Client, from: &Path, session: &str, to: &str) -> Resul
     } else {
         return Err(Failure::new(format!("{} is no file and no folder", from.display())));
     };
-    client.request("POST", &uri, Some((SESSION, session)), body).await.map(drop)
+    client.request("POST", &uri, Some((SESSION, session)), body).await?;
+    Ok(())
 }
 
 async fn copy_out(client: &Client, session: &str, from: &str, to: &Path) -> Result<()> {
     // Nothing can be had from a session that is not there: do not make it.
-    client.json("GET", &path(session, "")).await?;
+    client.session(session).await?;
     let from = if from.is_empty() { "." } else { from };
     let name = Path::new(from).file_name();
     let to = match name {

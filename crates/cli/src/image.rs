@@ -8,7 +8,7 @@ use clap::Subcommand;
 use http_body_util::{BodyExt, Full};
 use serde_json::{Value, json};
 
-use crate::client::{Client, Lines, escape};
+use crate::client::{Client, Lines};
 use crate::progress::Bar;
 use crate::{Failure, Result, show};
 
@@ -49,10 +49,10 @@ pub enum Verb {
 /// Runs the verb.
 pub async fn run(client: &Client, verb: Verb, json: bool) -> Result<()> {
     match verb {
-        Verb::Ls => show::images(&client.json("GET", "/v1/images").await?, json),
+        Verb::Ls => show::images(&show::value(client.images().await?)?, json),
         Verb::Rm { names } => {
             for name in names {
-                client.json("DELETE", &format!("/v1/images?name={}", escape(&name))).await?;
+                client.remove_image(&name).await?;
             }
             Ok(())
         }

@@ -14,7 +14,6 @@ mod port;
 mod progress;
 mod range;
 mod show;
-mod target;
 
 use std::io::Write;
 use std::os::fd::AsFd;
@@ -23,7 +22,6 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
 
-use crate::client::Client;
 use crate::config::Options;
 use crate::range::Range;
 
@@ -341,19 +339,18 @@ async fn act(cli: Cli, settings: config::Settings, range: Range) -> Result<i32> 
         return doctor::run(&settings, &range, json).await;
     }
     if let Verb::Shutdown = cli.verb {
-        return Client::shutdown(&settings).await.map(|()| 0);
+        return client::shutdown(&settings).await.map(|()| 0);
     }
     if let Verb::Key { verb } = cli.verb {
         return key::run(&settings, verb, json).await.map(|()| 0);
     }
-    let client = Client::connect(&settings).await?;
+    let client = client::connect(&settings).await?;
     match cli.verb {
         Verb::Exec(exec) => return command::exec(&client, exec, json).await,
         Verb::Shell { session } => return command::shell(&client, &settings, session).await,
-        Verb::Ls => show::sessions(&client.sessions().await?, json)?,
+        Verb::Ls => show::sessions(&show::value(client.sessions().await?)?, json)?,
         Verb::Inspect { session } => {
-            let path = client::path(&session, "");
-            show::session(&client.json("GET", &path).await?, json)?;
+            show::session(&show::value(client.session(&session).await?)?, json)?;
         }
         Verb::Events { session } => {
             let mut lines = client.lines("/v1/events").await?;
@@ -366,16 +363,15 @@ async fn act(cli: Cli, settings: config::Settings, range: Range) -> Result<i32> 
             client.download(&path, &mut tokio::io::stdout()).await?;
         }
         Verb::Stop { session, force } => {
-            let path = client::path(&session, &format!("/stop?force={force}"));
-            client.json("POST", &path).await?;
+            client.stop(&session, force).await?;
         }
         Verb::Create { session, image } => {
-            let path = client::path(&session, "") + &client::query("image", image);
-            show::session(&client.json("PUT", &path).await?, json)?;
+            let made = client.ensure(&session, image.as_deref()).await?;
+            show::session(&show::value(made)?, json)?;
         }
         Verb::Start { session } => {
-            let path = client::path(&session, "");
-            show::session(&client.json("PUT", &path).await?, json)?;
+            let started = client.ensure(&session, None).await?;
+            show::session(&show::value(started)?, json)?;
         }
         Verb::Backup { session } => backups::backup(&client, &session, json).await?,
         Verb::Backups { session, verb } => {
@@ -390,24 +386,21 @@ async fn act(cli: Cli, settings: config::Settings, range: Range) -> Result<i32> 
         Verb::Export { session, output } => moving::export(&client, &session, output).await?,
         Verb::Import { session, file } => moving::import(&client, &session, file, json).await?,
         Verb::Snapshot { session, name } => {
-            let path = client::path(&session, &format!("/snapshots/{}", client::escape(&name)));
-            client.json("PUT", &path).await?;
+            client.snapshot(&session, &name).await?;
         }
         Verb::Snapshots { session } => {
-            let path = client::path(&session, "/snapshots");
-            show::snapshots(&client.json("GET", &path).await?, json)?;
+            show::snapshots(&show::value(client.snapshots(&session).await?)?, json)?;
         }
         Verb::Diff { from, to } => {
-            let path = client::diff(&from, to.as_deref())?;
-            show::differences(&client.json("GET", &path).await?, json)?;
+            let found = client::diff(&client, &from, to.as_deref()).await?;
+            show::differences(&show::value(found)?, json)?;
         }
         Verb::Rm { sessions, force, snapshot } => {
             for session in sessions {
-                let what = match &snapshot {
-                    Some(name) => format!("/snapshots/{}", client::escape(name)),
-                    None => format!("?force={force}"),
-                };
-                client.json("DELETE", &client::path(&session, &what)).await?;
+                match &snapshot {
+                    Some(name) => client.remove_snapshot(&session, name).await?,
+                    None => client.remove(&session, force).await?,
+                }
             }
         }
         Verb::Port { session, port, listen } => {

@@ -4,6 +4,7 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
+use tokio::io::copy_bidirectional;
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 
@@ -19,7 +20,7 @@ pub async fn run(
     json: bool,
 ) -> Result<()> {
     // That it is there is known before anybody connects.
-    client.json("GET", &crate::client::path(session, "")).await?;
+    client.session(session).await?;
     let failed =
         |error: std::io::Error| Failure::new(format!("cannot listen on {listen}: {error}"));
     let listener = TcpListener::bind(listen).await.map_err(failed)?;
@@ -34,11 +35,15 @@ pub async fn run(
     loop {
         tokio::select! {
             accepted = listener.accept() => {
-                let (ours, _) = accepted.map_err(failed)?;
+                let (mut ours, _) = accepted.map_err(failed)?;
                 let (client, session) = (client.clone(), session.to_owned());
                 joined.spawn(async move {
-                    if let Err(failure) = client.join_port(&session, port, ours).await {
-                        eprintln!("denizen: {failure}");
+                    match client.port(&session, port).await {
+                        // Either side may end it at any time.
+                        Ok(mut theirs) => {
+                            let _ = copy_bidirectional(&mut ours, &mut theirs).await;
+                        }
+                        Err(error) => eprintln!("denizen: {error}"),
                     }
                 });
             }

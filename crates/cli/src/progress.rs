@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use crate::client::Client;
-use crate::{Result, show};
+use crate::show;
 
 /// How long something may take without a word of it.
 const PATIENCE: Duration = Duration::from_millis(500);
@@ -58,8 +58,8 @@ impl Drop for Bar {
 pub async fn showing<T>(
     client: &Client,
     session: Option<&str>,
-    work: impl Future<Output = Result<T>>,
-) -> Result<T> {
+    work: impl Future<Output = denizen_client::Result<T>>,
+) -> denizen_client::Result<T> {
     let mut bar = Bar::default();
     if !bar.is_terminal {
         return work.await;

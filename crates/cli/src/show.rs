@@ -20,6 +20,11 @@ fn json(value: &Value) -> Result<()> {
     print(&format!("{value:#}\n"))
 }
 
+/// What the client has, as JSON.
+pub fn value(typed: impl serde::Serialize) -> Result<Value> {
+    serde_json::to_value(typed).map_err(|error| Failure::new(error.to_string()))
+}
+
 /// The configuration in force, as a file would have it.
 pub fn config(settings: &Settings, as_json: bool) -> Result<()> {
     if as_json {

@@ -1,6 +1,5 @@
 //! Where the daemon is, and how a connection to it is made: a Unix socket of this machine, or a
-//! URL with a key. A key must never be where other users see it, so it is no flag and in no file
-//! that the program prints.
+//! URL with a key. A key is never shown again, nor sent to another place than it is for.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -15,25 +14,25 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpStream, UnixStream};
 use tokio_rustls::TlsConnector;
 
-use crate::config::Settings;
-use crate::{Failure, Result};
+use crate::{Error, Result};
 
-/// A connection to the daemon, whatever it is made of.
+/// A connection, whatever it is made of.
 pub trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
 
 impl<S: AsyncRead + AsyncWrite + Send + Unpin> Stream for S {}
 
 /// Where the daemon is.
 #[derive(Clone)]
-pub enum Target {
-    /// On this machine, as this user.
+pub struct Target(Kind);
+
+#[derive(Clone)]
+enum Kind {
     Socket(PathBuf),
-    /// Anywhere.
     Url(Arc<Remote>),
 }
 
 /// A daemon that is reached by TCP.
-pub struct Remote {
+struct Remote {
     /// Scheme and authority only.
     url: Uri,
     host: String,
@@ -44,36 +43,41 @@ pub struct Remote {
 }
 
 impl Target {
-    /// Where the settings say, and the variable `DENIZEN_API_KEY`.
-    pub fn of(settings: &Settings) -> Result<Self> {
-        match &settings.url {
-            None => Ok(Self::Socket(settings.socket.clone())),
-            Some(url) => Ok(Self::Url(Arc::new(Remote::new(url)?))),
-        }
+    /// A daemon of this machine and user.
+    pub fn socket(path: impl Into<PathBuf>) -> Self {
+        Self(Kind::Socket(path.into()))
+    }
+
+    /// The daemon at `https://HOST:PORT`, or `http`, with a key if there is one.
+    ///
+    /// # Errors
+    /// [`Error::Address`].
+    pub fn url(url: &str, key: Option<&str>) -> Result<Self> {
+        Ok(Self(Kind::Url(Arc::new(Remote::new(url, key)?))))
     }
 
     /// The socket, if it is one.
-    pub fn socket(&self) -> Option<&Path> {
-        match self {
-            Self::Socket(path) => Some(path),
-            Self::Url(_) => None,
+    pub fn path(&self) -> Option<&Path> {
+        match &self.0 {
+            Kind::Socket(path) => Some(path),
+            Kind::Url(_) => None,
         }
     }
 
     /// Connects; what is spoken on it is HTTP/1.1. Cancel-safe.
     pub async fn connect(&self) -> std::io::Result<Box<dyn Stream>> {
-        match self {
-            Self::Socket(path) => Ok(Box::new(UnixStream::connect(path).await?)),
-            Self::Url(remote) => remote.connect(b"http/1.1").await,
+        match &self.0 {
+            Kind::Socket(path) => Ok(Box::new(UnixStream::connect(path).await?)),
+            Kind::Url(remote) => remote.connect(b"http/1.1").await,
         }
     }
 
     /// A request with what lets it in.
-    pub fn request(&self, method: &str, path: &str) -> Builder {
+    pub(crate) fn request(&self, method: &str, path: &str) -> Builder {
         let request = hyper::Request::builder().method(method).uri(path);
-        match self {
-            Self::Socket(_) => request.header("host", "denizen"),
-            Self::Url(remote) => {
+        match &self.0 {
+            Kind::Socket(_) => request.header("host", "denizen"),
+            Kind::Url(remote) => {
                 let host = remote.url.authority().map_or("", |it| it.as_str());
                 let request = request.header("host", host);
                 match &remote.authorization {
@@ -85,14 +89,14 @@ impl Target {
     }
 
     /// The same for what is spoken by HTTP/2.
-    pub fn envd(&self) -> (SharedHttp2Connection, ClientConfig) {
-        let remote = match self {
-            Self::Socket(path) => {
+    pub(crate) fn envd(&self) -> (SharedHttp2Connection, ClientConfig) {
+        let remote = match &self.0 {
+            Kind::Socket(path) => {
                 let url = Uri::from_static("http://denizen");
                 let connection = Http2Connection::lazy_unix(path, url.clone()).shared(16);
                 return (connection, ClientConfig::new(url));
             }
-            Self::Url(remote) => remote,
+            Kind::Url(remote) => remote,
         };
         let dialled = remote.clone();
         let connector = tower::service_fn(move |_: Uri| {
@@ -111,17 +115,17 @@ impl Target {
 
 impl std::fmt::Display for Target {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Socket(path) => path.display().fmt(f),
-            Self::Url(remote) => remote.url.fmt(f),
+        match &self.0 {
+            Kind::Socket(path) => path.display().fmt(f),
+            Kind::Url(remote) => remote.url.fmt(f),
         }
     }
 }
 
 impl Remote {
-    fn new(url: &str) -> Result<Self> {
+    fn new(url: &str, key: Option<&str>) -> Result<Self> {
         let bad = |why: &dyn std::fmt::Display| {
-            Failure::new(format!("the daemon's address {url:?}: {why}; https://HOST:PORT is one"))
+            Error::Address(format!("the daemon's address {url:?}: {why}; https://HOST:PORT is one"))
         };
         let parsed: Uri = url.parse().map_err(|error| bad(&error))?;
         let with_tls = match parsed.scheme_str() {
@@ -134,11 +138,10 @@ impl Remote {
             return Err(bad(&"there is more than a host and a port"));
         }
         if authority.as_str().contains('@') {
-            return Err(bad(&"a key goes into DENIZEN_API_KEY"));
+            return Err(bad(&"a key has a place of its own (DENIZEN_API_KEY)"));
         }
         let host = authority.host().trim_start_matches('[').trim_end_matches(']').to_owned();
         let port = authority.port_u16().unwrap_or(if with_tls { 443 } else { 80 });
-        let key = std::env::var("DENIZEN_API_KEY").ok().filter(|key| !key.is_empty());
         let authorization = key.map(|key| {
             let value = HeaderValue::try_from(format!("Bearer {}", key.trim()));
             value.map(|mut value| {
@@ -148,7 +151,7 @@ impl Remote {
         });
         let authorization = authorization
             .transpose()
-            .map_err(|_| Failure::new("DENIZEN_API_KEY is no key: it begins with dk_"))?;
+            .map_err(|_| Error::Address("this is no key: it begins with dk_".to_owned()))?;
         let tls = with_tls.then(tls).transpose().map_err(|error| bad(&error))?;
         Ok(Self { url: parsed, host, port, tls, authorization })
     }
