@@ -443,7 +443,7 @@ async fn serve(
     idle_exit: Option<u64>,
     background: bool,
 ) -> Result<()> {
-    use denizen_server::{Daemon, Ending, ServeError};
+    use denizen_server::{Daemon, Ending, KeysError, ServeError};
     use tokio::signal::unix::{SignalKind, signal};
     tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
@@ -504,7 +504,7 @@ async fn serve(
     let daemon = match daemon {
         Ok(daemon) => daemon,
         Err(error) => {
-            if let ServeError::Taken { .. } = error {
+            if let ServeError::Taken { .. } | ServeError::Keys(KeysError::Taken { .. }) = error {
                 tell(client::TAKEN);
             }
             // What it has found running is no worse for it.

@@ -199,6 +199,7 @@ fn a_key_lets_in_and_nothing_else_does() {
         assert_eq!(refused.header("www-authenticate"), Some("Bearer"));
     }
     assert_eq!(daemon.ask_with("GET /v1/whoami", &[], "").status, 401);
+    assert_eq!(daemon.ask_with("GET /v1/metrics", &[], "").status, 401);
     assert_eq!(daemon.ask_with("GET /v1/sessions?key=dk_a_b", &[], "").status, 401);
     // It is told once, and kept nowhere.
     let all = daemon.user.json(&["key", "ls"]);
@@ -308,8 +309,11 @@ fn where_others_get_there_must_be_a_key_and_tls() {
         text(&output.stderr)
     };
     let why = refused(&[]);
-    assert!(why.contains("no key") && why.contains("denizen key create"), "{why}");
-    // There is no daemon to ask for one.
+    assert!(why.contains("no key that is good") && why.contains("denizen key create"), "{why}");
+    // One that has expired is none. There is no daemon to ask for them.
+    let short = user.run(&["key", "create", "short", "--expires", "1 second"]);
+    assert!(short.status.success(), "{short:?}");
+    until("it is not good any more", || refused(&[]).contains("no key that is good"));
     let made = user.run(&["key", "create", "first"]);
     assert!(text(&made.stdout).starts_with("dk_"), "{made:?}");
     let why = refused(&[]);
@@ -328,7 +332,7 @@ fn where_others_get_there_must_be_a_key_and_tls() {
 #[test]
 fn no_page_drives_a_daemon() {
     let settings = ["--origins", "https://ui.example.org", "--domain", "box.example.org"];
-    let hosts = ["--hosts", "Denizen.example.org"];
+    let hosts = ["--hosts", "Denizen.example.org", "--metrics-public", "true"];
     let daemon = Daemon::start(&[&settings[..], &hosts].concat());
     let (_, key) = daemon.key(&["--scope", "admin"]);
     let bearer = format!("Bearer {key}");
@@ -336,6 +340,7 @@ fn no_page_drives_a_daemon() {
         let headers = [&[("authorization", bearer.as_str())], headers].concat();
         daemon.ask_with(line, &headers, "")
     };
+    assert_eq!(daemon.ask_with("GET /v1/metrics", &[], "").status, 200);
     let port = daemon.address.port();
     let by = |host: &str| ask("GET /v1/whoami", &[("host", host)]);
     for ours in [

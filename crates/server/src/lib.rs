@@ -117,7 +117,7 @@ impl Daemon {
     /// to listen on. `state` is the folder with the keys.
     ///
     /// # Errors
-    /// [`ServeError`]; then nothing is left behind.
+    /// [`ServeError`]; then the socket is gone again.
     pub fn bind(
         pool: Arc<MicroVmManager>,
         socket: &Path,
@@ -125,9 +125,24 @@ impl Daemon {
         front: Front,
         idle_exit: Option<Duration>,
     ) -> Result<Self, ServeError> {
+        // First, so that a second daemon is told of the first one rather than of what it has.
+        let listener = OwnListener::bind(socket)?;
+        Self::behind(listener, pool, state, front, idle_exit).inspect_err(|_| {
+            // Another daemon replaces it, if it stays.
+            let _ = std::fs::remove_file(socket);
+        })
+    }
+
+    fn behind(
+        listener: OwnListener,
+        pool: Arc<MicroVmManager>,
+        state: &Path,
+        front: Front,
+        idle_exit: Option<Duration>,
+    ) -> Result<Self, ServeError> {
         let keys = Keys::open(state)?;
-        let lack = if keys.list().is_empty() {
-            Some("there is no key yet: make one (`denizen key create NAME`)")
+        let lack = if !keys.list().iter().any(|key| keys.is_good(&key.id)) {
+            Some("there is no key that is good: make one (`denizen key create NAME`)")
         } else if front.certificate.is_none() {
             Some("there is no TLS: set `tls_certificate` and `tls_key`")
         } else {
@@ -142,7 +157,6 @@ impl Daemon {
         let tls = front.certificate.clone().map(Tls::open).transpose().map_err(ServeError::Tls)?;
         let remote = front.listen.iter().map(|address| listen(*address));
         let remote = remote.collect::<Result<_, _>>()?;
-        let listener = OwnListener::bind(socket)?;
         let leases = Arc::new(Leases::new(pool.clone()));
         let access = Access::new(pool.clone(), leases.clone(), keys, front, state);
         let access = Arc::new(access.map_err(ServeError::Audit)?);

@@ -507,3 +507,58 @@ impl Drop for Record {
 fn shortened(text: &str) -> String {
     text.chars().take(128).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    fn asked(host: &str, path: &str) -> (String, Option<String>) {
+        let front = Front { domain: Some("Box.example.org".to_owned()), ..Front::default() };
+        let request = axum::http::Request::get(path).header(HOST, host);
+        let mut request = request.header(SESSION, "theirs").body(()).unwrap();
+        by_path(&front, &mut request);
+        (request.uri().to_string(), named(request.headers()).map(str::to_owned))
+    }
+
+    #[test]
+    fn a_port_by_its_name_is_one_by_its_path() {
+        for (host, path, wanted) in [
+            ("3000-demo.box.example.org", "/", "/v1/sessions/demo/ports/3000/"),
+            ("3000-Demo.BOX.example.org:443", "/a?b=c", "/v1/sessions/demo/ports/3000/a?b=c"),
+            ("80-a-b_c.box.example.org", "/v1/shutdown", "/v1/sessions/a-b_c/ports/80/v1/shutdown"),
+            ("80-..box.example.org", "/x", "/x"),
+            ("0-a.box.example.org", "/x", "/x"),
+            ("65536-a.box.example.org", "/x", "/x"),
+            ("80-a.other.example.org", "/x", "/x"),
+            ("80-a.b.box.example.org", "/x", "/x"),
+            ("80-abox.example.org", "/x", "/x"),
+            ("box.example.org", "/x", "/x"),
+            // envd's port leads to its own paths, and to no other of ours.
+            ("49983-a.box.example.org", "/v1/shutdown", "/v1/sessions/a/ports/49983/v1/shutdown"),
+        ] {
+            let (path, session) = asked(host, path);
+            assert_eq!((path.as_str(), session.as_deref()), (wanted, Some("theirs")), "{host}");
+        }
+        for path in ["/files?path=x", "/process.Process/Start"] {
+            let (uri, session) = asked("49983-ours.box.example.org", path);
+            assert_eq!((uri.as_str(), session.as_deref()), (path, Some("ours")));
+        }
+    }
+
+    #[test]
+    fn nothing_of_a_host_leaves_its_place_in_the_path() {
+        for host in
+            ["80-a%2f..%2fb.box.example.org", "80-a/../b.box.example.org", "80-a?.box.example.org"]
+        {
+            let request = axum::http::Request::get("/x").header(HOST, host);
+            let mut request = request.body(()).unwrap();
+            let front = Front { domain: Some("box.example.org".to_owned()), ..Front::default() };
+            by_path(&front, &mut request);
+            let path = request.uri().path();
+            let parts = path.split('/').collect::<Vec<_>>();
+            assert!(path == "/x" || parts.len() == 7 && parts[4] == "ports", "{host}: {path}");
+        }
+    }
+}

@@ -303,11 +303,11 @@ impl Keys {
         Some(kept.info.clone())
     }
 
-    /// The key of that id, if it is still good.
-    pub(crate) fn good(&self, id: &str) -> Option<KeyInfo> {
+    /// Whether there is a key of that id, and it has not expired.
+    pub(crate) fn is_good(&self, id: &str) -> bool {
         let stored = self.stored.read().clone();
-        let info = &stored.keys.get(id)?.info;
-        info.expires_at.is_none_or(|at| at > Timestamp::now()).then(|| info.clone())
+        let expires = stored.keys.get(id).map(|kept| kept.info.expires_at);
+        expires.is_some_and(|at| at.is_none_or(|at| at > Timestamp::now()))
     }
 
     /// What a token says, if it is one, and neither void nor expired.
@@ -321,7 +321,7 @@ impl Keys {
         let void = self.stored.read().void_tokens.get(&token.session).copied();
         token.expires > Timestamp::now().as_second()
             && void.is_none_or(|at| token.issued > at.as_microsecond())
-            && token.issuer.as_deref().is_none_or(|id| self.good(id).is_some())
+            && token.issuer.as_deref().is_none_or(|id| self.is_good(id))
     }
 
     /// Tells whenever a key or token may have become void.

@@ -272,7 +272,7 @@ impl Access {
     fn is_good(&self, caller: &Caller) -> bool {
         match &caller.credential {
             Credential::Local { .. } | Credential::None => true,
-            Credential::Key(id) => self.keys.good(id).is_some(),
+            Credential::Key(id) => self.keys.is_good(id),
             Credential::Token(token) => self.keys.good_token(token) && self.is_of_today(token),
         }
     }
