@@ -8,6 +8,7 @@ use std::{env, fs, io};
 fn main() -> io::Result<()> {
     let variable = |name: &str| env::var_os(name).map(PathBuf::from).ok_or(io::ErrorKind::NotFound);
     let dist = variable("CARGO_MANIFEST_DIR")?.join("../../web/dist");
+    let out = variable("OUT_DIR")?;
     println!("cargo::rerun-if-changed={}", dist.display());
     let mut files = Vec::new();
     if dist.join("index.html").exists() {
@@ -15,14 +16,16 @@ fn main() -> io::Result<()> {
         files.sort();
     }
     let mut table = String::from("pub(super) const FILES: &[(&str, &[u8])] = &[\n");
-    for file in files {
+    for (number, file) in files.iter().enumerate() {
+        // A copy: the dashboard may be built anew before the compiler reads it.
+        fs::copy(file, out.join(format!("web-{number}")))?;
         let name = file.strip_prefix(&dist).map_err(io::Error::other)?;
+        // Written for debugging, a string is a literal.
         let name = name.to_string_lossy();
-        // A debug-printed string is a string literal.
-        let _ = writeln!(table, "    ({name:?}, include_bytes!({:?})),", file.to_string_lossy());
+        let _ = writeln!(table, "    ({name:?}, include_bytes!(\"web-{number}\")),");
     }
     table.push_str("];\n");
-    fs::write(variable("OUT_DIR")?.join("web.rs"), table)
+    fs::write(out.join("web.rs"), table)
 }
 
 fn find(folder: &Path, files: &mut Vec<PathBuf>) -> io::Result<()> {

@@ -1,5 +1,5 @@
 // What the daemon is asked, and in which words: the one module that knows the wire. `/v1` is
-// denizen's own API; commands and files are spoken of in envd's protocol (Connect, as JSON).
+// denizen's own API; files are spoken of in envd's protocol (Connect, as JSON).
 // It must never keep the key anywhere but in this tab's session storage.
 
 export type Scope = "read" | "operate" | "admin";
@@ -53,6 +53,7 @@ export interface Snapshot {
 }
 
 export interface LifeEvent {
+  id: string;
   at: number;
   session: string;
   name?: string;
@@ -79,17 +80,27 @@ export interface Entry {
   target?: string;
 }
 
-export interface Process {
-  pid: number;
-  tag?: string;
-  command: string;
-  cwd?: string;
+export interface Ended {
+  code: number;
+  signal?: number;
+  reason?: string;
 }
 
+export interface Process {
+  pid: number;
+  tag?: string | null;
+  command: string[];
+  terminal: boolean;
+  foreground: boolean;
+  started_at: number;
+  ended?: Ended | null;
+}
+
+/** `after` is how many bytes were printed with it. */
 export type Output =
-  | { kind: "start"; before: Uint8Array }
-  | { kind: "data"; bytes: Uint8Array }
-  | { kind: "exit"; status: string };
+  | { kind: "output"; bytes: Uint8Array; after: number }
+  | { kind: "gap"; after: number }
+  | { kind: "exit"; ended: Ended };
 
 /** An answer that says no. */
 export class Problem extends Error {
@@ -176,23 +187,23 @@ export const whoami = () => json<Me>("GET", "/v1/whoami");
 // ---- Sessions ---------------------------------------------------------------------------
 
 export async function sessions(): Promise<Session[]> {
-  type Page = Session[] | { sessions: Session[]; next?: string | null };
   const all: Session[] = [];
   let after: string | undefined;
   do {
+    type Page = { sessions: Session[]; next?: string };
     const page: Page = await json<Page>("GET", `/v1/sessions${query({ after })}`);
-    // A daemon without pages answers with all of them.
-    if (Array.isArray(page)) return page;
     all.push(...page.sessions);
-    after = page.next ?? undefined;
+    after = page.next;
   } while (after);
-  return all;
+  // In order, a session without a name comes by its UUID.
+  const called = (session: Session) => session.name ?? session.id;
+  return all.sort((a, b) => called(a).localeCompare(called(b)));
 }
 
 export const inspect = (session: string) => json<Session>("GET", of(session));
-/** Makes the session if there is none of that name. */
-export const start = (session: string, image?: string) =>
-  json<Session>("POST", `${of(session)}/start${query({ image })}`);
+export const create = (name: string, image?: string) =>
+  json<Session>("POST", "/v1/sessions", { name, image });
+export const start = (session: string) => json<Session>("POST", `${of(session)}/start`);
 export const stop = (session: string, force: boolean) =>
   json<void>("POST", `${of(session)}/stop${query({ force })}`);
 export const remove = (session: string, force: boolean) =>
@@ -202,17 +213,11 @@ export const fork = (session: string, snapshot?: string) =>
 
 // ---- Backups and snapshots --------------------------------------------------------------
 
-export async function backups(session: string): Promise<Backup[]> {
-  const told = await json<Backup[] | { backups: Backup[] }>("GET", `${of(session)}/backups`);
-  return Array.isArray(told) ? told : told.backups;
-}
+export const backups = (session: string) => json<Backup[]>("GET", `${of(session)}/backups`);
 export const backup = (session: string) => json<Session>("POST", `${of(session)}/backup`);
 export const restore = (session: string, from: { backup?: string; snapshot?: string }) =>
   json<Session>("POST", `${of(session)}/restore${query(from)}`);
-export async function snapshots(session: string): Promise<Snapshot[]> {
-  const told = await json<Snapshot[] | { snapshots: Snapshot[] }>("GET", `${of(session)}/snapshots`);
-  return Array.isArray(told) ? told : told.snapshots;
-}
+export const snapshots = (session: string) => json<Snapshot[]>("GET", `${of(session)}/snapshots`);
 const ofSnapshot = (session: string, name: string) =>
   `${of(session)}/snapshots/${encodeURIComponent(name)}`;
 export const takeSnapshot = (session: string, name: string) =>
@@ -266,27 +271,57 @@ export async function metrics(): Promise<Metric[]> {
 
 // ---- Events -----------------------------------------------------------------------------
 
-/** What happens from now on. Ends when the daemon does. */
-export async function* events(signal: AbortSignal, opened: () => void): AsyncGenerator<LifeEvent> {
-  const response = await ask("/v1/events", { signal });
+/** The id of the event that was seen last; one that no daemon has given asks for all it keeps. */
+let lastSeen = "none";
+
+/** What has happened and happens, some at a time. Ends when the daemon does; the next call goes
+ * on from there. */
+export async function* events(signal: AbortSignal, opened: () => void): AsyncGenerator<LifeEvent[]> {
+  // Not by EventSource, which cannot send a key.
+  const headers = { accept: "text/event-stream", "last-event-id": lastSeen };
+  const response = await ask("/v1/events", { signal, headers });
   opened();
-  const decoder = new TextDecoder();
-  let rest = "";
-  for await (const piece of pieces(response)) {
-    const lines = (rest + decoder.decode(piece, { stream: true })).split("\n");
-    rest = lines.pop() ?? "";
-    for (const line of lines) if (line.trim()) yield JSON.parse(line) as LifeEvent;
+  for await (const messages of told(response)) {
+    const some: LifeEvent[] = [];
+    for (const { id, data } of messages) {
+      // What has no id says that others were lost.
+      if (!id) continue;
+      some.push({ ...(JSON.parse(data) as LifeEvent), id });
+      lastSeen = id;
+    }
+    if (some.length) yield some;
   }
 }
 
-async function* pieces(response: Response): AsyncGenerator<Uint8Array> {
+/** Whoever signs in next is told from the beginning. */
+export const forgetEvents = () => {
+  lastSeen = "none";
+};
+
+interface Message {
+  id?: string;
+  event?: string;
+  data: string;
+}
+
+/** Server-sent events, as many at a time as have come. Ours have one line of data. */
+async function* told(response: Response): AsyncGenerator<Message[]> {
   const reader = response.body?.getReader();
   if (!reader) return;
+  const decoder = new TextDecoder();
+  let rest = "";
   try {
     for (;;) {
       const { done, value } = await reader.read();
       if (done) return;
-      yield value;
+      const blocks = (rest + decoder.decode(value, { stream: true })).split("\n\n");
+      rest = blocks.pop() ?? "";
+      const messages = blocks.map((block) => {
+        const field = (name: string) => new RegExp(`^${name}: ?(.*)$`, "m").exec(block)?.[1];
+        return { id: field("id"), event: field("event"), data: field("data") ?? "" };
+      });
+      // Without data it only keeps the line open.
+      yield messages.filter((message) => message.data);
     }
   } finally {
     // Whoever no longer listens ends the request.
@@ -295,6 +330,66 @@ async function* pieces(response: Response): AsyncGenerator<Uint8Array> {
 }
 
 // ---- Commands ---------------------------------------------------------------------------
+
+export const processes = async (session: string) =>
+  (await json<{ processes: Process[] }>("GET", `${of(session)}/processes`)).processes;
+
+const ofProcess = (session: string, pid: number) => `${of(session)}/processes/${pid}`;
+
+export const signal = (session: string, pid: number, number: number) =>
+  json<void>("POST", `${ofProcess(session, pid)}/signal`, { signal: number });
+
+export interface Size {
+  columns: number;
+  rows: number;
+}
+
+/** The shell of that tag in a terminal, which goes on without us; it is started if none runs. */
+export async function shell(session: string, tag: string, size: Size): Promise<number> {
+  const there = (await processes(session)).find((it) => it.tag === tag && !it.ended);
+  if (there) return there.pid;
+  // The pool's shell, whichever that is, as an interactive one.
+  const asked = { shell: 'exec "$0" -i', tag, terminal: size, stdin: true, detach: true };
+  return (await json<{ pid: number }>("POST", `${of(session)}/processes`, asked)).pid;
+}
+
+/** What a command prints and has printed, as far as that is kept, after so many bytes. */
+export async function* output(
+  session: string,
+  pid: number,
+  from: number,
+  signal: AbortSignal,
+): AsyncGenerator<Output> {
+  const response = await ask(`${ofProcess(session, pid)}/output${query({ from })}`, { signal });
+  for await (const messages of told(response)) {
+    for (const { id, event, data } of messages) {
+      const value = JSON.parse(data);
+      const after = Number(id);
+      if (event === "output") yield { kind: "output", bytes: fromBase64(value.bytes), after };
+      if (event === "gap") yield { kind: "gap", after };
+      if (event === "exit") return yield { kind: "exit", ended: value };
+      if (event === "lost") throw new Problem(0, value.code, value.detail);
+    }
+  }
+  throw new Problem(0, "broken_off", "the connection broke off");
+}
+
+function fromBase64(text: string): Uint8Array {
+  return Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
+}
+
+export const type = (session: string, pid: number, bytes: Blob) =>
+  ask(`${ofProcess(session, pid)}/input`, {
+    method: "POST",
+    headers: { "content-type": "application/octet-stream" },
+    body: bytes,
+  });
+
+export const resize = (session: string, pid: number, size: Size) =>
+  json<void>("PUT", `${ofProcess(session, pid)}/size`, size);
+
+// ---- Files ------------------------------------------------------------------------------
+// Paths are relative to the volume, or absolute within the session.
 
 const inside = (session: string, more: Record<string, string> = {}) => ({
   "denizen-session": session,
@@ -309,147 +404,6 @@ async function call<T>(session: string, method: string, message: unknown): Promi
   });
   return (await response.json()) as T;
 }
-
-interface ProcessEvent {
-  start?: { pid: number };
-  data?: { stdout?: string; stderr?: string; pty?: string };
-  end?: { exitCode?: number; status?: string; error?: string };
-}
-
-/** A stream of Connect: each message behind a byte of flags and its length. */
-async function* stream(
-  session: string,
-  method: string,
-  message: unknown,
-  signal: AbortSignal,
-  more: Record<string, string> = {},
-): AsyncGenerator<Output> {
-  const text = new TextEncoder().encode(JSON.stringify(message));
-  const body = new Uint8Array(5 + text.length);
-  new DataView(body.buffer).setUint32(1, text.length);
-  body.set(text, 5);
-  const response = await ask(`/${method}`, {
-    method: "POST",
-    signal,
-    headers: inside(session, { "content-type": "application/connect+json", ...more }),
-    body,
-  });
-  let have = new Uint8Array(0);
-  for await (const piece of pieces(response)) {
-    have = joined(have, piece);
-    while (have.length >= 5) {
-      const length = new DataView(have.buffer, have.byteOffset).getUint32(1);
-      if (have.length < 5 + length) break;
-      const told = JSON.parse(new TextDecoder().decode(have.subarray(5, 5 + length)));
-      const last = (have[0] & 2) !== 0;
-      have = have.slice(5 + length);
-      if (last) {
-        const error = told.error as { code?: string; message?: string } | undefined;
-        if (error) throw new Problem(0, error.code ?? "failed", error.message ?? "it broke off");
-        return;
-      }
-      const event = (told.event ?? {}) as ProcessEvent;
-      if (event.start) yield { kind: "start", before: new Uint8Array(0) };
-      const data = event.data?.pty ?? event.data?.stdout ?? event.data?.stderr;
-      if (data) yield { kind: "data", bytes: fromBase64(data) };
-      if (event.end) yield { kind: "exit", status: event.end.error ?? event.end.status ?? "ended" };
-    }
-  }
-  throw new Problem(0, "broken_off", "the connection broke off");
-}
-
-function joined(a: Uint8Array, b: Uint8Array): Uint8Array<ArrayBuffer> {
-  const both = new Uint8Array(a.length + b.length);
-  both.set(a);
-  both.set(b, a.length);
-  return both;
-}
-
-function fromBase64(text: string): Uint8Array {
-  return Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
-}
-
-function toBase64(bytes: Uint8Array): string {
-  let text = "";
-  for (const byte of bytes) text += String.fromCharCode(byte);
-  return btoa(text);
-}
-
-export async function processes(session: string): Promise<Process[]> {
-  type Told = { config?: { cmd?: string; args?: string[]; cwd?: string }; pid: number; tag?: string };
-  const told = await call<{ processes?: Told[] }>(session, "process.Process/List", {});
-  return (told.processes ?? []).map(({ config, pid, tag }) => ({
-    pid,
-    tag,
-    command: [config?.cmd ?? "", ...(config?.args ?? [])].join(" "),
-    cwd: config?.cwd,
-  }));
-}
-
-export const signal = (session: string, pid: number, name: "TERM" | "KILL") =>
-  call(session, "process.Process/SendSignal", { process: { pid }, signal: `SIGNAL_SIG${name}` });
-
-export interface Size {
-  columns: number;
-  rows: number;
-}
-
-/** Bytes of a terminal's past that are drawn again. */
-const REPLAYED = 512 * 1024;
-
-const wireSize = ({ columns, rows }: Size) => ({ size: { cols: columns, rows } });
-
-/** Follows a terminal from its beginning, as far as that is kept; it goes on without us. */
-export async function* terminal(
-  session: string,
-  tag: string,
-  size: Size,
-  signal: AbortSignal,
-): AsyncGenerator<Output> {
-  const running = await processes(session);
-  if (!running.some((process) => process.tag === tag)) {
-    const shell = "command -v bash >/dev/null && exec bash -l; exec sh -l";
-    const process = { cmd: "/bin/sh", args: ["-c", shell] };
-    const message = { process, pty: wireSize(size), tag };
-    yield* stream(session, "process.Process/Start", message, signal, { "denizen-detach": "1" });
-    return;
-  }
-  const live = stream(session, "process.Process/Connect", { process: { tag } }, signal);
-  // From its first event on nothing is missed: what was before is in the log, which may have
-  // some of what comes now as well.
-  await live.next();
-  const path = `${of(session)}/logs/${encodeURIComponent(tag)}`;
-  const log = new Uint8Array(await (await ask(path, { signal })).arrayBuffer());
-  const before = log.subarray(Math.max(0, log.length - REPLAYED));
-  yield { kind: "start", before };
-  let first = true;
-  for await (const output of live) {
-    const twice = first && output.kind === "data" ? overlap(before, output.bytes) : 0;
-    if (output.kind === "data") yield { kind: "data", bytes: output.bytes.subarray(twice) };
-    else yield output;
-    first = false;
-  }
-}
-
-/** How many of `next`'s bytes `before` ends with, if it ends with all of a piece. */
-function overlap(before: Uint8Array, next: Uint8Array): number {
-  const from = before.length - next.length;
-  // A few bytes are an echo that may well come twice.
-  const same = next.length > 16 && from >= 0 && next.every((byte, at) => byte === before[from + at]);
-  return same ? next.length : 0;
-}
-
-export const type = (session: string, tag: string, bytes: Uint8Array) =>
-  call(session, "process.Process/SendInput", {
-    process: { tag },
-    input: { pty: toBase64(bytes) },
-  });
-
-export const resize = (session: string, tag: string, size: Size) =>
-  call(session, "process.Process/Update", { process: { tag }, pty: wireSize(size) });
-
-// ---- Files ------------------------------------------------------------------------------
-// Paths are relative to the volume, or absolute within the session.
 
 export async function list(session: string, path: string): Promise<Entry[]> {
   type Told = {

@@ -1,7 +1,7 @@
 // The frame: who is signed in, which page is shown, what is said aloud. A page is named by the
 // part of the address behind #, so that the server needs to know of one page only.
 
-import { useEffect, useRef, useState } from "preact/hooks";
+import { useEffect, useLayoutEffect, useRef, useState } from "preact/hooks";
 import * as api from "./api";
 import { EventsPage } from "./events";
 import { KeysPage } from "./keys";
@@ -37,7 +37,8 @@ export function App() {
 
   const signOut = (why: string) => {
     api.forgetKey();
-    happened.set([]);
+    api.forgetEvents();
+    happened.set({ all: [], fresh: [] });
     notice.set(null);
     setMe(null);
     setMessage(why);
@@ -65,7 +66,8 @@ export function App() {
 
 function SignIn({ message, signIn }: { message: string; signIn: () => Promise<void> }) {
   const input = useRef<HTMLInputElement>(null);
-  useEffect(() => {
+  // At once: what is typed first is the key.
+  useLayoutEffect(() => {
     document.title = "Sign in · denizen";
     input.current?.focus();
   }, []);

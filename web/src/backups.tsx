@@ -4,7 +4,7 @@ import { useState } from "preact/hooks";
 import * as api from "./api";
 import { perform, useLoaded } from "./live";
 import { linkTo, nameOf } from "./sessions";
-import { bytes, Dialog, Empty, Field, Table, Trouble, When } from "./ui";
+import { bytes, Dialog, Empty, Field, short, Table, Trouble, When } from "./ui";
 
 type From = { backup?: string; snapshot?: string };
 
@@ -96,7 +96,7 @@ export function BackupsTab(props: { me: api.Me; session: api.Session; reload: ()
                 <When at={backup.taken_at} exact />
               </td>
               <th scope="row">
-                <code>{backup.name}</code>
+                <code title={backup.name}>{short(backup.name)}</code>
               </th>
               <td>{backup.format}</td>
               <td class="number">{bytes(backup.size)}</td>
@@ -106,7 +106,7 @@ export function BackupsTab(props: { me: api.Me; session: api.Session; reload: ()
                   <button
                     type="button"
                     disabled={!!busy}
-                    aria-label={`Restore ${backup.name}`}
+                    aria-label={`Restore ${short(backup.name)}`}
                     onClick={() => setFrom({ backup: backup.name })}
                   >
                     Restore
@@ -198,7 +198,7 @@ export function BackupsTab(props: { me: api.Me; session: api.Session; reload: ()
           }
         >
           <p>
-            Its files become what <code>{from.backup ?? from.snapshot}</code> has.
+            Its files become what <code>{from.backup ? short(from.backup) : from.snapshot}</code> has.
             {session.unsaved && <strong> It has changes that are in no backup: they are lost.</strong>}
           </p>
           <label class="check">

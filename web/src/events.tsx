@@ -4,7 +4,7 @@ import { useState } from "preact/hooks";
 import type { LifeEvent } from "./api";
 import { happened, useTold } from "./live";
 import { linkTo } from "./sessions";
-import { bytes, Empty, Field, Heading, When } from "./ui";
+import { bytes, Empty, Field, Heading, short, When } from "./ui";
 
 /** The event in words. */
 function words(event: LifeEvent): string {
@@ -21,7 +21,7 @@ function words(event: LifeEvent): string {
     case "lagged":
       return `${text("missed")} events were missed`;
     default: {
-      const detail = event.backup ?? event.snapshot;
+      const detail = event.backup ? short(String(event.backup)) : event.snapshot;
       return `${event.event.replaceAll("_", " ")}${detail ? ` ${String(detail)}` : ""}`;
     }
   }
@@ -30,11 +30,11 @@ function words(event: LifeEvent): string {
 const isBad = (event: LifeEvent) => ["failed", "denied", "limit_reached", "missing"].includes(event.event);
 
 export function EventList({ events, named }: { events: LifeEvent[]; named?: boolean }) {
-  if (!events.length) return <Empty>Nothing has happened since this page was opened.</Empty>;
+  if (!events.length) return <Empty>Nothing has happened since the daemon was started.</Empty>;
   return (
     <ol class="events">
       {events.map((event) => (
-        <li key={`${event.at} ${event.session} ${event.event}`} class={isBad(event) ? "bad" : undefined}>
+        <li key={event.id} class={isBad(event) ? "bad" : undefined}>
           <When at={event.at} exact />
           {named && (
             <a href={linkTo(event.name ?? event.session)}>{event.name ?? event.session.slice(0, 8)}</a>
@@ -47,7 +47,7 @@ export function EventList({ events, named }: { events: LifeEvent[]; named?: bool
 }
 
 export function EventsPage() {
-  const events = useTold(happened);
+  const events = useTold(happened).all;
   const [filter, setFilter] = useState("");
   const [progress, setProgress] = useState(false);
   const shown = events.filter(

@@ -28,9 +28,20 @@ export function useTold<T>(told: Told<T>): T {
 
 // ---- Events -----------------------------------------------------------------------------
 
-/** Newest first. */
-export const happened = new Told<api.LifeEvent[]>([]);
+/** Newest first; `fresh` are those that were added last. */
+export const happened = new Told<{ all: api.LifeEvent[]; fresh: api.LifeEvent[] }>({ all: [], fresh: [] });
 export const connected = new Told(false);
+
+function add(fresh: api.LifeEvent[]) {
+  // Only the latest word on how far something is means anything.
+  const what = (event: api.LifeEvent) =>
+    event.event === "progress" ? `${event.session} ${String(event.operation)}` : event.id;
+  const all = new Map<string, api.LifeEvent>();
+  for (const event of [...fresh.toReversed(), ...happened.value.all]) {
+    if (!all.has(what(event))) all.set(what(event), event);
+  }
+  happened.set({ all: [...all.values()].slice(0, KEPT), fresh });
+}
 
 /** Listens until told to stop; begins again when the daemon was away. */
 export function listen(): () => void {
@@ -43,9 +54,7 @@ export function listen(): () => void {
           connected.set(true);
           pause = 500;
         };
-        for await (const event of api.events(end.signal, opened)) {
-          happened.set([event, ...happened.value].slice(0, KEPT));
-        }
+        for await (const fresh of api.events(end.signal, opened)) add(fresh);
       } catch {
         // Shown as not connected; a refused key signs out by itself.
       }
@@ -111,8 +120,8 @@ export function useLoaded<T>(
     const timer = again.every && setInterval(() => !document.hidden && void reload(), again.every);
     let soon: ReturnType<typeof setTimeout> | undefined;
     const stop = happened.subscribe(() => {
-      const [event] = happened.value;
-      if (!event || event.event === "progress" || !again.events?.(event)) return;
+      const wanted = (event: api.LifeEvent) => event.event !== "progress" && again.events?.(event);
+      if (!happened.value.fresh.some(wanted)) return;
       clearTimeout(soon);
       soon = setTimeout(() => void reload(), 100);
     });

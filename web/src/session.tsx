@@ -65,14 +65,14 @@ export function SessionPage(props: { me: api.Me; name: string; tab: string; rest
       {tab === "terminal" && within(<TerminalTab session={name} />)}
       {tab === "files" && within(<FilesTab session={name} path={rest} />)}
       {value && tab === "backups" && <BackupsTab me={me} session={value} reload={reload} />}
-      {tab === "processes" && within(<ProcessesTab session={name} />)}
+      {value && tab === "processes" && <ProcessesTab me={me} session={name} />}
     </>
   );
 }
 
 function Overview({ session }: { session: api.Session }) {
-  const events = useTold(happened).filter((event) => event.session === session.id);
-  // What is known from before this page was opened.
+  const events = useTold(happened).all.filter((event) => event.session === session.id);
+  // What is known from before the daemon was started.
   const known = [
     { at: session.created_at, event: "created" },
     { at: session.backup_taken_at, event: "backed_up", backup: session.backup },
@@ -82,7 +82,7 @@ function Overview({ session }: { session: api.Session }) {
     (it): it is { at: number; event: string } =>
       typeof it.at === "number" && !events.some((event) => event.event === it.event),
   );
-  const all = [...events, ...past.map((it) => ({ ...it, session: session.id }))];
+  const all = [...events, ...past.map((it) => ({ ...it, session: session.id, id: it.event }))];
   all.sort((a, b) => b.at - a.at);
   const usage = session.usage ?? {};
   const facts: [string, ComponentChildren][] = [

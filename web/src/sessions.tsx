@@ -131,7 +131,7 @@ function Create({ onClose }: { onClose: () => void }) {
       onSubmit={async (form) => {
         const name = String(form.get("name"));
         const image = String(form.get("image")).trim();
-        if (await perform(() => api.start(name, image || undefined), `Session ${name} is there.`)) {
+        if (await perform(() => api.create(name, image || undefined), `Session ${name} is there.`)) {
           location.hash = linkTo(name);
         }
       }}

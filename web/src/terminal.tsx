@@ -45,18 +45,27 @@ export function TerminalTab({ session }: { session: string }) {
     });
 
     const end = new AbortController();
+    let pid = 0;
+    // How much of what the shell has printed is drawn; and how much had been drawn when this
+    // page was left, whose questions to the terminal were answered then.
+    let drawn = 0;
+    const seenAt = `denizen.seen.${session}`;
+    const [seenPid, seen] = (sessionStorage.getItem(seenAt) ?? "").split(" ").map(Number);
+    const remember = () => sessionStorage.setItem(seenAt, `${pid} ${drawn}`);
+    addEventListener("pagehide", remember);
+    const isReplay = () => pid === seenPid && drawn < seen;
+
     // One request at a time, so that what was typed arrives in order.
-    let waiting: Uint8Array[] = [];
+    let waiting: BlobPart[] = [];
     let sending = false;
-    let connected = false;
     const send = async () => {
-      if (sending || !connected) return;
+      if (sending || !pid) return;
       sending = true;
       try {
         while (waiting.length) {
-          const all = new Blob(waiting as BlobPart[]);
+          const all = new Blob(waiting);
           waiting = [];
-          await api.type(session, TAG, new Uint8Array(await all.arrayBuffer()));
+          await api.type(session, pid, all);
         }
       } catch (error) {
         waiting = [];
@@ -64,18 +73,17 @@ export function TerminalTab({ session }: { session: string }) {
       }
       sending = false;
     };
-    // While old output is drawn again, what the terminal answers to it is not for the shell.
-    let replaying = false;
-    const typed = (bytes: Uint8Array) => {
-      if (replaying) return;
-      waiting.push(bytes);
+    const typed = (part: BlobPart) => {
+      if (isReplay()) return;
+      waiting.push(part);
       void send();
     };
-    terminal.onData((text) => typed(new TextEncoder().encode(text)));
+    terminal.onData((text) => typed(text));
     terminal.onBinary((text) => typed(Uint8Array.from(text, (letter) => letter.charCodeAt(0))));
 
     const size = () => ({ columns: terminal.cols, rows: terminal.rows });
-    terminal.onResize(() => void api.resize(session, TAG, size()).catch(() => {}));
+    const fitted = () => void (pid && api.resize(session, pid, size()).catch(() => {}));
+    terminal.onResize(fitted);
     const watch = new ResizeObserver(() => fit.fit());
     if (place.current) watch.observe(place.current);
     const recolour = () => (terminal.options.theme = colours());
@@ -86,28 +94,28 @@ export function TerminalTab({ session }: { session: string }) {
       let pause = 500;
       while (!end.signal.aborted) {
         try {
-          for await (const output of api.terminal(session, TAG, size(), end.signal)) {
-            if (output.kind === "start") {
-              terminal.reset();
-              replaying = true;
-              await write(output.before);
-              replaying = false;
-              connected = true;
-              pause = 500;
-              void api.resize(session, TAG, size()).catch(() => {});
-              setStatus("connected");
-              void send();
-            } else if (output.kind === "data") {
-              // The next piece is asked for when this one is drawn.
-              await write(output.bytes);
-            } else {
-              setStatus(`ended: ${output.status}`);
+          const found = await api.shell(session, TAG, size());
+          if (found !== pid) {
+            pid = found;
+            drawn = 0;
+            terminal.reset();
+          }
+          fitted();
+          setStatus("connected");
+          void send();
+          for await (const output of api.output(session, pid, drawn, end.signal)) {
+            pause = 500;
+            if (output.kind === "exit") {
+              pid = 0;
+              setStatus(`ended: ${output.ended.reason ?? `exit code ${output.ended.code}`}`);
               return;
             }
+            // The next piece is asked for when this one is drawn.
+            if (output.kind === "output") await write(output.bytes);
+            drawn = output.after;
           }
         } catch (error) {
           if (end.signal.aborted) return;
-          connected = false;
           setStatus(`not connected: ${error instanceof Error ? error.message : "?"}`);
         }
         await new Promise((resolve) => setTimeout(resolve, pause));
@@ -116,6 +124,8 @@ export function TerminalTab({ session }: { session: string }) {
     })();
     return () => {
       end.abort();
+      remember();
+      removeEventListener("pagehide", remember);
       watch.disconnect();
       dark.removeEventListener("change", recolour);
       terminal.dispose();
@@ -124,12 +134,12 @@ export function TerminalTab({ session }: { session: string }) {
 
   const finish = async () => {
     const running = await api.processes(session);
-    const shell = running.find((process) => process.tag === TAG);
-    if (shell) await api.signal(session, shell.pid, "KILL");
+    const shell = running.find((process) => process.tag === TAG && !process.ended);
+    if (shell) await api.signal(session, shell.pid, 9);
   };
   const ended = status.startsWith("ended");
   return (
-    <section aria-label="Terminal" class="terminal-tab">
+    <section aria-label="Terminal">
       <div class="bar">
         <span role="status">{status}</span>
         <small>Ctrl+Shift+↑ leaves the terminal. The shell goes on when this page is closed.</small>
@@ -141,7 +151,7 @@ export function TerminalTab({ session }: { session: string }) {
           {ended ? "New shell" : "End shell"}
         </button>
       </div>
-      <div ref={place} class="terminal" />
+      <div ref={place} class="screen" />
     </section>
   );
 }

@@ -14,6 +14,9 @@ export function bytes(count?: number | null): string {
   return `${unit && count < 10 ? count.toFixed(1) : Math.round(count)} ${units[unit]}`;
 }
 
+/** A backup's name where there is little room: those of a repository are long and random. */
+export const short = (name: string) => (/^[0-9a-f]{64}$/.test(name) ? name.slice(0, 12) : name);
+
 export function span(seconds: number): string {
   const past = Math.abs(seconds);
   if (past < 60) return `${Math.round(past)} s`;

@@ -148,7 +148,7 @@ test("a life with a session", async (t) => {
     await tab(page, "Processes");
     const row = page.getByRole("row", { name: /dashboard/ });
     await row.getByRole("button", { name: /Kill/ }).click();
-    await page.getByText("No command runs.").waitFor();
+    await page.getByRole("row", { name: /dashboard.*ended: 137/ }).waitFor();
     await terminal(page);
   });
   await t.test("back up, change, restore", async () => {

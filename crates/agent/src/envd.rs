@@ -8,6 +8,7 @@
 mod filesystem;
 mod http;
 mod process;
+mod tail;
 
 use std::any::Any;
 use std::collections::BTreeMap;
@@ -23,7 +24,8 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::net::UnixStream;
 
 pub use filesystem::{FilesystemService, Watchers};
-pub use process::{Jobs, ProcessService};
+pub use process::{Job, JobInfo, Jobs, ProcessService, start_detached, start_foreground};
+pub use tail::Piece;
 
 use crate::{Agent, Exit};
 

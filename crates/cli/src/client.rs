@@ -4,25 +4,25 @@ use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, IsTerminal, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use connectrpc::client::{ClientConfig, Http2Connection, SharedHttp2Connection};
+use connectrpc::client::SharedHttp2Connection;
 use denizen_envd::filesystem::FilesystemClient;
 use denizen_envd::process::ProcessClient;
 use futures::TryStreamExt;
 use http_body_util::{BodyExt, Full, combinators::BoxBody};
+use hyper::Response;
 use hyper::body::Incoming;
-use hyper::{Request, Response};
 use hyper_util::rt::TokioIo;
 use rustix::fs::{MemfdFlags, memfd_create};
 use tokio::io::{AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpStream, UnixStream};
 
 use crate::config::Settings;
+use crate::target::Target;
 use crate::{Failure, Result};
 
 /// How long the daemon may take to start without a word of it.
@@ -44,59 +44,58 @@ pub type Processes = ProcessClient<SharedHttp2Connection>;
 /// A way to a daemon that answers.
 #[derive(Clone)]
 pub struct Client {
-    socket: PathBuf,
+    target: Target,
 }
 
 impl Client {
-    /// Finds the daemon, starting one in the background if none answers.
+    /// Finds the daemon, starting one in the background if none answers on this machine.
     pub async fn connect(settings: &Settings) -> Result<Self> {
-        let client = Self { socket: settings.socket.clone() };
-        if UnixStream::connect(&client.socket).await.is_ok() {
+        let client = Self { target: Target::of(settings)? };
+        let Some(socket) = client.target.socket() else { return Ok(client) };
+        if UnixStream::connect(socket).await.is_ok() {
             return Ok(client);
         }
         start_daemon(settings).await?;
-        match UnixStream::connect(&client.socket).await {
+        match UnixStream::connect(socket).await {
             Ok(_) => Ok(client),
             Err(error) => Err(Failure::new(format!(
                 "no daemon answers on {}: {error}; see {}",
-                client.socket.display(),
+                socket.display(),
                 crate::log_file(settings).display()
             ))),
         }
     }
 
-    /// The daemon, if there is one.
-    pub async fn answering(settings: &Settings) -> Option<Self> {
-        let client = Self { socket: settings.socket.clone() };
-        UnixStream::connect(&client.socket).await.is_ok().then_some(client)
+    /// The daemon, if there is one on this machine, or another machine's.
+    pub async fn answering(settings: &Settings) -> Result<Option<Self>> {
+        let client = Self { target: Target::of(settings)? };
+        let gone = match client.target.socket() {
+            Some(socket) => UnixStream::connect(socket).await.is_err(),
+            None => false,
+        };
+        Ok((!gone).then_some(client))
     }
 
     /// Stops the daemon, if there is one.
     pub async fn shutdown(settings: &Settings) -> Result<()> {
-        let Some(client) = Self::answering(settings).await else { return Ok(()) };
+        let Some(client) = Self::answering(settings).await? else { return Ok(()) };
         match client.json("POST", "/v1/shutdown").await {
             // Gone before it could answer.
-            Err(_) if UnixStream::connect(&client.socket).await.is_err() => Ok(()),
+            Err(_) if client.target.connect().await.is_err() => Ok(()),
             answer => answer.map(drop),
         }
     }
 
     /// A client of sessions' processes.
     pub fn processes(&self) -> Processes {
-        let (connection, config) = self.envd();
+        let (connection, config) = self.target.envd();
         ProcessClient::new(connection, config)
     }
 
     /// A client of sessions' files.
     pub fn files(&self) -> FilesystemClient<SharedHttp2Connection> {
-        let (connection, config) = self.envd();
+        let (connection, config) = self.target.envd();
         FilesystemClient::new(connection, config)
-    }
-
-    fn envd(&self) -> (SharedHttp2Connection, ClientConfig) {
-        let authority = hyper::Uri::from_static("http://denizen");
-        let connection = Http2Connection::lazy_unix(&self.socket, authority.clone()).shared(16);
-        (connection, ClientConfig::new(authority))
     }
 
     /// Asks for anything, with one more header: the content's type, or for what is envd's
@@ -109,13 +108,13 @@ impl Client {
         body: BoxBody<Bytes, std::io::Error>,
     ) -> Result<Response<Incoming>> {
         let failed = |error: &dyn std::fmt::Display| {
-            Failure::new(format!("the daemon on {} is gone: {error}", self.socket.display()))
+            Failure::new(format!("the daemon on {} is gone: {error}", self.target))
         };
-        let stream = UnixStream::connect(&self.socket).await.map_err(|error| failed(&error))?;
+        let stream = self.target.connect().await.map_err(|error| failed(&error))?;
         let handshake = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await;
         let (mut sender, connection) = handshake.map_err(|error| failed(&error))?;
         tokio::spawn(connection);
-        let mut request = Request::builder().method(method).uri(path).header("host", "denizen");
+        let mut request = self.target.request(method, path);
         if let Some((name, value)) = header {
             request = request.header(name, value);
         }
@@ -142,6 +141,27 @@ impl Client {
         serde_json::from_slice(&body).map_err(|error| Failure::new(error.to_string()))
     }
 
+    /// All sessions, by their names; those without come last.
+    pub async fn sessions(&self) -> Result<serde_json::Value> {
+        let mut all = Vec::new();
+        let mut path = "/v1/sessions".to_owned();
+        loop {
+            let mut part = self.json("GET", &path).await?;
+            if let Some(sessions) = part["sessions"].as_array_mut() {
+                all.append(sessions);
+            }
+            match part["next"].as_str() {
+                Some(next) => path = format!("/v1/sessions?after={next}"),
+                None => break,
+            }
+        }
+        all.sort_by_key(|session| {
+            let name = session["name"].as_str().map(str::to_owned);
+            (name.is_none(), name)
+        });
+        Ok(all.into())
+    }
+
     /// Asks for a stream of lines.
     pub async fn lines(&self, path: &str) -> Result<Lines> {
         Ok(Lines::new(self.request("GET", path, None, empty()).await?))
@@ -150,12 +170,13 @@ impl Client {
     /// Joins a connection to a port of a session, until either ends it.
     pub async fn join_port(&self, session: &str, port: u16, mut ours: TcpStream) -> Result<()> {
         let failed = |error: &dyn std::fmt::Display| Failure::new(error.to_string());
-        let stream = UnixStream::connect(&self.socket).await.map_err(|error| failed(&error))?;
+        let stream = self.target.connect().await.map_err(|error| failed(&error))?;
         let handshake = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await;
         let (mut sender, connection) = handshake.map_err(|error| failed(&error))?;
         tokio::spawn(connection.with_upgrades());
-        let request = Request::get(path(session, &format!("/ports/{port}")))
-            .header("host", "denizen")
+        let request = self
+            .target
+            .request("GET", &path(session, &format!("/ports/{port}")))
             .header("connection", "upgrade")
             .header("upgrade", "tcp")
             .body(empty())
@@ -190,7 +211,11 @@ async fn refusal(response: Response<Incoming>) -> Failure {
     };
     let message = serde_json::from_slice::<serde_json::Value>(&body)
         .ok()
-        .and_then(|body| Some(body.get("message")?.as_str()?.to_owned()))
+        .and_then(|body| {
+            // A problem of the API's, or envd's way.
+            let told = body.get("detail").or_else(|| body.get("message"))?;
+            Some(told.as_str()?.to_owned())
+        })
         .unwrap_or_else(|| format!("{status}: {}", String::from_utf8_lossy(&body)));
     Failure::new(message)
 }

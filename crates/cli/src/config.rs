@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use clap::Args;
 use denizen::{BackupFormat, Isolation, Limits, Network, Retention, Rule, Sleep, VmPoolConfig};
+use denizen_server::{Certificate, Front};
 use serde::{Deserialize, Serialize};
 
 use crate::{Failure, Result};
@@ -34,6 +35,10 @@ pub struct Options {
     /// The daemon's socket [default: denizen.sock in the state folder]
     #[arg(long, global = true, env = "DENIZEN_SOCKET", value_name = "FILE")]
     socket: Option<PathBuf>,
+    /// A daemon elsewhere: https://HOST:PORT; its key is taken from DENIZEN_API_KEY [default: the
+    /// socket]
+    #[arg(long, global = true, env = "DENIZEN_URL", value_name = "URL", hide_short_help = true)]
+    url: Option<String>,
     /// Where else the daemon listens, for clients with a key: 127.0.0.1:7878; several with commas
     /// between [default: nowhere]
     #[arg(
@@ -337,6 +342,7 @@ struct FileConfig {
     state: Option<PathBuf>,
     cache: Option<PathBuf>,
     socket: Option<PathBuf>,
+    url: Option<String>,
     listen: Option<Vec<SocketAddr>>,
     insecure_listen: Option<bool>,
     tls_certificate: Option<PathBuf>,
@@ -370,6 +376,9 @@ pub struct Settings {
     pub cache: PathBuf,
     /// The daemon's socket.
     pub socket: PathBuf,
+    /// Where the daemon is instead, for clients.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub url: Option<String>,
     /// Where else it listens.
     pub listen: Vec<SocketAddr>,
     /// Whether without TLS and keys, also where others reach it.
@@ -487,6 +496,7 @@ pub fn load(options: &Options) -> Result<Settings> {
     let linger = options.linger_seconds.or(given.linger_seconds).unwrap_or(300);
     Ok(Settings {
         socket: absolute(&socket.unwrap_or_else(|| state.join("denizen.sock")))?,
+        url: options.url.clone().or(given.url).filter(|url| !url.is_empty()),
         listen: options.listen.clone().or(given.listen).unwrap_or_default(),
         insecure_listen: options.insecure_listen.or(given.insecure_listen).unwrap_or(false),
         tls_certificate: options
@@ -540,15 +550,24 @@ impl Settings {
     }
 
     /// How the daemon is reached besides its socket.
-    pub fn front(&self) -> denizen_server::Front {
-        denizen_server::Front {
+    pub fn front(&self) -> Result<Front> {
+        let certificate = match (self.tls_certificate.clone(), self.tls_key.clone()) {
+            (Some(certificate), Some(key)) => Some(Certificate { certificate, key }),
+            (None, None) => None,
+            _ => {
+                let why = "TLS needs both: `tls_certificate` and `tls_key`";
+                return Err(Failure::new(why));
+            }
+        };
+        Ok(Front {
+            certificate,
             listen: self.listen.clone(),
             insecure_listen: self.insecure_listen,
             hosts: self.hosts.clone(),
             domain: self.domain.clone(),
             origins: self.origins.clone(),
             metrics_public: self.metrics_public,
-        }
+        })
     }
 
     /// The settings as a configuration file that leads to the same ones.

@@ -98,7 +98,7 @@ async fn bring_image(client: &Client, bring: &Value, json: bool) -> Result<()> {
             serde_json::from_str(&line).map_err(|error| Failure::new(error.to_string()))?;
         if let Some(error) = step.get("error") {
             bar.clear();
-            return Err(Failure::new(error["message"].as_str().unwrap_or_default()));
+            return Err(Failure::new(error["detail"].as_str().unwrap_or_default()));
         }
         if let Some(image) = step.get("image") {
             bar.clear();

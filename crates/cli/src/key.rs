@@ -77,7 +77,7 @@ fn seconds(text: &str) -> std::result::Result<u64, String> {
 
 /// Does what is asked of the keys.
 pub async fn run(settings: &Settings, verb: Verb, json: bool) -> Result<()> {
-    let client = Client::answering(settings).await;
+    let client = Client::answering(settings).await?;
     let here = || {
         let keys = Keys::open(&settings.state);
         keys.map_err(|error| Failure::new(error.to_string()))

@@ -14,6 +14,7 @@ mod port;
 mod progress;
 mod range;
 mod show;
+mod target;
 
 use std::io::Write;
 use std::os::fd::AsFd;
@@ -349,7 +350,7 @@ async fn act(cli: Cli, settings: config::Settings, range: Range) -> Result<i32> 
     match cli.verb {
         Verb::Exec(exec) => return command::exec(&client, exec, json).await,
         Verb::Shell { session } => return command::shell(&client, &settings, session).await,
-        Verb::Ls => show::sessions(&client.json("GET", "/v1/sessions").await?, json)?,
+        Verb::Ls => show::sessions(&client.sessions().await?, json)?,
         Verb::Inspect { session } => {
             let path = client::path(&session, "");
             show::session(&client.json("GET", &path).await?, json)?;
@@ -369,12 +370,12 @@ async fn act(cli: Cli, settings: config::Settings, range: Range) -> Result<i32> 
             client.json("POST", &path).await?;
         }
         Verb::Create { session, image } => {
-            let path = client::path(&session, "/start") + &client::query("image", image);
-            show::session(&client.json("POST", &path).await?, json)?;
+            let path = client::path(&session, "") + &client::query("image", image);
+            show::session(&client.json("PUT", &path).await?, json)?;
         }
         Verb::Start { session } => {
-            let path = client::path(&session, "/start");
-            show::session(&client.json("POST", &path).await?, json)?;
+            let path = client::path(&session, "");
+            show::session(&client.json("PUT", &path).await?, json)?;
         }
         Verb::Backup { session } => backups::backup(&client, &session, json).await?,
         Verb::Backups { session, verb } => {
@@ -478,7 +479,7 @@ async fn serve(
             let _ = writeln!(std::io::stdout(), "{word}");
         }
     };
-    let front = settings.front();
+    let front = settings.front()?;
     let mut builder = denizen::MicroVmManager::builder((&settings.pool).into());
     builder = builder.network(settings.network());
     if let Some(image) = settings.image {

@@ -194,6 +194,26 @@ fn a_key_lets_in_and_nothing_else_does() {
 }
 
 #[test]
+fn the_page_needs_no_key_and_may_do_little() {
+    let daemon = Daemon::start(&[]);
+    // Whether it was built or not: then it says how.
+    let page = daemon.ask_with("GET /", &[], "");
+    assert_eq!(page.status, 200, "{}", page.head);
+    assert_eq!(page.header("content-type"), Some("text/html; charset=utf-8"));
+    assert_eq!(page.header("cache-control"), Some("no-cache"));
+    let policy = page.header("content-security-policy").unwrap();
+    assert!(policy.starts_with("default-src 'none'; script-src 'self';"), "{policy}");
+    let built = page.body.contains("<script type=\"module\"");
+    assert!(built || page.body.contains("cargo xtask web"), "{}", page.body);
+    for path in ["/assets/none.js", "/assets/../index.html", "/assets/%2e%2e/index.html"] {
+        let refused = daemon.ask_with(&format!("GET {path}"), &[], "");
+        assert_eq!(refused.status, 404, "{path}");
+    }
+    assert_eq!(daemon.ask_with("GET /", &[("host", "evil.example")], "").status, 421);
+    assert_eq!(daemon.ask_with("POST /", &[], "").status, 401);
+}
+
+#[test]
 fn scopes_and_prefixes_hold() {
     let daemon = Daemon::start(&[]);
     for session in ["ci-a", "ci-b", "other"] {
@@ -206,7 +226,10 @@ fn scopes_and_prefixes_hold() {
     let (_, ci) = daemon.key(&["--scope", "admin", "--sessions", "ci-"]);
     let forbidden = (403, "forbidden".to_owned());
 
-    assert_eq!(daemon.ask(&read, "GET /v1/sessions").json().as_array().unwrap().len(), 3);
+    assert_eq!(
+        daemon.ask(&read, "GET /v1/sessions").json()["sessions"].as_array().unwrap().len(),
+        3
+    );
     assert_eq!(daemon.ask(&read, "POST /v1/sessions/ci-a/stop").code(), forbidden);
     assert_eq!(daemon.ask(&read, "GET /v1/sessions/ci-a/export").code(), forbidden);
     assert_eq!(daemon.ask(&read, "HEAD /v1/sessions").status, 200);
@@ -216,10 +239,12 @@ fn scopes_and_prefixes_hold() {
     }
 
     let seen = daemon.ask(&ci, "GET /v1/sessions").json();
-    let seen: Vec<_> = seen.as_array().unwrap().iter().map(|it| it["name"].as_str()).collect();
+    let seen = seen["sessions"].as_array().unwrap().iter();
+    let mut seen: Vec<_> = seen.map(|it| it["name"].as_str()).collect();
+    seen.sort_unstable();
     assert_eq!(seen, [Some("ci-a"), Some("ci-b")]);
     assert_eq!(daemon.ask(&ci, &format!("GET /v1/sessions/{ours}")).status, 200);
-    assert_eq!(daemon.ask(&ci, "POST /v1/sessions/ci-new/start").status, 200);
+    assert_eq!(daemon.ask(&ci, "PUT /v1/sessions/ci-new").status, 201);
     let simple = theirs.replace('-', "");
     let random = uuid::Uuid::new_v4().to_string();
     for session in [

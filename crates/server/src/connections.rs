@@ -20,11 +20,15 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
+use crate::access::limits::{AtATime, network};
+use crate::access::tls::Tls;
 use crate::access::{Access, Peer, guard};
 use crate::listener::OwnListener;
 
 /// The most connections by TCP.
 const CONNECTIONS: usize = 1024;
+/// The most that one address may have.
+const OF_ONE: usize = CONNECTIONS / 2;
 /// The longest request line and headers, in bytes.
 const HEAD: u16 = 32 * 1024;
 /// How long a client may take to send these, also after the request before.
@@ -59,7 +63,13 @@ pub(crate) async fn local(mut listener: OwnListener, app: Router) {
 }
 
 /// Serves what comes by TCP, for ever.
-pub(crate) async fn remote(listener: TcpListener, app: Router, access: Arc<Access>) {
+pub(crate) async fn remote(
+    listener: TcpListener,
+    tls: Option<Arc<Tls>>,
+    app: Router,
+    access: Arc<Access>,
+) {
+    let of_one = AtATime::new(OF_ONE);
     let app = TowerToHyperService::new(app);
     let places = Arc::new(Semaphore::new(CONNECTIONS));
     loop {
@@ -73,10 +83,15 @@ pub(crate) async fn remote(listener: TcpListener, app: Router, access: Arc<Acces
                 continue;
             }
         };
-        let (app, access) = (app.clone(), access.clone());
+        // Nobody alone takes all places. Who is on this machine may be a proxy for others.
+        let one = of_one.begin(network(from.ip()));
+        if one.is_none() && !from.ip().to_canonical().is_loopback() {
+            continue;
+        }
+        let (tls, app, access) = (tls.clone(), app.clone(), access.clone());
         tokio::spawn(async move {
-            let _place = place;
-            connection(stream, from, app, access).await;
+            let _place = (place, one);
+            connection(stream, from, tls, app, access).await;
         });
     }
 }
@@ -85,6 +100,7 @@ pub(crate) async fn remote(listener: TcpListener, app: Router, access: Arc<Acces
 async fn connection(
     stream: TcpStream,
     from: SocketAddr,
+    tls: Option<Arc<Tls>>,
     app: TowerToHyperService<Router>,
     access: Arc<Access>,
 ) {
@@ -93,14 +109,15 @@ async fn connection(
     let cut = CancellationToken::new();
     // Whoever waits for its end is told however that comes.
     let _cut = cut.clone().drop_guard();
-    serve(
-        Cuttable::new(stream, cut.clone()),
-        Peer::Tcp { from, to, tls: false, cut },
-        deadline,
-        app,
-        access,
-    )
-    .await;
+    let peer = Peer::Tcp { from, to, tls: tls.is_some(), cut: cut.clone() };
+    let Some(tls) = tls else {
+        return serve(Cuttable::new(stream, cut), peer, deadline, app, access).await;
+    };
+    let stream = tls.acceptor().await.accept(stream);
+    // Who does not manage to say a word of TLS is nobody to talk to about it.
+    if let Ok(Ok(stream)) = tokio::time::timeout_at(deadline, stream).await {
+        serve(Cuttable::new(stream, cut), peer, deadline, app, access).await;
+    }
 }
 
 async fn serve(

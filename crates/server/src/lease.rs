@@ -27,6 +27,22 @@ pub(crate) struct Lease {
     pub(crate) within: Arc<Within>,
 }
 
+impl Lease {
+    /// Where commands run and files are.
+    pub(crate) fn instance(self: Arc<Self>) -> Result<Instance, Error> {
+        let limits = self.guard.limit_watch();
+        Ok(Instance {
+            explain: Arc::new(move |exit| Some(limits.reached(exit)?.to_string())),
+            agent: self.guard.agent()?,
+            workdir: self.guard.workdir().to_owned(),
+            env: self.guard.base_environment(),
+            jobs: self.jobs.clone(),
+            watchers: self.watchers.clone(),
+            lease: self,
+        })
+    }
+}
+
 #[derive(Default)]
 struct Slot {
     /// Held while the guard is being acquired, so that it is acquired once.
@@ -96,6 +112,11 @@ impl Leases {
         Ok(lease)
     }
 
+    /// What was started in a session through the daemon, if anything was.
+    pub(crate) fn jobs(&self, id: Uuid) -> Option<Arc<Jobs>> {
+        self.slots.lock().get(&id)?.jobs.lock().clone()
+    }
+
     /// Tells that the daemon is being used.
     pub(crate) fn touch(&self) {
         *self.last_use.lock() = Instant::now();
@@ -129,7 +150,8 @@ impl Leases {
 
     fn forget_unused(&self) {
         self.slots.lock().retain(|_, slot| {
-            Arc::strong_count(slot) > 1 || slot.is_used() || !slot.watchers.is_empty()
+            let told_of = || slot.jobs.lock().as_ref().is_some_and(|jobs| jobs.have_ended());
+            Arc::strong_count(slot) > 1 || slot.is_used() || !slot.watchers.is_empty() || told_of()
         });
     }
 }
@@ -168,17 +190,7 @@ impl Resolver {
 
 impl Instances for Resolver {
     async fn instance(&self, headers: &HeaderMap) -> Result<Instance, ConnectError> {
-        let lease = self.lease(headers).await?;
-        let limits = lease.guard.limit_watch();
-        Ok(Instance {
-            explain: Arc::new(move |exit| Some(limits.reached(exit)?.to_string())),
-            agent: lease.guard.agent().map_err(|error| refused(&error))?,
-            workdir: lease.guard.workdir().to_owned(),
-            env: lease.guard.base_environment(),
-            jobs: lease.jobs.clone(),
-            watchers: lease.watchers.clone(),
-            lease,
-        })
+        self.lease(headers).await?.instance().map_err(|error| refused(&error))
     }
 }
 

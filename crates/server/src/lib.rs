@@ -21,20 +21,26 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use axum::extract::DefaultBodyLimit;
 use axum::routing::any;
 use denizen::{Isolation, MicroVmManager};
 use denizen_agent::envd;
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 
+use crate::access::tls::Tls;
 use crate::access::{Access, guard};
-pub use crate::access::{Front, KeyInfo, Keys, KeysError, NewKey, Scope};
+pub use crate::access::{Certificate, Front, KeyInfo, Keys, KeysError, NewKey, Scope};
+pub use crate::api::description;
 use crate::lease::Leases;
 use crate::listener::OwnListener;
 
 /// Request header that names a session, by name or UUID. Clients of envd send
 /// `E2b-Sandbox-Id`, which is understood too.
 pub const SESSION: &str = "denizen-session";
+
+/// The most that a body of JSON may have, in bytes.
+const JSON: usize = 1 << 20;
 
 /// Why a daemon cannot run.
 #[derive(Debug, thiserror::Error)]
@@ -76,6 +82,12 @@ pub enum ServeError {
     /// The keys cannot be had.
     #[error(transparent)]
     Keys(#[from] KeysError),
+    /// The certificate cannot be had.
+    #[error("the certificate for TLS: {0}")]
+    Tls(String),
+    /// The audit log cannot be written.
+    #[error("cannot write the audit log: {0}")]
+    Audit(std::io::Error),
     /// The pool could not be shut down in order.
     #[error(transparent)]
     Pool(#[from] denizen::Error),
@@ -95,6 +107,7 @@ pub struct Daemon {
     pool: Arc<MicroVmManager>,
     listener: OwnListener,
     remote: Vec<TcpListener>,
+    tls: Option<Arc<Tls>>,
     access: Arc<Access>,
     leases: Arc<Leases>,
     idle_exit: Option<Duration>,
@@ -114,22 +127,27 @@ impl Daemon {
         idle_exit: Option<Duration>,
     ) -> Result<Self, ServeError> {
         let keys = Keys::open(state)?;
-        for address in &front.listen {
-            if !address.ip().to_canonical().is_loopback() && !front.insecure_listen {
-                let lack = if keys.list().is_empty() {
-                    "there is no key yet: make one (`denizen key create NAME`)"
-                } else {
-                    "there is no TLS: set `tls_certificate` and `tls_key`"
-                };
-                return Err(ServeError::Insecure { address: *address, lack });
-            }
+        let lack = if keys.list().is_empty() {
+            Some("there is no key yet: make one (`denizen key create NAME`)")
+        } else if front.certificate.is_none() {
+            Some("there is no TLS: set `tls_certificate` and `tls_key`")
+        } else {
+            None
+        };
+        let is_open = |address: &&SocketAddr| !address.ip().to_canonical().is_loopback();
+        if let (Some(address), Some(lack), false) =
+            (front.listen.iter().find(is_open), lack, front.insecure_listen)
+        {
+            return Err(ServeError::Insecure { address: *address, lack });
         }
+        let tls = front.certificate.clone().map(Tls::open).transpose().map_err(ServeError::Tls)?;
         let remote = front.listen.iter().map(|address| listen(*address));
         let remote = remote.collect::<Result<_, _>>()?;
         let listener = OwnListener::bind(socket)?;
         let leases = Arc::new(Leases::new(pool.clone()));
-        let access = Access { pool: pool.clone(), leases: leases.clone(), keys, front };
-        Ok(Self { pool, listener, remote, access: Arc::new(access), leases, idle_exit })
+        let access = Access::new(pool.clone(), leases.clone(), keys, front, state);
+        let access = Arc::new(access.map_err(ServeError::Audit)?);
+        Ok(Self { pool, listener, remote, tls, access, leases, idle_exit })
     }
 
     /// Where it listens on TCP: the addresses that it was given, with the ports that it got.
@@ -145,7 +163,7 @@ impl Daemon {
     /// # Errors
     /// [`ServeError`].
     pub async fn serve(self, stop: impl Future<Output = Ending> + Send) -> Result<(), ServeError> {
-        let Self { pool, listener, remote, access, leases, idle_exit } = self;
+        let Self { pool, listener, remote, tls, access, leases, idle_exit } = self;
         let path = listener.path().to_owned();
         let asked = Arc::new(tokio::sync::Notify::new());
         let resolver = Arc::new(lease::Resolver(leases.clone()));
@@ -155,15 +173,18 @@ impl Daemon {
             _ => envd::processes(resolver.clone())
                 .fallback_service(any(files::forward).with_state(resolver)),
         };
-        let app = api::router(pool.clone(), leases.clone(), asked.clone())
+        let recent = api::Recent::of(&pool)?;
+        let api = api::Api::new(pool.clone(), leases.clone(), asked.clone(), recent);
+        let app = api::router(api)
             .merge(access::routes::router().with_state(access.clone()))
+            .layer(DefaultBodyLimit::max(JSON))
             .merge(web::router())
             .merge(envd)
             .layer(axum::middleware::from_fn_with_state(access.clone(), guard::guard))
             .layer(axum::middleware::from_fn(rest::read_on));
         let mut servers = JoinSet::new();
         for listener in remote {
-            servers.spawn(connections::remote(listener, app.clone(), access.clone()));
+            servers.spawn(connections::remote(listener, tls.clone(), app.clone(), access.clone()));
         }
         servers.spawn(connections::local(listener, app));
         let ending = tokio::select! {

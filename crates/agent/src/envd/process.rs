@@ -2,12 +2,12 @@
 //! that is read slowly slows its command down, it never fills memory.
 
 use std::any::Any;
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use connectrpc::{
     ConnectError, InboundStream, RequestContext, Response, ServiceRequest, ServiceResult,
@@ -19,7 +19,9 @@ use futures::{Stream, StreamExt, stream};
 use parking_lot::Mutex;
 use tokio::io::AsyncWriteExt;
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 
+use super::tail::{Piece, Tail};
 use super::{Explain, Instance, Instances, keepalive};
 use crate::{Child, Chunk, Error, Exit, Scope, Spec, Stdin, Stdio};
 
@@ -28,23 +30,54 @@ const BACKLOG: usize = 4;
 /// Bytes of a detached command's log before it is rotated; one older file is kept.
 const LOG_BYTES: u64 = 8 * 1024 * 1024;
 
+/// How many commands that have ended in the background are told of, and for how long.
+const ENDED: usize = 8;
+const ENDED_FOR: Duration = Duration::from_mins(10);
+
 /// The commands of one instance.
 #[derive(Debug)]
 pub struct Jobs {
     running: Mutex<HashMap<u32, Arc<Job>>>,
+    /// Of those in the background, oldest first.
+    ended: Mutex<VecDeque<(Instant, Arc<Job>)>>,
     logs: PathBuf,
 }
 
+/// A command.
 #[derive(Debug)]
-struct Job {
+pub struct Job {
     config: wire::ProcessConfig,
     tag: Option<String>,
     child: Child,
     /// Ends with the request that started it.
     foreground: bool,
     terminal: bool,
+    started_at: SystemTime,
     stdin: tokio::sync::Mutex<Option<Stdin>>,
     readers: Mutex<Vec<mpsc::Sender<Event>>>,
+    /// What it has printed last, if it may go on without anybody who reads it.
+    tail: Option<Arc<Tail>>,
+}
+
+/// What is known of a command.
+#[derive(Clone, Debug)]
+pub struct JobInfo {
+    /// Its number.
+    pub pid: u32,
+    /// The name it was given.
+    pub tag: Option<String>,
+    /// The program and its arguments.
+    pub command: Vec<String>,
+    /// Where it was started, if that was said.
+    pub cwd: Option<String>,
+    /// Whether it has a terminal.
+    pub terminal: bool,
+    /// Whether it ends with the request that started it.
+    pub foreground: bool,
+    /// When it was started.
+    pub started_at: SystemTime,
+    /// How it ended, and why if there is more to say.
+    pub ended: Option<(Exit, Option<String>)>,
 }
 
 #[derive(Clone, Debug)]
@@ -59,12 +92,37 @@ impl Jobs {
     /// No commands yet. Detached ones will be logged in the folder, which is made when the
     /// first of them starts.
     pub fn new(logs: impl Into<PathBuf>) -> Self {
-        Self { running: Mutex::default(), logs: logs.into() }
+        Self { running: Mutex::default(), ended: Mutex::default(), logs: logs.into() }
     }
 
     /// Whether nothing runs.
     pub fn is_empty(&self) -> bool {
         self.running.lock().is_empty()
+    }
+
+    /// Whether any is told of that has ended.
+    pub fn have_ended(&self) -> bool {
+        let mut ended = self.ended.lock();
+        ended.retain(|(at, _)| at.elapsed() < ENDED_FOR);
+        !ended.is_empty()
+    }
+
+    /// The commands that run, and those that have ended in the background not long ago.
+    pub fn list(&self) -> Vec<JobInfo> {
+        let mut all: Vec<_> = self.running.lock().values().map(|job| job.info()).collect();
+        if self.have_ended() {
+            all.extend(self.ended.lock().iter().map(|(_, job)| job.info()));
+        }
+        all.sort_by_key(|job| (job.started_at, job.pid));
+        all
+    }
+
+    /// The command of that number or tag: one that runs, or the last that has ended.
+    pub fn find(&self, name: &str) -> Option<Arc<Job>> {
+        let pid = name.parse().ok();
+        let is = |job: &&Arc<Job>| Some(job.child.pid()) == pid || job.tag.as_deref() == Some(name);
+        let found = self.running.lock().values().find(is).cloned();
+        found.or_else(|| self.ended.lock().iter().rev().map(|(_, job)| job).find(is).cloned())
     }
 
     /// The log of a detached command, oldest part first; its tag or process id names it.
@@ -106,6 +164,80 @@ impl Jobs {
             None => return Err(ConnectError::invalid_argument("which process? set pid or tag")),
         };
         found.ok_or_else(|| ConnectError::not_found("no such process runs in the session"))
+    }
+}
+
+impl Job {
+    /// What is known of it.
+    pub fn info(&self) -> JobInfo {
+        let wire::ProcessConfig { cmd, args, cwd, .. } = &self.config;
+        JobInfo {
+            pid: self.child.pid(),
+            tag: self.tag.clone(),
+            command: [std::slice::from_ref(cmd), args].concat(),
+            cwd: cwd.clone(),
+            terminal: self.terminal,
+            foreground: self.foreground,
+            started_at: self.started_at,
+            ended: self.tail.as_ref().and_then(|tail| tail.end()),
+        }
+    }
+
+    /// What it prints, and has printed as far back as that is kept, from so many bytes on; then
+    /// how it ended. None of one in the foreground, which only its own request reads. Whoever
+    /// reads slowly misses some of it, and does not slow the command down.
+    pub fn read(&self, from: u64) -> Option<impl Stream<Item = Piece> + Send + 'static> {
+        Some(self.tail.clone()?.read(from))
+    }
+
+    /// Writes to its standard input or its terminal. Not cancel-safe: a part may be written.
+    ///
+    /// # Errors
+    /// `failed_precondition` if it is closed.
+    pub async fn write(&self, bytes: &[u8]) -> Result<(), ConnectError> {
+        let mut stdin = self.stdin.lock().await;
+        let Some(stdin) = stdin.as_mut() else {
+            return Err(ConnectError::failed_precondition(
+                "the command's standard input is closed",
+            ));
+        };
+        let written = stdin.write_all(bytes).await;
+        written.map_err(|error| ConnectError::failed_precondition(format!("not read: {error}")))
+    }
+
+    /// Ends its standard input. Cancel-safe.
+    ///
+    /// # Errors
+    /// `failed_precondition` for a terminal, which has no end.
+    pub async fn close_stdin(&self) -> Result<(), ConnectError> {
+        if self.terminal {
+            let problem = "a terminal has no end of file: send the byte 4 instead";
+            return Err(ConnectError::failed_precondition(problem));
+        }
+        *self.stdin.lock().await = None;
+        Ok(())
+    }
+
+    /// Sends a signal to the command and its group; 9 (SIGKILL) to all that it has started.
+    ///
+    /// # Errors
+    /// `failed_precondition` if that is not possible.
+    pub async fn signal(&self, signal: i32) -> Result<(), ConnectError> {
+        let sent = if signal == wire::Signal::SIGNAL_SIGKILL as i32 {
+            self.child.kill_tree().await
+        } else {
+            self.child.signal(signal, Scope::Group)
+        };
+        sent.map_err(|error| ConnectError::failed_precondition(error.to_string()))
+    }
+
+    /// Sets the size of its terminal.
+    ///
+    /// # Errors
+    /// `failed_precondition` if it has none.
+    pub fn resize(&self, columns: u16, rows: u16) -> Result<(), ConnectError> {
+        let resized = self.child.resize(columns, rows);
+        resized.map_err(|error| ConnectError::failed_precondition(error.to_string()))
     }
 }
 
@@ -195,6 +327,8 @@ async fn start(
         child,
         foreground: mode == Mode::Foreground,
         terminal: matches!(stdio, Stdio::Pty { .. }),
+        started_at: SystemTime::now(),
+        tail: (mode != Mode::Foreground).then(Arc::default),
         stdin: tokio::sync::Mutex::new(stdin),
         readers: Mutex::new(vec![sender]),
     });
@@ -231,6 +365,9 @@ async fn pump(
                     tracing::warn!(pid = job.child.pid(), %error, "log given up");
                     log = None;
                 }
+                if let Some(tail) = &job.tail {
+                    tail.push(&chunk);
+                }
                 tell(&job, &Event::Data(chunk)).await;
             }
             Ok(None) => match job.child.wait().await {
@@ -244,6 +381,18 @@ async fn pump(
         let why = why.as_ref().map(|why| format!("; {why}")).unwrap_or_default();
         // The log is whole without this line.
         let _ = file.write(format!("[denizen: {}{why}]\n", status(*exit)).as_bytes());
+    }
+    if let Some(tail) = &job.tail {
+        tail.finish(match &end {
+            Event::End(exit, why) => Ok((*exit, why.clone())),
+            Event::Lost(why) => Err(why.clone()),
+            Event::Data(_) => Err(String::new()),
+        });
+        let mut ended = jobs.ended.lock();
+        if ended.len() == ENDED {
+            ended.pop_front();
+        }
+        ended.push_back((Instant::now(), job.clone()));
     }
     jobs.running.lock().remove(&job.child.pid());
     drop(lease);
@@ -404,6 +553,60 @@ impl Follow {
     }
 }
 
+/// Starts a command, for others than envd's clients. Not cancel-safe: it may run then.
+///
+/// # Errors
+/// As `process.Process/Start` has them.
+pub async fn start_detached(
+    instance: &Instance,
+    request: wire::StartRequest,
+    timeout: Option<Duration>,
+) -> Result<Arc<Job>, ConnectError> {
+    let (job, _) = start(instance, request, Mode::Detached).await?;
+    if let Some(timeout) = timeout {
+        let limited = job.clone();
+        tokio::spawn(async move {
+            let end = async {
+                match limited.read(u64::MAX) {
+                    Some(pieces) => pieces.for_each(|_| async {}).await,
+                    None => std::future::pending().await,
+                }
+            };
+            if tokio::time::timeout(timeout, end).await.is_err() {
+                // It may have ended by itself, which is just as well.
+                let _ = limited.child.kill_tree().await;
+            }
+        });
+    }
+    Ok(job)
+}
+
+/// Starts a command that is killed when its events are dropped, or after the timeout. Not
+/// cancel-safe: it may run then.
+///
+/// # Errors
+/// As `process.Process/Start` has them.
+pub async fn start_foreground(
+    instance: &Instance,
+    request: wire::StartRequest,
+    timeout: Option<Duration>,
+) -> Result<
+    impl Stream<Item = Result<wire::ProcessEvent, ConnectError>> + Send + 'static,
+    ConnectError,
+> {
+    let (job, events) = start(instance, request, Mode::Foreground).await?;
+    let follow = Follow {
+        kill: KillOnDrop(Some(job.clone())),
+        job,
+        events,
+        keepalive: super::KEEPALIVE,
+        deadline: timeout.map(|timeout| Instant::now() + timeout),
+        first: true,
+        ended: false,
+    };
+    Ok(follow.stream())
+}
+
 fn event(event: impl Into<oneof::process_event::Event>) -> wire::ProcessEvent {
     wire::ProcessEvent { event: Some(event.into()), ..Default::default() }
 }
@@ -427,12 +630,7 @@ async fn feed(job: &Job, input: Option<&wire::ProcessInput>) -> Result<(), Conne
         Some(_) => return Err(ConnectError::invalid_argument("stdin is for pipes, pty for ptys")),
         None => return Ok(()),
     };
-    let mut stdin = job.stdin.lock().await;
-    let Some(stdin) = stdin.as_mut() else {
-        return Err(ConnectError::failed_precondition("the command's standard input is closed"));
-    };
-    let written = stdin.write_all(bytes).await;
-    written.map_err(|error| ConnectError::failed_precondition(format!("not read: {error}")))
+    job.write(bytes).await
 }
 
 impl<I: Instances> wire::Process for ProcessService<I> {
@@ -525,8 +723,7 @@ impl<I: Instances> wire::Process for ProcessService<I> {
         let job = self.job(&context, request.process.as_option()).await?;
         if let Some(size) = request.pty.as_option().and_then(|pty| pty.size.as_option()) {
             let (columns, rows) = cells(size);
-            let resized = job.child.resize(columns, rows);
-            resized.map_err(|error| ConnectError::failed_precondition(error.to_string()))?;
+            job.resize(columns, rows)?;
         }
         Response::ok(wire::UpdateResponse::default())
     }
@@ -574,13 +771,7 @@ impl<I: Instances> wire::Process for ProcessService<I> {
     {
         let request = request.to_owned_message();
         let job = self.job(&context, request.process.as_option()).await?;
-        let signal = request.signal.to_i32();
-        let sent = if signal == wire::Signal::SIGNAL_SIGKILL as i32 {
-            job.child.kill_tree().await
-        } else {
-            job.child.signal(signal, Scope::Group)
-        };
-        sent.map_err(|error| ConnectError::failed_precondition(error.to_string()))?;
+        job.signal(request.signal.to_i32()).await?;
         Response::ok(wire::SendSignalResponse::default())
     }
 
@@ -592,11 +783,7 @@ impl<I: Instances> wire::Process for ProcessService<I> {
     {
         let request = request.to_owned_message();
         let job = self.job(&context, request.process.as_option()).await?;
-        if job.terminal {
-            let problem = "a terminal has no end of file: send the byte 4 instead";
-            return Err(ConnectError::failed_precondition(problem));
-        }
-        *job.stdin.lock().await = None;
+        job.close_stdin().await?;
         Response::ok(wire::CloseStdinResponse::default())
     }
 }

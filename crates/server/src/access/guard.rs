@@ -10,30 +10,37 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
 
 use axum::body::{Body, Bytes};
 use axum::extract::{FromRequestParts, MatchedPath, RawPathParams, Request, State};
 use axum::http::header::{
     ACCESS_CONTROL_ALLOW_HEADERS, ACCESS_CONTROL_ALLOW_METHODS, ACCESS_CONTROL_ALLOW_ORIGIN,
     ACCESS_CONTROL_EXPOSE_HEADERS, ACCESS_CONTROL_MAX_AGE, ACCESS_CONTROL_REQUEST_HEADERS,
-    ACCESS_CONTROL_REQUEST_METHOD, AUTHORIZATION, HOST, ORIGIN, VARY, WWW_AUTHENTICATE,
-    X_CONTENT_TYPE_OPTIONS,
+    ACCESS_CONTROL_REQUEST_METHOD, AUTHORIZATION, CONTENT_TYPE, HOST, ORIGIN, RETRY_AFTER, VARY,
+    WWW_AUTHENTICATE, X_CONTENT_TYPE_OPTIONS,
 };
 use axum::http::request::Parts;
 use axum::http::uri::{Authority, PathAndQuery, Uri};
 use axum::http::{HeaderMap, HeaderValue, Method, StatusCode};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
-use hyper::body::{Frame, SizeHint};
+use denizen_api::Code;
+use futures::StreamExt;
+use hyper::body::{Body as _, Frame, SizeHint};
+use jiff::Timestamp;
 
 use super::keys::Scope;
+use super::limits::{One, network};
 use super::rules::{self, Need, On};
-use super::{Access, Caller, Credential, Front, Peer, Reach};
+use super::{Access, Caller, Front, Peer};
 use crate::SESSION;
 use crate::api::Refused;
 
 /// The port at which clients of E2B reach envd in a sandbox.
 const ENVD_PORT: u16 = 49983;
+/// How long a client may send nothing of a body that it has begun.
+const STANDSTILL: Duration = Duration::from_mins(1);
 /// What a page of a listed origin may read of an answer besides its body.
 const EXPOSED: HeaderValue =
     HeaderValue::from_static("content-range, etag, last-modified, location, retry-after");
@@ -129,6 +136,33 @@ fn secret(headers: &HeaderMap) -> Option<&str> {
     bearer.or_else(|| plain("x-api-key")).or_else(|| plain("x-access-token"))
 }
 
+/// Why a request is not answered by its handler.
+enum No {
+    Refused(Refused),
+    /// It may be made after a while.
+    TooOften(Duration),
+}
+
+impl From<Refused> for No {
+    fn from(refused: Refused) -> Self {
+        Self::Refused(refused)
+    }
+}
+
+impl IntoResponse for No {
+    fn into_response(self) -> Response {
+        let wait = match self {
+            Self::Refused(refused) => return refused.into_response(),
+            Self::TooOften(wait) => wait,
+        };
+        let seconds = wait.as_secs() + 1;
+        let why = format!("too many requests: try again in {seconds} s");
+        let mut answer = Refused::new(Code::RateLimited, why).into_response();
+        answer.headers_mut().insert(RETRY_AFTER, seconds.into());
+        answer
+    }
+}
+
 /// Answers as `next` does, if the request may be made at all.
 pub(crate) async fn guard(
     State(access): State<Arc<Access>>,
@@ -136,72 +170,92 @@ pub(crate) async fn guard(
     next: Next,
 ) -> Response {
     let (mut parts, body) = request.into_parts();
-    let origin = match from_where(&access.front, &parts) {
-        Ok(origin) => origin,
-        Err(refused) => return refused.into_response(),
-    };
-    if let Some(origin) = &origin {
-        if is_preflight(&parts) {
-            return allow(preflight(&parts), origin);
+    let mut record = Record::begin(access.clone(), &parts);
+    let (answer, origin) = match from_where(&access.front, &parts) {
+        Err(refused) => (access.refuse(record.peer.as_ref(), refused.into()), None),
+        Ok(Some(origin)) if is_preflight(&parts) => (preflight(&parts), Some(origin)),
+        Ok(origin) => {
+            let answer = match admit(&access, &mut parts, &mut record).await {
+                Ok(caller) => {
+                    let request = Request::from_parts(parts, body);
+                    pass(access, caller, request, next).await
+                }
+                Err(no) => access.refuse(record.peer.as_ref(), no),
+            };
+            (answer, origin)
         }
-    }
-    let mut answer = match admit(&access, &mut parts).await {
-        Ok(caller) => {
-            let request = Request::from_parts(parts, body);
-            pass(access, caller, request, next).await
-        }
-        Err(refused) => refused.into_response(),
     };
-    if answer.status() == StatusCode::UNAUTHORIZED {
-        answer.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
-    }
+    record.status = Some(answer.status());
     match origin {
         Some(origin) => allow(answer, &origin),
         None => answer,
     }
 }
 
+impl Access {
+    /// A refusal as its client gets it. Whoever gets many is told no more than to go away, and
+    /// nobody else is held up by that: good keys are never counted with these.
+    fn refuse(&self, peer: Option<&Peer>, no: No) -> Response {
+        let no = match (peer, no) {
+            (Some(Peer::Tcp { from, .. }), No::Refused(refused)) => {
+                match self.refusals.count(network(from.ip()), Instant::now()) {
+                    Ok(()) => No::Refused(refused),
+                    Err(wait) => No::TooOften(wait),
+                }
+            }
+            (_, no) => no,
+        };
+        let mut answer = no.into_response();
+        if answer.status() == StatusCode::UNAUTHORIZED {
+            answer.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
+        answer
+    }
+}
+
 /// Who asks, if they may ask for that.
-async fn admit(access: &Access, parts: &mut Parts) -> Result<Caller, Refused> {
+async fn admit(access: &Access, parts: &mut Parts, record: &mut Record) -> Result<Caller, No> {
     let route = parts.extensions.get::<MatchedPath>().map(|path| path.as_str().to_owned());
     let route = route.or_else(|| rules::of_envd(parts.uri.path()).map(str::to_owned));
     let route = route.unwrap_or_default();
-    let of_whole = route == "/metrics" && named(&parts.headers).is_none();
-    let need = match rules::need(&parts.method, &route) {
-        _ if of_whole => rules::need(&parts.method, "/v1/metrics"),
-        need => need,
-    };
-    let is_metrics = of_whole || route == "/v1/metrics";
-    let need = if is_metrics && access.front.metrics_public { Need::Nothing } else { need };
+    let session = session(parts).await;
+    let of_whole = route == "/metrics" && session.is_none();
+    let rule = if of_whole { "/v1/metrics" } else { &route };
+    let mut need = rules::need(&parts.method, rule);
+    if rule == "/v1/metrics" && access.front.metrics_public {
+        need = Need::Nothing;
+    }
+    record.need = Some(need);
+    record.route = route;
+    record.session.clone_from(&session);
     let caller = match (parts.extensions.get::<Peer>(), secret(&parts.headers)) {
         (Some(Peer::Local { uid }), _) => Caller::local(*uid),
-        (_, _) if need == Need::Nothing => nobody(),
+        (_, _) if need == Need::Nothing => Caller::nobody(),
         (_, secret) => secret.and_then(|secret| access.who(secret)).ok_or_else(|| {
-            let why = if secret.is_some() { "this key or token is not good" } else { "no key" };
-            let why = format!("{why}: `denizen key create` makes one");
-            Refused::new(StatusCode::UNAUTHORIZED, "unauthenticated", why)
+            let what = if secret.is_some() { "this key or token is not good" } else { "no key" };
+            let why = format!("{what}: `denizen key create` makes one");
+            Refused::new(Code::Unauthenticated, why)
         })?,
     };
+    record.caller = Some(caller.clone());
+    if let Some(id) = caller.counted_as() {
+        access.requests.count(id, Instant::now()).map_err(No::TooOften)?;
+    }
     let Need::Scope(scope, on) = need else { return Ok(caller) };
     if caller.scope < scope {
-        let why = format!(
-            "this needs a key of scope {}, and this one is {}",
-            scope.name(),
-            caller.scope.name()
-        );
-        return Err(Refused::new(StatusCode::FORBIDDEN, "forbidden", why));
+        let has = caller.scope.name();
+        let why = format!("this needs a key of scope {}, and this one is {has}", scope.name());
+        return Err(Refused::new(Code::Forbidden, why).into());
     }
     match on {
-        On::Some => {}
-        On::All if caller.is_limited() => return Err(caller.outside()),
-        On::All => {}
-        On::Session if !caller.is_limited() => {}
-        On::Session => {
-            let session = session(parts).await.ok_or_else(|| caller.outside())?;
+        On::All if caller.is_limited() => Err(caller.outside().into()),
+        On::Session if caller.is_limited() => {
+            let session = session.ok_or_else(|| caller.outside())?;
             caller.touches(&access.pool, &session)?;
+            Ok(caller)
         }
+        On::All | On::Session | On::Some => Ok(caller),
     }
-    Ok(caller)
 }
 
 /// The session that a request is about, as its handler will read it.
@@ -213,16 +267,6 @@ async fn session(parts: &mut Parts) -> Option<String> {
         }
     }
     named(&parts.headers).map(str::to_owned)
-}
-
-fn nobody() -> Caller {
-    Caller {
-        credential: Credential::None,
-        name: String::new(),
-        scope: Scope::Read,
-        reach: Reach::Prefix("\0".to_owned()),
-        expires: None,
-    }
 }
 
 /// That a request is asked by a name of ours, and by which listed origin, if there is one.
@@ -237,7 +281,7 @@ fn from_where(front: &Front, parts: &Parts) -> Result<Option<HeaderValue>, Refus
     let first = all.peek().cloned().flatten();
     if first.is_none() || !all.all(|host| host.is_some_and(|host| is_ours(front, &host, to))) {
         let why = "this is no name of this daemon's: list it in the setting `hosts`, if it is";
-        return Err(Refused::new(StatusCode::MISDIRECTED_REQUEST, "bad_host", why.to_owned()));
+        return Err(Refused::new(Code::BadHost, why.to_owned()));
     }
     let mut origins = parts.headers.get_all(ORIGIN).iter();
     match (origins.next(), origins.next()) {
@@ -250,7 +294,7 @@ fn from_where(front: &Front, parts: &Parts) -> Result<Option<HeaderValue>, Refus
         }
         _ => {
             let why = "pages of this origin may not ask: list it in the setting `origins`";
-            Err(Refused::new(StatusCode::FORBIDDEN, "bad_origin", why.to_owned()))
+            Err(Refused::new(Code::BadOrigin, why.to_owned()))
         }
     }
 }
@@ -289,19 +333,27 @@ async fn pass(access: Arc<Access>, caller: Caller, mut request: Request, next: N
     let peer = request.extensions().get::<Peer>().cloned();
     request.extensions_mut().insert(caller.clone());
     let Some(Peer::Tcp { cut, .. }) = peer else { return next.run(request).await };
+    let one = match caller.counted_as() {
+        Some(id) => match access.at_a_time.begin(id) {
+            Some(one) => Some(one),
+            None => return No::TooOften(Duration::ZERO).into_response(),
+        },
+        None => None,
+    };
     let mut over = Box::pin(access.over(caller));
     let mut answer = tokio::select! {
-        answer = next.run(request) => answer,
+        answer = next.run(patient(request)) => answer,
         () = &mut over => {
             let why = "the key or token was revoked, or has expired".to_owned();
-            Refused::new(StatusCode::UNAUTHORIZED, "unauthenticated", why).into_response()
+            Refused::new(Code::Unauthenticated, why).into_response()
         }
     };
-    // What a session serves is never a page of ours, whatever it says.
+    // What a session serves is never taken for a page or a script of ours, whatever it looks like.
     let headers = answer.headers_mut();
     headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     if answer.status() == StatusCode::SWITCHING_PROTOCOLS {
         tokio::spawn(async move {
+            let _one = one;
             tokio::select! {
                 () = over => cut.cancel(),
                 () = cut.cancelled() => {}
@@ -309,13 +361,34 @@ async fn pass(access: Arc<Access>, caller: Caller, mut request: Request, next: N
         });
         return answer;
     }
-    answer.map(|body| Body::new(Held { body, over }))
+    answer.map(|body| Body::new(Held { body, over, _one: one }))
+}
+
+/// A request whose body does not stand still for long. A stream of messages may: nobody types all
+/// the time.
+fn patient(request: Request) -> Request {
+    let kind = request.headers().get(CONTENT_TYPE).map_or(&b""[..], HeaderValue::as_bytes);
+    let is_stream = [&b"application/connect+"[..], b"application/grpc"];
+    if request.body().is_end_stream() || is_stream.iter().any(|it| kind.starts_with(it)) {
+        return request;
+    }
+    request.map(|body| {
+        let pieces = futures::stream::unfold(body.into_data_stream(), |mut body| async {
+            let piece = match tokio::time::timeout(STANDSTILL, body.next()).await {
+                Ok(piece) => piece?.map_err(std::io::Error::other),
+                Err(_) => Err(std::io::ErrorKind::TimedOut.into()),
+            };
+            Some((piece, body))
+        });
+        Body::from_stream(pieces)
+    })
 }
 
 /// A body that ends when its reader may no longer read it.
 struct Held<F> {
     body: Body,
     over: Pin<Box<F>>,
+    _one: Option<One<String>>,
 }
 
 impl<F: Future<Output = ()>> hyper::body::Body for Held<F> {
@@ -340,4 +413,73 @@ impl<F: Future<Output = ()>> hyper::body::Body for Held<F> {
     fn size_hint(&self) -> SizeHint {
         self.body.size_hint()
     }
+}
+
+/// What the audit log is told of a request: when its answer begins, or when nobody waits for that
+/// any more.
+struct Record {
+    access: Arc<Access>,
+    begin: Instant,
+    method: Method,
+    peer: Option<Peer>,
+    caller: Option<Caller>,
+    need: Option<Need>,
+    route: String,
+    session: Option<String>,
+    status: Option<StatusCode>,
+}
+
+impl Record {
+    fn begin(access: Arc<Access>, parts: &Parts) -> Self {
+        Self {
+            access,
+            begin: Instant::now(),
+            method: parts.method.clone(),
+            peer: parts.extensions.get().cloned(),
+            caller: None,
+            need: None,
+            route: String::new(),
+            session: None,
+            status: None,
+        }
+    }
+
+    fn matters(&self) -> bool {
+        match self.status {
+            Some(
+                StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN | StatusCode::MISDIRECTED_REQUEST,
+            ) => true,
+            // Written down too, whoever floods us would have the rest put aside.
+            Some(StatusCode::TOO_MANY_REQUESTS) => false,
+            _ => matches!(self.need, Some(Need::Scope(Scope::Operate | Scope::Admin, _))),
+        }
+    }
+}
+
+impl Drop for Record {
+    fn drop(&mut self) {
+        if !self.matters() {
+            return;
+        }
+        let peer = match &self.peer {
+            Some(Peer::Tcp { from, .. }) => from.to_string(),
+            Some(Peer::Local { .. }) | None => "socket".to_owned(),
+        };
+        let method = self.method.as_str();
+        self.access.audit.write(&serde_json::json!({
+            "at": Timestamp::now(),
+            "who": self.caller.as_ref().map(Caller::told),
+            "peer": peer,
+            "method": shortened(method),
+            "route": self.route,
+            "session": self.session.as_deref().map(shortened),
+            "status": self.status.map(|status| status.as_u16()),
+            "milliseconds": u64::try_from(self.begin.elapsed().as_millis()).unwrap_or(u64::MAX),
+        }));
+    }
+}
+
+/// As much of what somebody sent as a name could be.
+fn shortened(text: &str) -> String {
+    text.chars().take(128).collect()
 }

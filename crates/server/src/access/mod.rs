@@ -5,22 +5,29 @@
 //! decide by itself who may call it; where its answer depends on the caller's reach (a list, a
 //! stream of events), or its session is not in the path, it asks the [`Caller`].
 
+mod audit;
 pub(crate) mod guard;
 mod keys;
+pub(crate) mod limits;
 pub(crate) mod routes;
 mod rules;
+pub(crate) mod tls;
 mod tokens;
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::http::StatusCode;
 use denizen::MicroVmManager;
+use denizen_api::Code;
 use jiff::Timestamp;
 use uuid::Uuid;
 
+use self::audit::Audit;
 pub use self::keys::{KeyInfo, Keys, KeysError, NewKey, Scope};
+use self::limits::{AtATime, Rate};
+pub use self::tls::Certificate;
 use self::tokens::Token;
 use crate::api::Refused;
 use crate::lease::Leases;
@@ -32,6 +39,8 @@ pub struct Front {
     pub listen: Vec<SocketAddr>,
     /// Whether it may do so without TLS or any key on addresses that others reach.
     pub insecure_listen: bool,
+    /// What it shows there; without, it speaks no TLS.
+    pub certificate: Option<Certificate>,
     /// The names that it is called by, besides those of this machine for itself.
     pub hosts: Vec<String>,
     /// Ports of sessions are reached at `<port>-<session>.` and this.
@@ -100,6 +109,39 @@ impl Caller {
         }
     }
 
+    /// Whoever asks for what needs nothing.
+    fn nobody() -> Self {
+        Self {
+            credential: Credential::None,
+            name: String::new(),
+            scope: Scope::Read,
+            // No session has this one.
+            reach: Reach::One(Uuid::nil()),
+            expires: None,
+        }
+    }
+
+    /// What its requests are counted by.
+    fn counted_as(&self) -> Option<String> {
+        match &self.credential {
+            Credential::Local { .. } | Credential::None => None,
+            Credential::Key(id) => Some(id.clone()),
+            Credential::Token(token) => Some(token.session.to_string()),
+        }
+    }
+
+    /// Who it is, for the audit log.
+    fn told(&self) -> serde_json::Value {
+        match &self.credential {
+            Credential::Local { uid } => serde_json::json!({ "uid": uid }),
+            Credential::Key(id) => serde_json::json!({ "key": id, "name": self.name }),
+            Credential::Token(token) => {
+                serde_json::json!({ "token_of": token.session, "key": token.issuer })
+            }
+            Credential::None => serde_json::Value::Null,
+        }
+    }
+
     /// Whether it is limited to some sessions.
     fn is_limited(&self) -> bool {
         !matches!(self.reach, Reach::All)
@@ -151,9 +193,17 @@ impl Caller {
             }
             _ => "this token is for one session only".to_owned(),
         };
-        Refused::new(StatusCode::FORBIDDEN, "forbidden", message)
+        Refused::new(Code::Forbidden, message)
     }
 }
+
+/// How many requests a key may make in a second, and at once after a while of none.
+const REQUESTS: [f64; 2] = [1000.0, 4000.0];
+/// How many a key may have open at a time.
+const OPEN: usize = 512;
+/// How many requests of one address are refused in a second, and at once, before it is told to go
+/// away.
+const REFUSALS: [f64; 2] = [1.0, 30.0];
 
 /// What the guard needs.
 pub(crate) struct Access {
@@ -161,13 +211,42 @@ pub(crate) struct Access {
     pub(crate) leases: Arc<Leases>,
     pub(crate) keys: Keys,
     pub(crate) front: Front,
+    audit: Audit,
+    requests: Rate<String>,
+    at_a_time: Arc<AtATime<String>>,
+    refusals: Rate<IpAddr>,
 }
 
 impl Access {
+    /// With the audit log in the folder `state`.
+    ///
+    /// # Errors
+    /// That it cannot be written.
+    pub(crate) fn new(
+        pool: Arc<MicroVmManager>,
+        leases: Arc<Leases>,
+        keys: Keys,
+        front: Front,
+        state: &Path,
+    ) -> std::io::Result<Self> {
+        let [a_second, at_once] = REQUESTS;
+        let [refused_a_second, refused_at_once] = REFUSALS;
+        Ok(Self {
+            pool,
+            leases,
+            keys,
+            front,
+            audit: Audit::open(state)?,
+            requests: Rate::new(a_second, at_once),
+            at_a_time: AtATime::new(OPEN),
+            refusals: Rate::new(refused_a_second, refused_at_once),
+        })
+    }
+
     /// Who has this key or token, if it is good.
     fn who(&self, secret: &str) -> Option<Caller> {
         if secret.starts_with("dt_") {
-            let token = self.keys.read_token(secret)?;
+            let token = self.keys.read_token(secret).filter(|token| self.is_of_today(token))?;
             return Some(Caller {
                 name: "token".to_owned(),
                 scope: Scope::Operate,
@@ -191,8 +270,16 @@ impl Access {
         match &caller.credential {
             Credential::Local { .. } | Credential::None => true,
             Credential::Key(id) => self.keys.good(id).is_some(),
-            Credential::Token(token) => self.keys.good_token(token),
+            Credential::Token(token) => self.keys.good_token(token) && self.is_of_today(token),
         }
+    }
+
+    /// Whether a token is for the session that there is now, not for one of the same id that was
+    /// removed.
+    fn is_of_today(&self, token: &Token) -> bool {
+        let known = self.pool.inspect(token.session);
+        let made = known.ok().and_then(|known| Timestamp::try_from(known.created_at).ok());
+        made.is_some_and(|made| made.as_microsecond() <= token.issued)
     }
 
     /// Ends when what a caller was let in by is no longer good. Cancel-safe.

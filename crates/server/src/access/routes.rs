@@ -8,6 +8,7 @@ use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post};
 use axum::{Extension, Json, Router};
+use denizen_api::Code;
 use jiff::Timestamp;
 use serde::Deserialize;
 
@@ -27,8 +28,8 @@ type Answer<T> = Result<T, Refused>;
 impl From<KeysError> for Refused {
     fn from(error: KeysError) -> Self {
         match error {
-            KeysError::Bad(why) => Self::new(StatusCode::BAD_REQUEST, "bad_request", why),
-            error => Self::new(StatusCode::INTERNAL_SERVER_ERROR, "failed", error.to_string()),
+            KeysError::Bad(why) => Self::new(Code::BadRequest, why),
+            error => Self::new(Code::Failed, error.to_string()),
         }
     }
 }
@@ -40,11 +41,9 @@ async fn changing<T: Send + 'static>(
 ) -> Answer<T> {
     match tokio::task::spawn_blocking(move || change(&access)).await {
         Ok(done) => Ok(done?),
-        Err(error) => Err(Refused::new(
-            StatusCode::INTERNAL_SERVER_ERROR,
-            "failed",
-            format!("the keys were not changed: {error}"),
-        )),
+        Err(error) => {
+            Err(Refused::new(Code::Failed, format!("the keys were not changed: {error}")))
+        }
     }
 }
 
@@ -85,7 +84,7 @@ async fn revoke(State(access): State<Arc<Access>>, Path(id): Path<String>) -> An
     if changing(access, move |access| access.keys.revoke(&wanted)).await? {
         return Ok(StatusCode::NO_CONTENT);
     }
-    Err(Refused::new(StatusCode::NOT_FOUND, "unknown_key", format!("there is no key {id}")))
+    Err(Refused::new(Code::UnknownKey, format!("there is no key {id}")))
 }
 
 #[derive(Default, Deserialize)]
@@ -107,7 +106,7 @@ async fn token(
     let life = life.unwrap_or(tokens::LIFE);
     if life.is_zero() || life > tokens::LONGEST_LIFE.unsigned_abs() {
         let why = "a token expires in one second to thirty days".to_owned();
-        return Err(Refused::new(StatusCode::BAD_REQUEST, "bad_request", why));
+        return Err(Refused::new(Code::BadRequest, why));
     }
     let expires = Timestamp::now() + life;
     let expires = caller.expires.map_or(expires, |at| at.min(expires));

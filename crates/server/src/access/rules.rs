@@ -159,7 +159,9 @@ mod tests {
         let envd = denizen_agent::envd::router(Arc::new(crate::lease::Resolver(leases.clone())));
         let processes =
             denizen_agent::envd::processes(Arc::new(crate::lease::Resolver(leases.clone())));
-        let api = crate::api::router(pool.clone(), leases, Arc::default());
+        let recent = crate::api::Recent::of(&pool).unwrap();
+        let api = crate::api::Api::new(pool.clone(), leases, Arc::default(), recent);
+        let api = crate::api::router(api);
         let mut all = Vec::new();
         for routes in [routes(&api), routes(&super::super::routes::router()), routes(&envd)] {
             assert!(routes.len() > 4, "{routes:?}");

@@ -1,0 +1,182 @@
+//! What sessions can be restored from, and how they move to other machines.
+
+use axum::body::Body;
+use axum::extract::{Request, State};
+use axum::http::StatusCode;
+use axum::http::header::{CONTENT_LENGTH, CONTENT_TYPE};
+use axum::response::{IntoResponse, Response};
+use denizen::Error;
+use denizen_api::{Backup, BackupReport, Code, Forget, Session};
+use futures::{StreamExt, TryStreamExt};
+use serde::Deserialize;
+use tokio_util::io::{ReaderStream, StreamReader};
+use utoipa::IntoParams;
+
+use super::extract::{Json, Path, Query};
+use super::refusal::{Answer, Refused};
+use super::{Api, wire};
+
+/// Back a session up now.
+#[utoipa::path(post, path = "/v1/sessions/{session}/backup", tag = "backups",
+    params(("session" = String, Path, description = "Name or UUID")),
+    responses((status = 200, body = Session), Refused))]
+pub(crate) async fn backup(
+    State(api): State<Api>,
+    Path(session): Path<String>,
+) -> Answer<axum::Json<Session>> {
+    let id = api.leases.find(&session)?;
+    api.pool.backup(id).await?;
+    Ok(axum::Json(wire::session(api.pool.inspect(id)?)))
+}
+
+/// List the backups of all sessions, newest first.
+#[utoipa::path(get, path = "/v1/backups", tag = "backups",
+    responses((status = 200, body = Vec<Backup>), Refused))]
+pub(crate) async fn all(State(api): State<Api>) -> Answer<axum::Json<Vec<Backup>>> {
+    Ok(axum::Json(wire::backups(api.pool.all_backups().await?)))
+}
+
+/// List the backups of a session, newest first.
+#[utoipa::path(get, path = "/v1/sessions/{session}/backups", tag = "backups",
+    params(("session" = String, Path, description = "Name or UUID")),
+    responses((status = 200, body = Vec<Backup>), Refused))]
+pub(crate) async fn of_session(
+    State(api): State<Api>,
+    Path(session): Path<String>,
+) -> Answer<axum::Json<Vec<Backup>>> {
+    let id = api.leases.find(&session)?;
+    Ok(axum::Json(wire::backups(api.pool.backups(id).await?)))
+}
+
+/// How much is looked at.
+#[derive(Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub(crate) struct Depth {
+    /// Read every byte back.
+    #[serde(default)]
+    read_data: bool,
+}
+
+/// Check whether all that is at the backup destination is what was written.
+#[utoipa::path(post, path = "/v1/backups/verify", tag = "backups", params(Depth),
+    responses((status = 200, body = BackupReport), Refused))]
+pub(crate) async fn verify(
+    State(api): State<Api>,
+    Query(Depth { read_data }): Query<Depth>,
+) -> Answer<axum::Json<BackupReport>> {
+    Ok(axum::Json(wire::report(api.pool.verify_backups(read_data).await?)))
+}
+
+/// Delete backups that no rule keeps.
+#[utoipa::path(post, path = "/v1/backups/forget", tag = "backups", request_body = Forget,
+    responses((status = 200, description = "Those that were deleted, or would be",
+        body = Vec<Backup>), Refused))]
+pub(crate) async fn forget(
+    State(api): State<Api>,
+    Json(Forget { dry_run, retention }): Json<Forget>,
+) -> Answer<axum::Json<Vec<Backup>>> {
+    let retention = match retention {
+        Some(retention) => wire::retention(retention),
+        None => api.pool.retention()?,
+    };
+    if retention.is_empty() {
+        let detail = "nothing says which backups are kept: name it (`--keep-last 3`, \
+                      `--keep-daily 7` and so on), or set `retention` in the configuration";
+        return Err(Refused::new(Code::NoRetention, detail));
+    }
+    Ok(axum::Json(wire::backups(api.pool.forget_backups(&retention, dry_run).await?)))
+}
+
+/// Make sessions known here of which there are only backups.
+#[utoipa::path(post, path = "/v1/recover", tag = "backups",
+    responses((status = 200, description = "Those that were not known", body = Vec<Session>),
+        Refused))]
+pub(crate) async fn recover(State(api): State<Api>) -> Answer<axum::Json<Vec<Session>>> {
+    let found = api.pool.recover().await?;
+    Ok(axum::Json(found.into_iter().map(wire::session).collect()))
+}
+
+/// From what a session is put back: the newest backup, if nothing is named.
+#[derive(Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub(crate) struct Source {
+    /// This backup, or the one whose name begins so.
+    backup: Option<String>,
+    /// As it was at that time (RFC 3339).
+    #[param(value_type = Option<String>, format = DateTime)]
+    at: Option<jiff::Timestamp>,
+    /// This snapshot.
+    snapshot: Option<String>,
+}
+
+/// Put a session back as a backup or a snapshot has it.
+#[utoipa::path(post, path = "/v1/sessions/{session}/restore", tag = "backups",
+    params(("session" = String, Path, description = "Name or UUID"), Source),
+    responses((status = 200, body = Session), Refused))]
+pub(crate) async fn restore(
+    State(api): State<Api>,
+    Path(session): Path<String>,
+    Query(source): Query<Source>,
+) -> Answer<axum::Json<Session>> {
+    let id = api.leases.find(&session)?;
+    match (source.backup, source.at, source.snapshot) {
+        (None, None, Some(name)) => api.pool.restore_snapshot(id, &name.parse()?).await?,
+        (None, Some(at), None) => {
+            let backup = api.pool.backup_at(id, at.into()).await?;
+            api.pool.restore(id, Some(&backup.name)).await?;
+        }
+        (backup, None, None) => api.pool.restore(id, backup.as_deref()).await?,
+        _ => {
+            let detail = "either a backup, a time or a snapshot is restored";
+            return Err(Refused::new(Code::BadRequest, detail));
+        }
+    }
+    Ok(axum::Json(wire::session(api.pool.inspect(id)?)))
+}
+
+/// Read a session as an archive (tar.zst) that can be imported anywhere.
+///
+/// The number of bytes is told first, so that one that breaks off is seen to.
+#[utoipa::path(get, path = "/v1/sessions/{session}/export", tag = "backups",
+    params(("session" = String, Path, description = "Name or UUID")),
+    responses((status = 200, content_type = "application/zstd", body = Vec<u8>), Refused))]
+pub(crate) async fn export(
+    State(api): State<Api>,
+    Path(session): Path<String>,
+) -> Answer<Response> {
+    let id = api.leases.find(&session)?;
+    let export = api.pool.export(id).await?;
+    let headers = [
+        (CONTENT_TYPE, "application/zstd".to_owned()),
+        (CONTENT_LENGTH, export.bytes().to_string()),
+    ];
+    // Whoever reads it keeps the daemon from leaving.
+    let pieces = ReaderStream::new(export).inspect(move |_| api.leases.touch());
+    Ok((headers, Body::from_stream(pieces)).into_response())
+}
+
+/// Make a new session of an archive: an exported one, a backup, or any tar.zst of a folder.
+#[utoipa::path(post, path = "/v1/sessions/{session}/import", tag = "backups",
+    params(("session" = String, Path, description = "Name or UUID of the new session")),
+    request_body(content = Vec<u8>, content_type = "application/zstd"),
+    responses((status = 201, body = Session), Refused))]
+pub(crate) async fn import(
+    State(api): State<Api>,
+    Path(session): Path<String>,
+    request: Request,
+) -> Answer<(StatusCode, axum::Json<Session>)> {
+    let id = api.leases.find_or_name(&session).await?;
+    let leases = api.leases.clone();
+    let pieces = request.into_body().into_data_stream().map_err(std::io::Error::other);
+    let pieces = pieces.inspect(move |_| leases.touch());
+    match api.pool.import(id, StreamReader::new(pieces)).await {
+        // By the name it was asked for.
+        Err(Error::AlreadyExists { .. }) => Err(Error::AlreadyExists { session }.into()),
+        imported => {
+            imported?;
+            Ok((StatusCode::CREATED, axum::Json(wire::session(api.pool.inspect(id)?))))
+        }
+    }
+}
