@@ -86,24 +86,21 @@ pub async fn run(settings: &Settings, verb: Verb, json: bool) -> Result<()> {
     match verb {
         Verb::Create { name, scope, sessions, expires } => {
             let scope = Scope::from(scope);
-            let made = match client {
-                Some(client) => {
-                    let new = json!({
-                        "name": name, "scope": scope, "sessions": sessions,
-                        "expires_in_seconds": expires,
-                    });
-                    let body = Full::new(Bytes::from(new.to_string()));
-                    let body = body.map_err(|never| match never {}).boxed();
-                    let header = Some(("content-type", "application/json"));
-                    Client::body(client.request("POST", "/v1/keys", header, body).await?).await?
-                }
-                None => {
-                    let new = NewKey { name, scope, sessions, expires_in_seconds: expires };
-                    let (info, key) = here()?.create(new).map_err(failed)?;
-                    let mut made = value(&info)?;
-                    made["key"] = key.into();
-                    made
-                }
+            let made = if let Some(client) = client {
+                let new = json!({
+                    "name": name, "scope": scope, "sessions": sessions,
+                    "expires_in_seconds": expires,
+                });
+                let body = Full::new(Bytes::from(new.to_string()));
+                let body = body.map_err(|never| match never {}).boxed();
+                let header = Some(("content-type", "application/json"));
+                Client::body(client.request("POST", "/v1/keys", header, body).await?).await?
+            } else {
+                let new = NewKey { name, scope, sessions, expires_in_seconds: expires };
+                let (info, key) = here()?.create(new).map_err(failed)?;
+                let mut made = value(&info)?;
+                made["key"] = key.into();
+                made
             };
             show::made_key(&made, json)
         }

@@ -18,7 +18,7 @@ use rustix::net::sockopt;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
-use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
+use tokio_util::sync::{CancellationToken, DropGuard, WaitForCancellationFutureOwned};
 
 use crate::access::limits::{AtATime, network};
 use crate::access::tls::Tls;
@@ -107,8 +107,6 @@ async fn connection(
     let deadline = tokio::time::Instant::now() + PATIENCE;
     let Ok(to) = prepare(&stream) else { return };
     let cut = CancellationToken::new();
-    // Whoever waits for its end is told however that comes.
-    let _cut = cut.clone().drop_guard();
     let peer = Peer::Tcp { from, to, tls: tls.is_some(), cut: cut.clone() };
     let Some(tls) = tls else {
         return serve(Cuttable::new(stream, cut), peer, deadline, app, access).await;
@@ -180,11 +178,14 @@ fn prepare(stream: &TcpStream) -> std::io::Result<SocketAddr> {
 struct Cuttable<S> {
     stream: S,
     cut: Pin<Box<WaitForCancellationFutureOwned>>,
+    /// Whoever waits for its end is told, however that comes and whoever had it last.
+    _end: DropGuard,
 }
 
 impl<S> Cuttable<S> {
     fn new(stream: S, cut: CancellationToken) -> Self {
-        Self { stream, cut: Box::pin(cut.cancelled_owned()) }
+        let end = cut.clone().drop_guard();
+        Self { stream, cut: Box::pin(cut.cancelled_owned()), _end: end }
     }
 
     fn is_cut(&mut self, context: &mut Context<'_>) -> bool {

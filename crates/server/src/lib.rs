@@ -187,6 +187,7 @@ impl Daemon {
             servers.spawn(connections::remote(listener, tls.clone(), app.clone(), access.clone()));
         }
         servers.spawn(connections::local(listener, app));
+        servers.spawn(access::remember_use(access.clone()));
         let ending = tokio::select! {
             ending = stop => {
                 tracing::info!(?ending, "asked to stop");

@@ -50,10 +50,9 @@ impl Audit {
         let line = plain(&serde_json::to_string(entry).unwrap_or_default()) + "\n";
         let mut open = self.open.lock();
         let written = self.append(&mut open, &line);
-        if let Err(error) = &written {
-            if !open.failed {
-                tracing::error!(%error, path = %self.path.display(), "the audit log is not written");
-            }
+        if let (Err(error), false) = (&written, open.failed) {
+            let path = self.path.display();
+            tracing::error!(%error, %path, "the audit log is not written");
         }
         open.failed = written.is_err();
     }

@@ -9,6 +9,7 @@
 use std::net::{IpAddr, Ipv4Addr};
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
@@ -56,11 +57,12 @@ pub(crate) fn named(headers: &HeaderMap) -> Option<&str> {
 pub(crate) fn by_path<B>(front: &Front, request: &mut axum::http::Request<B>) {
     let host = hosts(request.uri(), request.headers()).next().flatten();
     let Some((port, session)) = host.and_then(|host| of_session(front, &host)) else { return };
-    if port == ENVD_PORT {
+    if port == ENVD_PORT && rules::of_envd(request.uri().path()).is_some() {
+        // A part of a host is one of a header.
         if let Ok(session) = HeaderValue::from_str(&session) {
             request.headers_mut().insert(SESSION, session);
-            return;
         }
+        return;
     }
     let rest = request.uri().path_and_query().map_or("/", PathAndQuery::as_str);
     let session = escape(&session);
@@ -172,7 +174,7 @@ pub(crate) async fn guard(
     let (mut parts, body) = request.into_parts();
     let mut record = Record::begin(access.clone(), &parts);
     let (answer, origin) = match from_where(&access.front, &parts) {
-        Err(refused) => (access.refuse(record.peer.as_ref(), refused.into()), None),
+        Err(refused) => (refuse(refused.into(), &mut record), None),
         Ok(Some(origin)) if is_preflight(&parts) => (preflight(&parts), Some(origin)),
         Ok(origin) => {
             let answer = match admit(&access, &mut parts, &mut record).await {
@@ -180,7 +182,7 @@ pub(crate) async fn guard(
                     let request = Request::from_parts(parts, body);
                     pass(access, caller, request, next).await
                 }
-                Err(no) => access.refuse(record.peer.as_ref(), no),
+                Err(no) => refuse(no, &mut record),
             };
             (answer, origin)
         }
@@ -192,25 +194,25 @@ pub(crate) async fn guard(
     }
 }
 
-impl Access {
-    /// A refusal as its client gets it. Whoever gets many is told no more than to go away, and
-    /// nobody else is held up by that: good keys are never counted with these.
-    fn refuse(&self, peer: Option<&Peer>, no: No) -> Response {
-        let no = match (peer, no) {
-            (Some(Peer::Tcp { from, .. }), No::Refused(refused)) => {
-                match self.refusals.count(network(from.ip()), Instant::now()) {
-                    Ok(()) => No::Refused(refused),
-                    Err(wait) => No::TooOften(wait),
-                }
+/// A refusal as its client gets it. Who has no good key and gets many is told to wait, and
+/// nobody is held up by that who has one; of neither more is written down.
+fn refuse(no: No, record: &mut Record) -> Response {
+    let no = match (&record.peer, no) {
+        (Some(Peer::Tcp { from, .. }), No::Refused(refused)) => {
+            let counted = record.access.refusals.count(network(from.ip()), Instant::now());
+            record.is_one_of_many = counted.is_err();
+            match counted {
+                Err(wait) if record.caller.is_none() => No::TooOften(wait),
+                _ => No::Refused(refused),
             }
-            (_, no) => no,
-        };
-        let mut answer = no.into_response();
-        if answer.status() == StatusCode::UNAUTHORIZED {
-            answer.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
-        answer
+        (_, no) => no,
+    };
+    let mut answer = no.into_response();
+    if answer.status() == StatusCode::UNAUTHORIZED {
+        answer.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
     }
+    answer
 }
 
 /// Who asks, if they may ask for that.
@@ -218,7 +220,7 @@ async fn admit(access: &Access, parts: &mut Parts, record: &mut Record) -> Resul
     let route = parts.extensions.get::<MatchedPath>().map(|path| path.as_str().to_owned());
     let route = route.or_else(|| rules::of_envd(parts.uri.path()).map(str::to_owned));
     let route = route.unwrap_or_default();
-    let session = session(parts).await;
+    let session = session(parts, &route).await;
     let of_whole = route == "/metrics" && session.is_none();
     let rule = if of_whole { "/v1/metrics" } else { &route };
     let mut need = rules::need(&parts.method, rule);
@@ -226,7 +228,11 @@ async fn admit(access: &Access, parts: &mut Parts, record: &mut Record) -> Resul
         need = Need::Nothing;
     }
     record.need = Some(need);
-    record.route = route;
+    // What is asked of envd is in the last part of its path.
+    record.route = match route.strip_suffix("{method}") {
+        Some(_) => shortened(parts.uri.path()),
+        None => route,
+    };
     record.session.clone_from(&session);
     let caller = match (parts.extensions.get::<Peer>(), secret(&parts.headers)) {
         (Some(Peer::Local { uid }), _) => Caller::local(*uid),
@@ -259,14 +265,13 @@ async fn admit(access: &Access, parts: &mut Parts, record: &mut Record) -> Resul
 }
 
 /// The session that a request is about, as its handler will read it.
-async fn session(parts: &mut Parts) -> Option<String> {
-    if let Ok(params) = RawPathParams::from_request_parts(parts, &()).await {
-        let of_path = params.iter().find(|(name, _)| *name == "session");
-        if let Some((_, session)) = of_path {
-            return Some(session.to_owned());
-        }
+async fn session(parts: &mut Parts, route: &str) -> Option<String> {
+    if !route.contains("{session}") {
+        return named(&parts.headers).map(str::to_owned);
     }
-    named(&parts.headers).map(str::to_owned)
+    let params = RawPathParams::from_request_parts(parts, &()).await.ok()?;
+    let session = params.iter().find(|(name, _)| *name == "session");
+    session.map(|(_, session)| session.to_owned())
 }
 
 /// That a request is asked by a name of ours, and by which listed origin, if there is one.
@@ -341,13 +346,18 @@ async fn pass(access: Arc<Access>, caller: Caller, mut request: Request, next: N
         None => None,
     };
     let mut over = Box::pin(access.over(caller));
+    let (request, broke_off) = patient(request);
     let mut answer = tokio::select! {
-        answer = next.run(patient(request)) => answer,
+        answer = next.run(request) => answer,
         () = &mut over => {
             let why = "the key or token was revoked, or has expired".to_owned();
-            Refused::new(Code::Unauthenticated, why).into_response()
+            return Refused::new(Code::Unauthenticated, why).into_response();
         }
     };
+    if answer.status().is_server_error() && broke_off.load(Ordering::Relaxed) {
+        let why = "the body of the request broke off".to_owned();
+        answer = Refused::new(Code::BrokenOff, why).into_response();
+    }
     // What a session serves is never taken for a page or a script of ours, whatever it looks like.
     let headers = answer.headers_mut();
     headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
@@ -364,24 +374,33 @@ async fn pass(access: Arc<Access>, caller: Caller, mut request: Request, next: N
     answer.map(|body| Body::new(Held { body, over, _one: one }))
 }
 
-/// A request whose body does not stand still for long. A stream of messages may: nobody types all
-/// the time.
-fn patient(request: Request) -> Request {
+/// A request whose body does not stand still for long, and what tells whether that broke off. A
+/// stream of messages may stand still: nobody types all the time.
+fn patient(request: Request) -> (Request, Arc<AtomicBool>) {
+    let broke_off = Arc::new(AtomicBool::new(false));
+    if request.body().is_end_stream() {
+        return (request, broke_off);
+    }
     let kind = request.headers().get(CONTENT_TYPE).map_or(&b""[..], HeaderValue::as_bytes);
     let is_stream = [&b"application/connect+"[..], b"application/grpc"];
-    if request.body().is_end_stream() || is_stream.iter().any(|it| kind.starts_with(it)) {
-        return request;
-    }
-    request.map(|body| {
-        let pieces = futures::stream::unfold(body.into_data_stream(), |mut body| async {
-            let piece = match tokio::time::timeout(STANDSTILL, body.next()).await {
-                Ok(piece) => piece?.map_err(std::io::Error::other),
-                Err(_) => Err(std::io::ErrorKind::TimedOut.into()),
+    let is_stream = is_stream.iter().any(|it| kind.starts_with(it));
+    let told = broke_off.clone();
+    let request = request.map(|body| {
+        let begin = (body.into_data_stream(), told);
+        Body::from_stream(futures::stream::unfold(begin, move |(mut body, told)| async move {
+            let piece = if is_stream {
+                body.next().await?.map_err(std::io::Error::other)
+            } else {
+                match tokio::time::timeout(STANDSTILL, body.next()).await {
+                    Ok(piece) => piece?.map_err(std::io::Error::other),
+                    Err(_) => Err(std::io::ErrorKind::TimedOut.into()),
+                }
             };
-            Some((piece, body))
-        });
-        Body::from_stream(pieces)
-    })
+            told.fetch_or(piece.is_err(), Ordering::Relaxed);
+            Some((piece, (body, told)))
+        }))
+    });
+    (request, broke_off)
 }
 
 /// A body that ends when its reader may no longer read it.
@@ -427,6 +446,8 @@ struct Record {
     route: String,
     session: Option<String>,
     status: Option<StatusCode>,
+    /// Whether it is one of more refusals than anybody wants to read.
+    is_one_of_many: bool,
 }
 
 impl Record {
@@ -441,17 +462,20 @@ impl Record {
             route: String::new(),
             session: None,
             status: None,
+            is_one_of_many: false,
         }
     }
 
     fn matters(&self) -> bool {
-        match self.status {
-            Some(
-                StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN | StatusCode::MISDIRECTED_REQUEST,
-            ) => true,
-            // Written down too, whoever floods us would have the rest put aside.
-            Some(StatusCode::TOO_MANY_REQUESTS) => false,
-            _ => matches!(self.need, Some(Need::Scope(Scope::Operate | Scope::Admin, _))),
+        match self.status.map(|status| status.as_u16()) {
+            // Were they written down, whoever floods us would have the rest put aside.
+            Some(429) => false,
+            Some(401 | 403 | 421) => !self.is_one_of_many,
+            _ => {
+                let scope =
+                    matches!(self.need, Some(Need::Scope(Scope::Operate | Scope::Admin, _)));
+                scope && !rules::goes_on(&self.route)
+            }
         }
     }
 }

@@ -84,8 +84,7 @@ pub struct KeyInfo {
     pub created_at: Timestamp,
     /// When it is void.
     pub expires_at: Option<Timestamp>,
-    /// When it was last used, to about a minute; a daemon that was killed may have forgotten the
-    /// last few.
+    /// When it was last used; a daemon that was killed may have forgotten the last minutes.
     pub last_used_at: Option<Timestamp>,
 }
 

@@ -92,7 +92,7 @@ impl<K: Eq + Hash> Drop for One<K> {
 pub(crate) fn network(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V6(address) => IpAddr::V6((address.to_bits() >> 64 << 64).into()),
-        address => address,
+        IpAddr::V4(address) => IpAddr::V4(address),
     }
 }
 

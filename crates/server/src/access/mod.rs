@@ -201,9 +201,12 @@ impl Caller {
 const REQUESTS: [f64; 2] = [1000.0, 4000.0];
 /// How many a key may have open at a time.
 const OPEN: usize = 512;
-/// How many requests of one address are refused in a second, and at once, before it is told to go
-/// away.
+/// How many requests of one address are refused in a second, and at once, before it is told to
+/// wait.
 const REFUSALS: [f64; 2] = [1.0, 30.0];
+
+/// How often it is written down when keys were last used.
+const REMEMBER: Duration = Duration::from_mins(5);
 
 /// What the guard needs.
 pub(crate) struct Access {
@@ -295,5 +298,16 @@ impl Access {
             let left = left.clamp(Duration::from_millis(1), most);
             let _ = tokio::time::timeout(left, changes.changed()).await;
         }
+    }
+}
+
+/// Has it written down now and then when keys were last used, for ever. Not at each use: that
+/// would be a write to disk for each request.
+pub(crate) async fn remember_use(access: Arc<Access>) {
+    loop {
+        tokio::time::sleep(REMEMBER).await;
+        let access = access.clone();
+        // It tells of its failures itself.
+        let _ = tokio::task::spawn_blocking(move || access.keys.remember_use()).await;
     }
 }

@@ -106,6 +106,21 @@ fn rule(method: &Method, route: &str) -> Option<Need> {
     rule.map(|(_, _, need)| *need)
 }
 
+/// Whether a request, by its route or its path if that is envd's, goes on with what another has
+/// begun: a key pressed in a terminal is no news.
+pub(crate) fn goes_on(route: &str) -> bool {
+    [
+        "/process.Process/List",
+        "/process.Process/SendInput",
+        "/process.Process/StreamInput",
+        "/process.Process/Update",
+        "/filesystem.Filesystem/GetWatcherEvents",
+        "/v1/sessions/{session}/processes/{process}/input",
+        "/v1/sessions/{session}/processes/{process}/size",
+    ]
+    .contains(&route)
+}
+
 /// The route of a path that the router left to a service of its own, as the rules have it.
 pub(crate) fn of_envd(path: &str) -> Option<&'static str> {
     let services = ["/process.Process/{method}", "/filesystem.Filesystem/{method}"];
