@@ -7,7 +7,7 @@ import { Empty, Table, Trouble, When } from "./ui";
 export function ProcessesTab({ me, session }: { me: api.Me; session: string }) {
   const { value, error, reload } = useLoaded(() => api.processes(session), [session], { every: 3000 });
   const send = (pid: number, number: number) =>
-    void perform(() => api.signal(session, pid, number), `Told to ${pid}.`).then(reload);
+    void perform(() => api.signal(session, pid, number), `Signal ${number} was sent to ${pid}.`).then(reload);
   return (
     <>
       <Trouble text={error} />

@@ -19,7 +19,8 @@ export async function startDaemon() {
   const env = { ...Object.fromEntries(own), DENIZEN_STATE: folder, DENIZEN_CACHE: join(folder, "cache") };
   const run = promisify(execFile);
   const denizen = async (...args) => (await run(program, args, { env })).stdout;
-  const child = spawn(program, ["--isolation", "host", "--listen", "127.0.0.1:0", "serve"], {
+  const isolation = process.env.ISOLATION ?? "host";
+  const child = spawn(program, ["--isolation", isolation, "--listen", "127.0.0.1:0", "serve"], {
     env,
     stdio: ["ignore", "ignore", "pipe"],
   });
