@@ -104,7 +104,9 @@ test("a life with a session", async (t) => {
   });
   await t.test("the terminal goes on when the page is loaded again", async () => {
     await terminal(page);
-    await typeLine(page, "cat > hold");
+    // What is typed before the shell hands the terminal over is not echoed, here as anywhere.
+    await typeLine(page, "printf 'is %s\\n' ready; cat > hold");
+    await shown(page, "is ready");
     await typeLine(page, "some text");
     await shown(page, "some text");
     await page.reload();
