@@ -1,5 +1,6 @@
 //! What a contributor runs: `cargo xtask test` installs what the tests need and runs all of
-//! them; `cargo xtask bench [SEED]` writes `docs/benchmarks.md`.
+//! them; `cargo xtask web` builds the dashboard, which the next `cargo build` embeds; `cargo xtask
+//! bench [SEED]` writes `docs/benchmarks.md`.
 
 mod bench;
 
@@ -10,8 +11,9 @@ fn main() -> ExitCode {
     let mut args = std::env::args().skip(1);
     let result = match args.next().as_deref() {
         Some("test") => test(),
+        Some("web") => web(),
         Some("bench") => bench::run(args.next().as_deref()),
-        _ => Err("usage: cargo xtask test | bench [SEED]".to_owned()),
+        _ => Err("usage: cargo xtask test | web | bench [SEED]".to_owned()),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -52,7 +54,7 @@ fn is_there(program: &str) -> bool {
 }
 
 /// Programs that the tests run, with the Debian package that has each.
-const NEEDED: [(&str, &str); 22] = [
+const NEEDED: [(&str, &str); 23] = [
     ("sqlite3", "sqlite3"),
     ("tar", "tar"),
     ("zstd", "zstd"),
@@ -75,6 +77,7 @@ const NEEDED: [(&str, &str); 22] = [
     ("ip", "iproute2"),
     ("qemu-system-x86_64", "qemu-system-x86"),
     ("mke2fs", "e2fsprogs"),
+    ("chromium", "chromium"),
 ];
 
 /// Installs Debian packages whose programs are not there.
@@ -128,12 +131,28 @@ fn test() -> Result<(), String> {
     install(&NEEDED)?;
     fetch_kernel()?;
     install_tools()?;
+    let has_npm = is_there("npm");
+    if has_npm {
+        // Before anything is built, so that it is built once.
+        web()?;
+    }
     run("cargo", &["fmt", "--all", "--check"])?;
     // Advisories would have to be fetched; what we are built from is known here.
     run("cargo", &["deny", "check", "licenses", "bans", "sources"])?;
     let lint = ["clippy", "--workspace", "--lib", "--bins", "--all-features"];
     run("cargo", &[&lint[..], &["--", "-D", "warnings"]].concat())?;
     run("cargo", &["test", "--workspace", "--doc", "--all-features"])?;
-    // Last, so that its summary is the last thing that is printed.
-    run("cargo", &["nextest", "run", "--workspace", "--all-features"])
+    run("cargo", &["nextest", "run", "--workspace", "--all-features"])?;
+    if !has_npm {
+        eprintln!("xtask: the dashboard was NOT tested: it is built with npm, which is not here");
+        return Ok(());
+    }
+    // Against the program that the tests above were built with.
+    run("npm", &["--prefix", "web", "test"])
+}
+
+/// Builds the dashboard.
+fn web() -> Result<(), String> {
+    run("npm", &["--prefix", "web", "ci", "--no-audit", "--no-fund"])?;
+    run("npm", &["--prefix", "web", "run", "build"])
 }

@@ -218,6 +218,26 @@ fn a_key_lets_in_and_nothing_else_does() {
 }
 
 #[test]
+fn the_page_needs_no_key_and_may_do_little() {
+    let daemon = Daemon::start(&[]);
+    // Whether it was built or not: then it says how.
+    let page = daemon.ask_with("GET /", &[], "");
+    assert_eq!(page.status, 200, "{}", page.head);
+    assert_eq!(page.header("content-type"), Some("text/html; charset=utf-8"));
+    assert_eq!(page.header("cache-control"), Some("no-cache"));
+    let policy = page.header("content-security-policy").unwrap();
+    assert!(policy.starts_with("default-src 'none'; script-src 'self';"), "{policy}");
+    let built = page.body.contains("<script type=\"module\"");
+    assert!(built || page.body.contains("cargo xtask web"), "{}", page.body);
+    for path in ["/assets/none.js", "/assets/../index.html", "/assets/%2e%2e/index.html"] {
+        let refused = daemon.ask_with(&format!("GET {path}"), &[], "");
+        assert_eq!(refused.status, 404, "{path}");
+    }
+    assert_eq!(daemon.ask_with("GET /", &[("host", "evil.example")], "").status, 421);
+    assert_eq!(daemon.ask_with("POST /", &[], "").status, 401);
+}
+
+#[test]
 fn scopes_and_prefixes_hold() {
     let daemon = Daemon::start(&[]);
     for session in ["ci-a", "ci-b", "other"] {

@@ -2,9 +2,9 @@
 //! who have a key (`access`).
 //!
 //! `/v1/…` is about sessions (`api`), with `/v1/metrics` for Prometheus (`/metrics` is a session's,
-//! as envd has it); all else is envd's protocol, for the session that the header [`SESSION`] names
-//! (`lease`). The daemon must never decide anything about a session's life: it asks the pool, as
-//! any caller of the library does.
+//! as envd has it); `/` is the dashboard (`web`); all else is envd's protocol, for the session that
+//! the header [`SESSION`] names (`lease`). The daemon must never decide anything about a session's
+//! life: it asks the pool, as any caller of the library does.
 
 mod access;
 mod api;
@@ -14,6 +14,7 @@ mod lease;
 mod listener;
 mod metrics;
 mod rest;
+mod web;
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -191,6 +192,7 @@ impl Daemon {
         let app = api::router(api)
             .merge(access::routes::router().with_state(access.clone()))
             .layer(DefaultBodyLimit::max(JSON))
+            .merge(web::router())
             .merge(envd)
             .layer(axum::middleware::from_fn_with_state(access.clone(), guard::guard))
             .layer(axum::middleware::from_fn(rest::read_on));

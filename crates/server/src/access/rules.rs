@@ -178,8 +178,9 @@ mod tests {
         let api = crate::api::Api::new(pool.clone(), leases, Arc::default(), recent);
         let api = crate::api::router(api);
         let mut all = Vec::new();
-        for routes in [routes(&api), routes(&super::super::routes::router()), routes(&envd)] {
-            assert!(routes.len() > 4, "{routes:?}");
+        let (own, web) = (super::super::routes::router(), crate::web::router());
+        for routes in [routes(&api), routes(&own), routes(&web), routes(&envd)] {
+            assert!(routes.len() > 1, "{routes:?}");
             all.extend(routes);
         }
         let known = (Method::DELETE, "/v1/sessions/{session}".to_owned());
