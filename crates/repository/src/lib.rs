@@ -58,7 +58,7 @@ use uuid::Uuid;
 pub use check::{Finding, Report};
 pub use denizen_archive::{Owners, Restored, Skipped};
 pub use error::Error;
-pub use files::{Bucket, Destination, Files, Patience, Range};
+pub use files::{Bucket, Destination, Files, Folder, Patience, Range};
 
 use backend::{Backend, Gate, Reason, name};
 use check::Unsound;
