@@ -52,6 +52,20 @@ pub enum Error {
         /// What is wrong with it.
         problem: String,
     },
+    /// What backups need is not known, as one of them cannot be read.
+    #[error(
+        "the backup repository {place} cannot be compacted: a folder of the backup {backup} cannot be \
+         read ({problem}), so that what it needs is not known; back up that session again, which \
+         writes what is lost anew, or remove that backup (`restic forget`)"
+    )]
+    InTheWay {
+        /// Which repository.
+        place: String,
+        /// The backup.
+        backup: String,
+        /// What is wrong with it.
+        problem: String,
+    },
     /// What was just written could not be read back as it was written: it is no backup.
     #[error("a backup to {place} could not be read back as it was written: {problem}")]
     Unverified {

@@ -30,6 +30,7 @@
 mod backend;
 mod check;
 mod cipher;
+mod compact;
 mod error;
 mod files;
 mod mend;
@@ -44,21 +45,21 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::RecvTimeoutError;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use denizen_archive::tree::{Kind, Member, Walk, open as open_tree};
-use rustic_core::jiff::{SignedDuration, Span, Timestamp, tz::TimeZone};
+use rustic_core::jiff::{SignedDuration, Timestamp, tz::TimeZone};
 use rustic_core::repofile::{MasterKey, SnapshotFile};
 use rustic_core::{
-    BackupOptions, Credentials, FileType, Id, OpenStatus, PruneOptions, RepositoryBackends,
-    RepositoryOptions, RusticError, RusticResult,
+    BackupOptions, Credentials, FileType, Id, OpenStatus, RepositoryBackends, RepositoryOptions,
+    RusticError, RusticResult,
 };
 use uuid::Uuid;
 
 pub use check::{Finding, Report};
 pub use denizen_archive::{Owners, Restored, Skipped};
 pub use error::Error;
-pub use files::{Bucket, Destination, Files, Patience, Range};
+pub use files::{Bucket, Destination, Files, Folder, Patience, Range};
 
 use backend::{Backend, Gate, Reason, name};
 use check::Unsound;
@@ -97,8 +98,8 @@ pub struct Repository {
     cipher: Cipher,
     /// The snapshots as last seen: none of them ever changes.
     known: Mutex<Vec<SnapshotFile>>,
-    /// What backups have written that were broken off before the index was to name it.
-    broken_off: Mutex<HashSet<Id>>,
+    /// What backups have written that were broken off before the index was to name it, and when.
+    broken_off: Mutex<HashMap<Id, Instant>>,
 }
 
 impl std::fmt::Debug for Repository {
@@ -329,7 +330,8 @@ impl Repository {
                 self.archive(source, snapshot.clone(), parent, &gate, counter, cancelled);
             if archived.is_err() {
                 let mut broken_off = self.broken_off.lock().unwrap_or_else(PoisonError::into_inner);
-                broken_off.extend(gate.written(FileType::Pack));
+                let written = gate.written(FileType::Pack).into_iter();
+                broken_off.extend(written.map(|pack| (pack, Instant::now())));
             }
             let (snapshot, skipped) = archived?;
             let indexes = self.names(FileType::Index)?;
@@ -457,8 +459,10 @@ impl Repository {
     /// would else never be.
     fn go_on(&self) -> Result<()> {
         let mut left = self.broken_off.lock().unwrap_or_else(PoisonError::into_inner);
+        // Somebody may be removing what has been left for a day.
+        left.retain(|_, at| at.elapsed() < MARKED / 2);
         if !left.is_empty() {
-            self.adopt(&left)?;
+            self.adopt(left.keys())?;
             left.clear();
         }
         Ok(())
@@ -575,10 +579,16 @@ impl Repository {
     }
 
     /// Removes what no backup needs: marks it now, and removes what was marked a day ago and is
-    /// still not needed. Safe beside other writers and against being killed.
+    /// still not needed. Safe beside other writers, against being killed and with a clock that is
+    /// wrong for a while: a mark from the future counts from now on, one that is much older than a
+    /// day once more for a day.
+    ///
+    /// Where a backup is damaged, all that it needs stays, and files are removed as a whole or not
+    /// at all.
     ///
     /// # Errors
-    /// What met the destination.
+    /// [`Error::InTheWay`] if a folder of a backup cannot be read, as what is in it is not known
+    /// then, or what met the destination.
     pub fn prune(&self) -> Result<()> {
         self.prune_after(MARKED)
     }
@@ -589,14 +599,8 @@ impl Repository {
     /// # Errors
     /// What met the destination.
     pub fn prune_after(&self, marked: Duration) -> Result<()> {
-        self.with("compact", &Arc::default(), |engine| {
-            let marked = Span::new().try_seconds(marked.as_secs().cast_signed()).ok();
-            let options = PruneOptions::default();
-            let options =
-                marked.iter().fold(options, |options, marked| options.keep_delete(*marked));
-            let plan = engine.prune_plan(&options)?;
-            engine.prune(&options, plan)
-        })
+        let wait = SignedDuration::try_from(marked).unwrap_or(SignedDuration::MAX);
+        self.compact(Timestamp::now(), wait)
     }
 
     /// Removes what killed writers have left half-written.

@@ -162,7 +162,7 @@ impl Repository {
     }
 
     /// Has the index name what is in these files and nowhere else.
-    pub(crate) fn adopt(&self, packs: &HashSet<Id>) -> Result<()> {
+    pub(crate) fn adopt<'a>(&self, packs: impl Iterator<Item = &'a Id>) -> Result<()> {
         let (mut known, mut there) = (HashSet::new(), HashSet::new());
         for file in self.names(FileType::Index)? {
             if let Read::Sound(index) = self.content::<IndexFile>(&file)? {
@@ -172,7 +172,7 @@ impl Repository {
             }
         }
         let mut adopted = IndexFile::default();
-        for pack in packs.iter().filter(|pack| !known.contains(*pack)) {
+        for pack in packs.filter(|pack| !known.contains(*pack)) {
             let found = self.orphan(pack, &there)?;
             there.extend(found.iter().flat_map(|pack| &pack.blobs).map(|blob| blob.id));
             adopted.packs.extend(found);
@@ -232,7 +232,7 @@ impl Repository {
         })
     }
 
-    fn write_index(&self, index: &IndexFile) -> Result<()> {
+    pub(crate) fn write_index(&self, index: &IndexFile) -> Result<()> {
         let plain = serde_json::to_vec(index).map_err(|error| self.trouble(error))?;
         let sealed = self.cipher.seal(&plain);
         let sealed = sealed.ok_or_else(|| self.trouble("a file of the index is too large"))?;

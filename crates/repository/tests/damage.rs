@@ -7,7 +7,7 @@ use std::fs;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use denizen_repository::{Counter, Entry, Report, Repository};
+use denizen_repository::{Counter, Entry, Error, Report, Repository};
 use support::*;
 use uuid::Uuid;
 
@@ -259,4 +259,96 @@ fn what_killed_backups_leave_is_removed() {
     bed.repository.prune_after(zero).unwrap();
     assert!(bed.memory.names("data/").len() <= before, "what is nobody's is gone");
     assert!(bed.verify().findings.is_empty());
+}
+
+/// The file with pieces that only the second backup needs: of folders, or of files.
+fn needed_by_the_second(bed: &Bed, folders: bool) -> String {
+    let found = bed.memory.names("data/").into_iter().find(|pack| {
+        let copy = bed.memory.copy();
+        copy.lose(pack);
+        let there = bed.repository.through(copy);
+        let into = tempfile::tempdir().unwrap();
+        restore(&there, &bed.first.id, &into.path().join("a")).is_ok()
+            && restore(&there, &bed.second.id, &into.path().join("b")).is_err()
+            && (bed.memory.files.lock().unwrap()[pack].len() < 100_000) == folders
+    });
+    found.unwrap()
+}
+
+/// Both steps.
+fn compact(repository: &Repository) -> Result<(), Error> {
+    repository.prune_after(std::time::Duration::ZERO)?;
+    repository.prune_after(std::time::Duration::ZERO)
+}
+
+fn size(memory: &Memory) -> usize {
+    let files = memory.files.lock().unwrap();
+    files.iter().filter(|(name, _)| name.starts_with("data/")).map(|(_, it)| it.len()).sum()
+}
+
+#[test]
+fn a_damaged_backup_keeps_what_is_left_of_it_and_no_other_room() {
+    for checked in [false, true] {
+        let bed = bed();
+        bed.memory.lose(&needed_by_the_second(&bed, false));
+        if checked {
+            assert_eq!(bed.verify().findings.len(), 1);
+        }
+        let before = size(&bed.memory);
+        bed.repository.forget(&[bed.others.id.clone(), bed.first.id.clone()]).unwrap();
+        bed.repository.prune().unwrap();
+        assert_eq!(size(&bed.memory), before, "in two steps here too");
+        compact(&bed.repository).unwrap();
+        assert!(size(&bed.memory) < before - 200_000, "what the others had is given back");
+        let home = tempfile::tempdir().unwrap();
+        let part = |only: &str, into: &str| {
+            let (into, counter) = (home.path().join(into), Counter::default());
+            let only = Some(only.as_ref());
+            bed.repository.restore(&bed.second.id, &into, only, None, &counter, &NEVER)
+        };
+        part("volume/folder", "there").unwrap();
+        part("volume/second", "gone").unwrap_err();
+        // What was lost is written anew, and all is as it should be.
+        let next = write(&bed.repository, SESSION, &bed.bench.volume).unwrap().entry;
+        compact(&bed.repository).unwrap();
+        comes_back(&bed.repository, &next, &bed.bench.volume);
+        assert!(bed.restores(&bed.second, &bed.bench.volume, true));
+        assert!(bed.verify().findings.is_empty());
+    }
+}
+
+#[test]
+fn what_a_backup_needs_that_cannot_be_read_is_not_guessed() {
+    let bed = bed();
+    bed.memory.lose(&needed_by_the_second(&bed, true));
+    bed.repository.forget(&[bed.others.id.clone(), bed.first.id.clone()]).unwrap();
+    let before = size(&bed.memory);
+    let error = compact(&bed.repository).unwrap_err();
+    let backup = bed.second.id.clone();
+    assert!(matches!(&error, Error::InTheWay { backup: named, .. } if *named == backup), "{error}");
+    assert_eq!(size(&bed.memory), before);
+    write(&bed.repository, SESSION, &bed.bench.volume).unwrap();
+    compact(&bed.repository).unwrap();
+    assert!(size(&bed.memory) < before - 100_000);
+    assert!(bed.restores(&bed.second, &bed.bench.volume, true));
+    assert!(bed.verify().findings.is_empty());
+}
+
+#[test]
+fn a_backup_of_which_nothing_can_be_read_is_in_nobodys_way() {
+    let bed = bed();
+    let before = size(&bed.memory);
+    let file = format!("snapshots/{}", bed.others.id);
+    let sound = bed.memory.files.lock().unwrap()[&file].clone();
+    bed.memory.change(&file, |bytes| bytes[20] ^= 1);
+    bed.repository.prune().unwrap();
+    // It was altered on its way only.
+    bed.memory.files.lock().unwrap().insert(file.clone(), sound);
+    compact(&bed.repository).unwrap();
+    assert!(bed.restores(&bed.others, &bed.other, true));
+    bed.memory.change(&file, |bytes| bytes[20] ^= 1);
+    let there = bed.repository.through(bed.memory.clone());
+    compact(&there).unwrap();
+    assert!(size(&bed.memory) < before - 100_000);
+    assert!(bed.restores(&bed.second, &bed.bench.volume, true));
 }

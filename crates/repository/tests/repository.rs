@@ -11,7 +11,9 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use denizen_repository::{Counter, Destination, Error, Files as _, Owners, Repository, Source};
+use denizen_repository::{
+    Counter, Destination, Entry, Error, Files as _, Owners, Repository, Source,
+};
 use rustix::fs::{AtFlags, CWD, FileType, Mode};
 use support::*;
 use uuid::Uuid;
@@ -402,6 +404,65 @@ fn what_is_forgotten_and_pruned_takes_no_room() {
     assert!(size() < 1 << 20, "{}", size());
     comes_back(&repository, &new, &bench.volume);
     assert_eq!(repository.list(None).unwrap(), [new]);
+}
+
+/// What a writer has left that was killed before any index named it, or that is still at work.
+fn unnamed(memory: &Memory, repository: &Repository, volume: &Path) -> (Arc<Memory>, Entry) {
+    let elsewhere = memory.copy();
+    let there = repository.through(elsewhere.clone());
+    let entry = write(&there, Uuid::new_v4(), volume).unwrap().entry;
+    for (name, content) in &*elsewhere.files.lock().unwrap() {
+        if name.starts_with("data/") {
+            memory.files.lock().unwrap().insert(name.clone(), content.clone());
+        }
+    }
+    (elsewhere, entry)
+}
+
+#[test]
+fn what_a_killed_writer_has_left_is_removed() {
+    let (memory, repository) = repository();
+    let bench = Bench::new();
+    let kept = write(&repository, Uuid::new_v4(), &bench.volume).unwrap().entry;
+    let before = memory.names("data/");
+    assert_eq!(memory.names("index/").len(), 1, "the engine forgets its marks then");
+    let other = bench.dir.path().join("other");
+    fs::create_dir(&other).unwrap();
+    fs::write(other.join("file"), Random::new(1).bytes(50_000)).unwrap();
+    unnamed(&memory, &repository, &other);
+    let with_it = memory.names("data/");
+    assert_ne!(with_it, before);
+    for _ in 0..2 {
+        repository.prune().unwrap();
+        assert_eq!(memory.names("data/"), with_it, "another host may be at work on it");
+    }
+    // Another process than the one that marked it.
+    let repository = repository.through(memory.clone());
+    repository.prune_after(std::time::Duration::ZERO).unwrap();
+    assert_eq!(memory.names("data/"), before);
+    comes_back(&repository, &kept, &bench.volume);
+    assert!(repository.verify(true, &Counter::default(), &NEVER).unwrap().findings.is_empty());
+}
+
+#[test]
+fn what_another_host_is_writing_is_not_removed() {
+    let (memory, repository) = repository();
+    let bench = Bench::new();
+    write(&repository, Uuid::new_v4(), &bench.volume).unwrap();
+    let other = bench.dir.path().join("other");
+    fs::create_dir(&other).unwrap();
+    fs::write(other.join("file"), Random::new(1).bytes(50_000)).unwrap();
+    let (elsewhere, entry) = unnamed(&memory, &repository, &other);
+    repository.prune().unwrap();
+    // It comes to its end.
+    for (name, content) in &*elsewhere.files.lock().unwrap() {
+        memory.files.lock().unwrap().entry(name.clone()).or_insert_with(|| content.clone());
+    }
+    for _ in 0..2 {
+        repository.prune_after(std::time::Duration::ZERO).unwrap();
+    }
+    comes_back(&repository, &entry, &other);
+    assert!(repository.verify(true, &Counter::default(), &NEVER).unwrap().findings.is_empty());
 }
 
 #[test]

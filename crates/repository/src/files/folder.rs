@@ -18,12 +18,15 @@ const PARTIAL: &str = "tmp";
 /// A part that is larger is read only if it is there.
 const MOST_UNASKED: u64 = 4 << 20;
 
+/// A folder with the files of a repository. What is written is on disk, name and content, before
+/// the call ends.
 #[derive(Debug)]
 pub struct Folder {
     root: PathBuf,
 }
 
 impl Folder {
+    /// The one at this path, which need not be there yet: [`Files::prepare`] makes it.
     pub fn new(root: &Path) -> Self {
         Self { root: root.to_owned() }
     }
