@@ -211,12 +211,12 @@ pub fn is_whole(files: &dyn Files, pieces: &Pieces, tree: TreeId) -> bool {
 pub struct Unsound {
     pub error: Error,
     /// Files that do not hold what they should.
-    pub suspects: HashSet<Id>,
+    pub suspects: Vec<Id>,
 }
 
 impl From<Error> for Unsound {
     fn from(error: Error) -> Self {
-        Self { error, suspects: HashSet::new() }
+        Self { error, suspects: Vec::new() }
     }
 }
 
@@ -235,7 +235,8 @@ impl Repository {
         let mut trees = Trees::new(&pieces, &packs);
         let known = trees.look(snapshot.tree);
         if let Some(problem) = known.problem {
-            return Err(Unsound { error: unverified(problem), suspects: trees.suspects });
+            let suspects = trees.suspects.into_iter().collect();
+            return Err(Unsound { error: unverified(problem), suspects });
         }
         // The engine leaves out what it cannot do, and says so only in its log.
         if known.entries != gate.entries() {

@@ -8,6 +8,7 @@
 
 use std::collections::HashSet;
 use std::io;
+use std::sync::Arc;
 
 use rustic_core::jiff::{SignedDuration, Span, Timestamp};
 use rustic_core::repofile::{IndexFile, IndexPack};
@@ -46,7 +47,7 @@ impl Repository {
     /// All of it, with a time between the steps.
     pub(crate) fn compact(&self, now: Timestamp, wait: SignedDuration) -> Result<()> {
         self.mark(now, wait)?;
-        let removed = self.with("compact", &std::sync::Arc::default(), |engine| {
+        let removed = self.with("compact", &Arc::default(), |engine| {
             let keep = Span::new().try_seconds(wait.as_secs()).ok();
             let options = PruneOptions::default();
             let options = keep.iter().fold(options, |options, keep| options.keep_delete(*keep));
@@ -231,7 +232,6 @@ impl Repository {
 mod tests {
     use std::fs;
     use std::path::Path;
-    use std::sync::Arc;
     use std::sync::atomic::AtomicBool;
 
     use uuid::Uuid;

@@ -55,8 +55,8 @@ pub enum Error {
     /// What backups need is not known, as one of them cannot be read.
     #[error(
         "the backup repository {place} cannot be compacted: a folder of the backup {backup} cannot be \
-         read ({problem}), so that what it needs is not known; back up that session again, or \
-         forget that backup"
+         read ({problem}), so that what it needs is not known; back up that session again, which \
+         writes what is lost anew, or remove that backup (`restic forget`)"
     )]
     InTheWay {
         /// Which repository.
