@@ -211,12 +211,12 @@ pub fn is_whole(files: &dyn Files, pieces: &Pieces, tree: TreeId) -> bool {
 pub struct Unsound {
     pub error: Error,
     /// Files that do not hold what they should.
-    pub suspects: Box<HashSet<Id>>,
+    pub suspects: Vec<Id>,
 }
 
 impl From<Error> for Unsound {
     fn from(error: Error) -> Self {
-        Self { error, suspects: Box::default() }
+        Self { error, suspects: Vec::new() }
     }
 }
 
@@ -235,7 +235,7 @@ impl Repository {
         let mut trees = Trees::new(&pieces, &packs);
         let known = trees.look(snapshot.tree);
         if let Some(problem) = known.problem {
-            let suspects = Box::new(trees.suspects);
+            let suspects = trees.suspects.into_iter().collect();
             return Err(Unsound { error: unverified(problem), suspects });
         }
         // The engine leaves out what it cannot do, and says so only in its log.
@@ -253,7 +253,7 @@ impl Repository {
         new.sort_unstable();
         let new: Vec<_> = new.into_iter().map(|(_, _, piece)| piece).collect();
         if let Some(Problem { text, pack }) = read_back(&pieces, &new, cancelled) {
-            let suspects = Box::new(pack.into_iter().collect());
+            let suspects = pack.into_iter().collect();
             return Err(Unsound { error: unverified(text), suspects });
         }
         self.check_cancelled(cancelled)?;

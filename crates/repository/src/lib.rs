@@ -342,7 +342,7 @@ impl Repository {
                     // What an earlier backup or this one has written is gone, or is not what it
                     // was. Once that is no longer in the index, it is written anew; without a
                     // parent, whose folders the engine would take to be there.
-                    self.mend(&suspects)?;
+                    self.mend(&suspects.into_iter().collect())?;
                     (parent, again) = (None, false);
                 }
                 Err(Unsound { error, .. }) => return Err(error),
