@@ -71,15 +71,15 @@ impl From<Keep> for Retention {
     }
 }
 
-/// What is put back, and from what.
+/// A session, and what was kept of it.
 #[derive(Args)]
-pub struct RestoreArgs {
+pub struct Source {
     /// Name or UUID
     session: String,
-    /// The backup; the latest if none is named
+    /// This backup, or the one whose name begins so
     #[arg(long)]
     backup: Option<String>,
-    /// The newest backup of that time or before: `2 hours ago`, 2026-01-31T12:00:00Z
+    /// The newest backup that was taken at that time or before: `2 hours ago`, 2026-01-31T12:00:00Z
     #[arg(long, value_name = "TIME", conflicts_with = "backup", value_parser = past)]
     at: Option<Timestamp>,
     /// A snapshot instead of a backup
@@ -145,16 +145,30 @@ pub async fn backup(client: &Client, session: &str, json: bool) -> Result<()> {
     show::session(&done, json)
 }
 
+impl Source {
+    /// The path of what is done with it.
+    fn path(&self, what: &str) -> String {
+        let Self { session, backup, at, snapshot } = self;
+        let at = at.map(|at| at.to_string());
+        // At most one of them is there.
+        let from = [("at", at), ("backup", backup.clone()), ("snapshot", snapshot.clone())];
+        let from = from.into_iter().map(|(name, value)| client::query(name, value));
+        client::path(session, what) + &from.collect::<String>()
+    }
+}
+
 /// Puts a session back, and shows what is known of it then.
-pub async fn restore(client: &Client, args: RestoreArgs, json: bool) -> Result<()> {
-    let RestoreArgs { session, backup, at, snapshot } = args;
-    let at = at.map(|at| at.to_string());
-    // At most one of them is there.
-    let from = [("at", at), ("backup", backup), ("snapshot", snapshot)];
-    let from = from.into_iter().map(|(name, value)| client::query(name, value));
-    let path = client::path(&session, "/restore") + &from.collect::<String>();
-    let done = progress::showing(client, Some(&session), client.json("POST", &path)).await?;
+pub async fn restore(client: &Client, source: Source, json: bool) -> Result<()> {
+    let (path, session) = (source.path("/restore"), Some(&*source.session));
+    let done = progress::showing(client, session, client.json("POST", &path)).await?;
     show::session(&done, json)
+}
+
+/// Makes a new session, and shows what is known of it.
+pub async fn fork(client: &Client, source: Source, json: bool) -> Result<()> {
+    let (path, session) = (source.path("/fork"), Some(&*source.session));
+    let made = progress::showing(client, session, client.json("POST", &path)).await?;
+    show::session(&made, json)
 }
 
 /// Recovers sessions, and says how many.

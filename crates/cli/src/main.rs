@@ -120,16 +120,14 @@ enum Verb {
     #[command(after_help = "Example:
   denizen --backup-destination s3://bucket/denizen --backup-key ./backup.key recover")]
     Recover,
-    /// Put a session back as a backup or a snapshot has it
-    Restore(backups::RestoreArgs),
-    /// Make a new session that begins with a copy of another's files, also while that runs
-    Fork {
-        /// Name or UUID
-        session: String,
-        /// As this snapshot has it, not as it is now
-        #[arg(long, value_name = "NAME")]
-        snapshot: Option<String>,
-    },
+    /// Put a session back as a backup or a snapshot has it: as the latest backup, if none is named
+    Restore(backups::Source),
+    /// Make a new session that begins with a copy of another's files, also while that runs, or
+    /// from a backup of it, which leaves it alone
+    #[command(after_help = "Examples:
+  denizen fork demo
+  denizen fork demo --at '2 hours ago'")]
+    Fork(backups::Source),
     /// Keep a session's files as they are now under a name, on this disk; no backup
     Snapshot {
         /// Name or UUID
@@ -379,10 +377,7 @@ async fn act(cli: Cli, settings: config::Settings, range: Range) -> Result<i32> 
         }
         Verb::Recover => backups::recover(&client, json).await?,
         Verb::Restore(args) => backups::restore(&client, args, json).await?,
-        Verb::Fork { session, snapshot } => {
-            let path = client::path(&session, "/fork") + &client::query("snapshot", snapshot);
-            show::session(&client.json("POST", &path).await?, json)?;
-        }
+        Verb::Fork(source) => backups::fork(&client, source, json).await?,
         Verb::Export { session, output } => moving::export(&client, &session, output).await?,
         Verb::Import { session, file } => moving::import(&client, &session, file, json).await?,
         Verb::Snapshot { session, name } => {

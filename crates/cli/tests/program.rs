@@ -336,6 +336,33 @@ fn backup_restore_fork_and_remove() {
 }
 
 #[test]
+fn a_backup_is_forked_and_its_session_left_alone() {
+    let user = User::new();
+    user.exec("a", "echo old > file; echo mine > /etc/mine");
+    assert!(user.run(&["backup", "a"]).status.success());
+    let backup = user.json(&["backups", "a"])[0].clone();
+    let (name, at) = (backup["name"].as_str().unwrap(), backup["taken_at"].as_str().unwrap());
+    user.exec("a", "echo new > file; rm /etc/mine");
+    assert!(user.run(&["exec", "-d", "a", "--", "sleep", "718561"]).status.success());
+    for from in [["--backup", &name[..12]], ["--at", at]] {
+        let fork = user.json(&["fork", "a", from[0], from[1]])["id"].as_str().unwrap().to_owned();
+        assert_eq!(text(&user.exec(&fork, "cat file /etc/mine").stdout), "old\nmine\n", "{from:?}");
+    }
+    let now =
+        user.exec("a", "cat file; ls /etc/mine 2> /dev/null; pgrep -f '[s]leep 718561' | wc -l");
+    assert_eq!(text(&now.stdout), "new\n1\n", "{now:?}");
+    let sessions = user.json(&["ls"]);
+    for (from, told) in
+        [(["--at", "1 year ago"], "no backup"), (["--backup", "none"], "no backup none")]
+    {
+        let refused = user.run(&["fork", "a", from[0], from[1]]);
+        assert_eq!(refused.status.code(), Some(125), "{refused:?}");
+        assert!(text(&refused.stderr).contains(told), "{refused:?}");
+    }
+    assert_eq!(user.json(&["ls"]).as_array().unwrap().len(), sessions.as_array().unwrap().len());
+}
+
+#[test]
 fn backups_that_are_not_kept_are_deleted() {
     let user = User::new();
     for text in ["one", "two", "three"] {

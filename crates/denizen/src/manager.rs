@@ -518,6 +518,23 @@ impl MicroVmManager {
         self.pool()?.fork(session_id, Some(snapshot.clone())).await
     }
 
+    /// Makes a new session that begins with what another one has in a backup, asked for by its
+    /// name or the beginning of it, and gives its id. The other one is not touched, whatever is
+    /// done with it, and need not be on local disk or even be known here. Takes as long as a
+    /// restore. What was saved before stays the other one's: the new session has no backup yet.
+    ///
+    /// Cancel-safe: as [`MicroVmManager::fork`].
+    ///
+    /// # Errors
+    /// [`Error::NoDestination`], [`Error::NoBackup`], or why it could not be restored
+    /// ([`Error::Backup`], [`Error::Repository`], [`Error::Volume`]), and as
+    /// [`MicroVmManager::acquire`]. Nothing is left then.
+    pub async fn fork_backup(&self, session_id: Uuid, backup: &str) -> Result<Uuid> {
+        let pool = self.pool()?;
+        let backup = pool.find_backup(session_id, backup).await?;
+        pool.fork_backup(session_id, backup).await
+    }
+
     /// Keeps a copy of a session's files under a name, on the same disk, as they are now; taken
     /// as by [`MicroVmManager::fork`]. It is no backup, and never counts as one.
     ///

@@ -706,6 +706,16 @@ impl Pool {
         Ok(id)
     }
 
+    /// Makes a new session of what another one has in a backup. It is restored at once, not as an
+    /// archived session is: that one would count on a backup that is another's, which neither
+    /// finding nor forgetting backups knows. Cancel-safe: what was restored goes.
+    pub(crate) async fn fork_backup(self: &Arc<Self>, source: Uuid, name: String) -> Result<Uuid> {
+        let copy = operation::restore_copy(self, source, name).await?;
+        let id = Uuid::new_v4();
+        drop(self.acquire_made_of(id, Origin::Copy(copy)).await?);
+        Ok(id)
+    }
+
     /// Keeps a copy of a session under a name. Cancel-safe: what has begun goes on.
     pub(crate) async fn snapshot(self: &Arc<Self>, id: Uuid, name: SnapshotName) -> Result<()> {
         self.known(id)?;

@@ -232,3 +232,55 @@ async fn what_is_damaged_is_named_with_what_is_sound() {
     pool.shutdown().await.unwrap();
     drop(pool);
 }
+
+#[tokio::test]
+async fn a_backup_is_forked_while_its_session_goes_on_or_is_gone() {
+    for format in [BackupFormat::Archive, BackupFormat::Repository] {
+        let world = World::new();
+        let isolation = Isolation::Sandbox;
+        let pool = world.pool("only", format, isolation).await;
+        let id = Uuid::new_v4();
+        run(&pool, id, "echo old > notes; echo mine > /etc/mine; ln -s notes link").await;
+        pool.backup(id).await.unwrap();
+        let backup = pool.backups(id).await.unwrap().swap_remove(0);
+        let busy = pool.acquire(id).await.unwrap();
+        text(&busy, "echo new > notes; rm /etc/mine").await;
+        let look = "cat link; cat /etc/mine";
+        let fork = pool.fork_backup(id, &backup.name[..backup.name.len() - 1]).await.unwrap();
+        assert_eq!(run(&pool, fork, look).await, "old\nmine\n");
+        assert_eq!(text(&busy, "cat notes; ls /etc/mine 2> /dev/null; true").await, "new\n");
+        drop(busy);
+        let made = pool.inspect(fork).unwrap();
+        assert_eq!((made.backup, made.unsaved), (None, true));
+        assert!(pool.backups(fork).await.unwrap().is_empty());
+
+        // It is one of its own, which has backups of its own.
+        pool.backup(fork).await.unwrap();
+        assert_eq!(pool.backups(fork).await.unwrap().len(), 1);
+        assert_eq!(pool.backups(id).await.unwrap().len(), 1);
+        let none = pool.fork_backup(id, "none").await.unwrap_err();
+        assert!(matches!(none, Error::NoBackup { .. }), "{none}");
+
+        pool.stop(id, true).await.unwrap();
+        fs::remove_dir_all(world.folder.path().join("only").join(id.to_string())).unwrap();
+        let again = pool.fork_backup(id, &backup.name).await.unwrap();
+        assert_eq!(run(&pool, again, look).await, "old\nmine\n");
+        // Not even known here.
+        pool.remove(id).await.unwrap();
+        let again = pool.fork_backup(id, &backup.name).await.unwrap();
+        assert_eq!(run(&pool, again, look).await, "old\nmine\n");
+        assert!(matches!(pool.inspect(id), Err(Error::Unknown { .. })));
+
+        // One that cannot be restored leaves nothing.
+        let before = pool.sessions().unwrap().len();
+        for file in files(&world.destination()) {
+            fs::write(file, "nonsense").unwrap();
+        }
+        let broken = pool.fork_backup(id, &backup.name).await.unwrap_err();
+        let told = matches!(broken.kind(), Error::Backup(_) | Error::Repository(_));
+        assert!(told, "{broken:?}");
+        assert_eq!(pool.sessions().unwrap().len(), before);
+        pool.shutdown().await.unwrap();
+        drop(pool);
+    }
+}

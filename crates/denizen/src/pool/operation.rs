@@ -20,7 +20,7 @@ use crate::error::{Error, Result as Fallible};
 use crate::event::{Event, EventKind};
 use crate::isolation::{Driver, Site};
 use crate::lifecycle::{Found, Op, Outcome, Phase, Saved, Seq};
-use crate::volume::{Volumes, remove_tree};
+use crate::volume::{Staged, Volumes, remove_tree};
 use crate::{bootstrap, snapshot};
 
 /// How long processes have between being asked to end and being ended.
@@ -571,14 +571,7 @@ async fn restore(pool: &Arc<Pool>, place: &Arc<Place>, saved: Saved) -> Result {
         Saved::Backup(name) => Some(backup_for(pool, id, name.clone()).await?),
         Saved::Snapshot(_) => None,
     };
-    let counter = Arc::new(Counter::default());
-    let telling = Telling {
-        session: Some(id),
-        operation: "restore",
-        counter: counter.clone(),
-        skips: false,
-        total: backup.as_ref().and_then(|backup| backup.size),
-    };
+    let (counter, telling) = told_restore(id, backup.as_ref());
     let is_backup = backup.is_some();
     let restore = {
         let (pool, place) = (pool.clone(), place.clone());
@@ -604,6 +597,40 @@ async fn restore(pool: &Arc<Pool>, place: &Arc<Place>, saved: Saved) -> Result {
     };
     // A copy on the same disk is not counted.
     if is_backup { pool.telling(telling, restore).await } else { restore.await }
+}
+
+/// What a restore counts, and how that is told.
+fn told_restore(id: Uuid, backup: Option<&Backup>) -> (Arc<Counter>, Telling) {
+    let counter = Arc::new(Counter::default());
+    let telling = Telling {
+        session: Some(id),
+        operation: "restore",
+        counter: counter.clone(),
+        skips: false,
+        total: backup.and_then(|backup| backup.size),
+    };
+    (counter, telling)
+}
+
+/// What a session has in a backup, in a folder of nobody's; the session is not touched. Should
+/// the backup be deleted meanwhile, this fails as a whole or is not affected. Cancel-safe: what
+/// was restored goes.
+pub(super) async fn restore_copy(
+    pool: &Arc<Pool>,
+    id: Uuid,
+    name: String,
+) -> Fallible<Arc<Staged>> {
+    let backup = backup_for(pool, id, name).await?;
+    let (counter, telling) = told_restore(id, Some(&backup));
+    let restore = {
+        let pool = pool.clone();
+        blocking(move || {
+            let into = pool.volumes.stage(id)?;
+            pool.backups()?.restore(&backup, into.path(), &counter)?;
+            Ok(Arc::new(into))
+        })
+    };
+    pool.telling(telling, restore).await
 }
 
 /// The backup of that name, unless it is being deleted.

@@ -97,7 +97,7 @@ pub(crate) async fn recover(State(api): State<Api>) -> Answer<axum::Json<Vec<Ses
     Ok(axum::Json(found.into_iter().map(wire::session).collect()))
 }
 
-/// From what a session is put back: the newest backup, if nothing is named.
+/// What was kept of a session.
 #[derive(Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
@@ -111,7 +111,31 @@ pub(crate) struct Source {
     snapshot: Option<String>,
 }
 
-/// Put a session back as a backup or a snapshot has it.
+/// What a [`Source`] names.
+#[derive(Debug)]
+pub(crate) enum Kept {
+    Backup(String),
+    At(jiff::Timestamp),
+    Snapshot(String),
+}
+
+impl Source {
+    /// What is named, if anything is; it must be one thing.
+    pub(crate) fn kept(self) -> Answer<Option<Kept>> {
+        match (self.backup, self.at, self.snapshot) {
+            (None, None, None) => Ok(None),
+            (Some(backup), None, None) => Ok(Some(Kept::Backup(backup))),
+            (None, Some(at), None) => Ok(Some(Kept::At(at))),
+            (None, None, Some(snapshot)) => Ok(Some(Kept::Snapshot(snapshot))),
+            _ => {
+                let detail = "name one of a backup, a time and a snapshot, not several";
+                Err(Refused::new(Code::BadRequest, detail))
+            }
+        }
+    }
+}
+
+/// Put a session back as a backup or a snapshot has it: as the newest backup, if none is named.
 #[utoipa::path(post, path = "/v1/sessions/{session}/restore", tag = "backups",
     params(("session" = String, Path, description = "Name or UUID"), Source),
     responses((status = 200, body = Session), Refused))]
@@ -121,17 +145,14 @@ pub(crate) async fn restore(
     Query(source): Query<Source>,
 ) -> Answer<axum::Json<Session>> {
     let id = api.leases.find(&session)?;
-    match (source.backup, source.at, source.snapshot) {
-        (None, None, Some(name)) => api.pool.restore_snapshot(id, &name.parse()?).await?,
-        (None, Some(at), None) => {
+    match source.kept()? {
+        None => api.pool.restore(id, None).await?,
+        Some(Kept::Backup(name)) => api.pool.restore(id, Some(&name)).await?,
+        Some(Kept::At(at)) => {
             let backup = api.pool.backup_at(id, at.into()).await?;
             api.pool.restore(id, Some(&backup.name)).await?;
         }
-        (backup, None, None) => api.pool.restore(id, backup.as_deref()).await?,
-        _ => {
-            let detail = "either a backup, a time or a snapshot is restored";
-            return Err(Refused::new(Code::BadRequest, detail));
-        }
+        Some(Kept::Snapshot(name)) => api.pool.restore_snapshot(id, &name.parse()?).await?,
     }
     Ok(axum::Json(wire::session(api.pool.inspect(id)?)))
 }

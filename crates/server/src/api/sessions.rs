@@ -10,6 +10,7 @@ use serde::Deserialize;
 use utoipa::IntoParams;
 use uuid::Uuid;
 
+use super::backups::{Kept, Source};
 use super::extract::{Json, Path, Query};
 use super::refusal::{Answer, Refused};
 use super::{Api, wire};
@@ -233,39 +234,40 @@ pub(crate) async fn remove(
     Ok(StatusCode::NO_CONTENT)
 }
 
-/// What is copied.
-#[derive(Deserialize, IntoParams)]
-#[serde(deny_unknown_fields)]
-#[into_params(parameter_in = Query)]
-pub(crate) struct Origin {
-    /// The session as this snapshot has it, instead of as it is.
-    snapshot: Option<String>,
-}
-
 /// Make a new session that begins with a copy of another's files, also while that runs.
+///
+/// As they are now, if no source is named. A backup can be copied of a session too whose own files
+/// are gone.
 ///
 /// With the header `Idempotency-Key` a repetition makes no second one.
 #[utoipa::path(post, path = "/v1/sessions/{session}/fork", tag = "sessions",
-    params(("session" = String, Path, description = "Name or UUID"), Origin,
+    params(("session" = String, Path, description = "Name or UUID"), Source,
         ("Idempotency-Key" = Option<String>, Header, description = "Any text that no other request has")),
     responses((status = 201, body = Session), Refused))]
 pub(crate) async fn fork(
     State(api): State<Api>,
     Extension(caller): Extension<Caller>,
     Path(session): Path<String>,
-    Query(Origin { snapshot }): Query<Origin>,
+    Query(source): Query<Source>,
     headers: HeaderMap,
 ) -> Answer<Response> {
     caller.makes_nameless()?;
     let id = api.leases.find(&session)?;
     let text = id.to_string();
-    let words = ["fork", &text, snapshot.as_deref().unwrap_or("")];
+    let kept = source.kept()?;
+    let told = format!("{kept:?}");
+    let words = ["fork", &text, &told];
     let work = {
-        let (api, snapshot) = (api.clone(), snapshot.clone());
+        let api = api.clone();
         async move {
-            let made = match snapshot {
-                Some(name) => api.pool.fork_snapshot(id, &name.parse()?).await?,
+            let made = match kept {
                 None => api.pool.fork(id).await?,
+                Some(Kept::Snapshot(name)) => api.pool.fork_snapshot(id, &name.parse()?).await?,
+                Some(Kept::Backup(name)) => api.pool.fork_backup(id, &name).await?,
+                Some(Kept::At(at)) => {
+                    let backup = api.pool.backup_at(id, at.into()).await?;
+                    api.pool.fork_backup(id, &backup.name).await?
+                }
             };
             let made = wire::session(api.pool.inspect(made)?);
             Ok((StatusCode::CREATED, serde_json::to_value(&made).unwrap_or_default()))
