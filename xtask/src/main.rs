@@ -1,7 +1,9 @@
 //! What a contributor runs: `cargo xtask test` installs what the tests need and runs all of
-//! them; `cargo xtask bench [SEED]` writes `docs/benchmarks.md`.
+//! them; `cargo xtask bench [SEED]` writes `docs/benchmarks.md`; `cargo xtask dist` packs denizen
+//! for those who install it.
 
 mod bench;
+mod dist;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
@@ -11,7 +13,8 @@ fn main() -> ExitCode {
     let result = match args.next().as_deref() {
         Some("test") => test(),
         Some("bench") => bench::run(args.next().as_deref()),
-        _ => Err("usage: cargo xtask test | bench [SEED]".to_owned()),
+        Some("dist") => dist::make(),
+        _ => Err("usage: cargo xtask test | bench [SEED] | dist".to_owned()),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
