@@ -134,7 +134,8 @@ fn metrics_are_as_prometheus_wants_them() {
 #[test]
 fn readiness_is_the_truth() {
     let user = User::new();
-    user.json(&["ls"]);
+    // Spares would make the folder anew.
+    user.json(&["--spares", "0", "--isolation", "host", "ls"]);
     assert_eq!(get(&user, "/healthz", "").0, 200);
     assert_eq!(get(&user, "/readyz", "").0, 200);
     let (pool, aside) = (user.state.path().join("pool"), user.state.path().join("aside"));
