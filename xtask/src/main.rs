@@ -1,8 +1,10 @@
 //! What a contributor runs: `cargo xtask test` installs what the tests need and runs all of
 //! them; `cargo xtask web` builds the dashboard, which the next `cargo build` embeds; `cargo xtask
-//! bench [SEED]` writes `docs/benchmarks.md`.
+//! bench [SEED]` writes `docs/benchmarks.md`; `cargo xtask dist` packs denizen for those who install
+//! it.
 
 mod bench;
+mod dist;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
@@ -13,7 +15,8 @@ fn main() -> ExitCode {
         Some("test") => test(),
         Some("web") => web(),
         Some("bench") => bench::run(args.next().as_deref()),
-        _ => Err("usage: cargo xtask test | web | bench [SEED]".to_owned()),
+        Some("dist") => dist::make(),
+        _ => Err("usage: cargo xtask test | web | bench [SEED] | dist".to_owned()),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -35,6 +35,9 @@ const KEEPALIVE: Duration = Duration::from_secs(90);
 /// Why a command ended, beyond its status, if there is more to say. Asked once.
 pub type Explain = Arc<dyn Fn(Exit) -> Option<String> + Send + Sync>;
 
+/// Told how long the start of a command took.
+pub type Started = Arc<dyn Fn(std::time::Duration) + Send + Sync>;
+
 /// An instance as a request sees it.
 #[derive(Clone)]
 pub struct Instance {
@@ -50,6 +53,8 @@ pub struct Instance {
     pub watchers: Arc<Watchers>,
     /// Says more of how a command ended that is started now, where its status is not all.
     pub explain: Explain,
+    /// Told how long the start of each of its commands took.
+    pub started: Started,
     /// Kept as long as the request, its response or a command in the foreground lasts.
     pub lease: Arc<dyn Any + Send + Sync>,
 }
@@ -118,6 +123,7 @@ pub async fn serve_files(socket: UnixStream, workdir: PathBuf) -> std::io::Resul
         jobs: Arc::new(Jobs::new(workdir.join("."))),
         watchers: Arc::default(),
         explain: Arc::new(|_| None),
+        started: Arc::new(|_| {}),
         lease: Arc::new(()),
         workdir,
     };

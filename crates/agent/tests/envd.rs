@@ -42,6 +42,7 @@ impl Place {
             jobs: Arc::new(Jobs::new(folder.path().join("logs"))),
             watchers: Arc::default(),
             explain: Arc::new(|_| None),
+            started: Arc::new(|_| {}),
             lease: Arc::new(()),
         };
         Self { router: router(Arc::new(One(instance))), folder }

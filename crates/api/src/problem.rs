@@ -173,6 +173,8 @@ codes! {
     AtCapacity = "at_capacity", 503, "The pool is at capacity";
     /// The daemon is about to end.
     ShuttingDown = "shutting_down", 503, "The daemon is shutting down";
+    /// The daemon lives, and cannot do its work.
+    NotReady = "not_ready", 503, "The daemon is not ready";
     /// The disk, or the session's part of it, is full.
     NoSpace = "no_space", 507, "No space is left";
     /// All else.

@@ -9,7 +9,9 @@ mod copy;
 mod doctor;
 mod image;
 mod key;
+mod log;
 mod moving;
+mod notify;
 mod port;
 mod progress;
 mod range;
@@ -467,6 +469,9 @@ async fn serve(
             let _ = writeln!(std::io::stdout(), "{word}");
         }
     };
+    if background {
+        tokio::spawn(log::keep_short(log_file(&settings)));
+    }
     let front = settings.front()?;
     let mut builder = denizen::MicroVmManager::builder((&settings.pool).into());
     builder = builder.network(settings.network());
@@ -516,14 +521,20 @@ async fn serve(
         for address in daemon.addresses() {
             eprintln!("denizen listens on {address}");
         }
+        // One in the background is nobody's service, whatever its caller is.
+        notify::tell("READY=1");
     }
     let stop = async move {
-        tokio::select! {
+        let ending = tokio::select! {
             // What a service manager sends, also when it starts the daemon anew.
             _ = terminate.recv() => Ending::Leave,
             // Somebody at a terminal.
             _ = interrupt.recv() => Ending::Stop,
+        };
+        if !background {
+            notify::tell("STOPPING=1");
         }
+        ending
     };
     daemon.serve(stop).await.map_err(|error| failed(&error))
 }

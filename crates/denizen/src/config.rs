@@ -115,33 +115,32 @@ pub(crate) fn backup_destination(path: &Path) -> Result<Destination> {
     })
 }
 
-/// Makes the folder if need be and writes a file in it: permissions alone do not tell of a
-/// read-only or full file system.
+/// Makes the folder if need be and writes a file in it.
 fn writable(field: &'static str, path: &Path) -> Result<()> {
-    let attempt = || -> io::Result<()> {
-        use rustix::fs::{Mode, OFlags};
-        fs::create_dir_all(path)?;
-        // A file without a name is gone however this process ends.
-        let flags = OFlags::TMPFILE | OFlags::WRONLY | OFlags::CLOEXEC;
-        match rustix::fs::open(path, flags, Mode::RUSR | Mode::WUSR) {
-            Ok(file) => fs::File::from(file).write_all(b"probe"),
-            Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::INVAL) => {
-                // One name for all: at most one is left behind, and goes with the next.
-                let probe = path.join(".denizen-probe");
-                let written = fs::write(&probe, b"probe");
-                match fs::remove_file(&probe) {
-                    Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                        written.and(Err(error))
-                    }
-                    _ => written,
-                }
-            }
-            Err(errno) => Err(errno.into()),
-        }
-    };
-    attempt().map_err(|source| {
+    fs::create_dir_all(path).and_then(|()| probe(path)).map_err(|source| {
         Error::config(field, format!("cannot be made or written to: {}: {source}", path.display()))
     })
+}
+
+/// Writes a file in a folder: permissions alone do not tell of a read-only or full file system.
+/// Blocks.
+pub(crate) fn probe(folder: &Path) -> io::Result<()> {
+    use rustix::fs::{Mode, OFlags};
+    // A file without a name is gone however this process ends.
+    let flags = OFlags::TMPFILE | OFlags::WRONLY | OFlags::CLOEXEC;
+    match rustix::fs::open(folder, flags, Mode::RUSR | Mode::WUSR) {
+        Ok(file) => fs::File::from(file).write_all(b"probe"),
+        Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::INVAL) => {
+            // One name for all: at most one is left behind, and goes with the next.
+            let probe = folder.join(".denizen-probe");
+            let written = fs::write(&probe, b"probe");
+            match fs::remove_file(&probe) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => written.and(Err(error)),
+                _ => written,
+            }
+        }
+        Err(errno) => Err(errno.into()),
+    }
 }
 
 /// [`VmPoolConfig`] with times as [`Duration`]s.

@@ -677,7 +677,18 @@ impl MicroVmManager {
         self.pool()?.with_images(remove).await
     }
 
-    /// What the pool has done with backups since it was opened.
+    /// Whether the pool can do its work at this moment: its registry can be read, and its volume
+    /// root written. Says nothing of the backup destination, without which sessions go on.
+    /// Cancel-safe.
+    ///
+    /// # Errors
+    /// [`Error::Registry`] or [`Error::Volume`] with what cannot be done, [`Error::ShuttingDown`],
+    /// [`Error::Disabled`].
+    pub async fn check(&self) -> Result<()> {
+        self.pool()?.check().await
+    }
+
+    /// What the pool has done since it was opened.
     ///
     /// # Errors
     /// [`Error::Disabled`].

@@ -625,6 +625,13 @@ impl Pool {
     /// Takes the session for one caller. Cancel-safe: dropped at any point, it leaves the line
     /// or gives the session back.
     pub(crate) async fn acquire(self: &Arc<Self>, id: Uuid) -> Result<Hold> {
+        let begun = std::time::Instant::now();
+        let hold = self.acquire_now_or_later(id).await?;
+        self.figures.lock().acquire_seconds.count(begun.elapsed());
+        Ok(hold)
+    }
+
+    async fn acquire_now_or_later(self: &Arc<Self>, id: Uuid) -> Result<Hold> {
         {
             let mut state = self.state.lock();
             if !state.closing && state.core.acquire_warm(id) {
@@ -997,6 +1004,20 @@ impl Pool {
             disk_limit: self.disk_limit(),
             volume: row.phase.is_resident().then(|| self.volumes.home(row.id).join("volume")),
         }
+    }
+
+    /// That the registry can be read and the volume root written. Cancel-safe.
+    pub(crate) async fn check(self: &Arc<Self>) -> Result<()> {
+        if self.state.lock().closing {
+            return Err(Error::ShuttingDown);
+        }
+        let pool = self.clone();
+        blocking(move || {
+            pool.registry.lock().check()?;
+            let own = pool.volumes.own();
+            crate::config::probe(own).map_err(|source| Error::volume("write to", own, source))
+        })
+        .await
     }
 
     pub(crate) fn figures(&self) -> Figures {

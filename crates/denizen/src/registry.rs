@@ -239,6 +239,15 @@ impl Registry {
         read().map_err(|error| diagnose(&self.path, error))
     }
 
+    /// That it can be read now.
+    pub(crate) fn check(&self) -> Result<()> {
+        let count = "SELECT count(*) FROM sessions";
+        let read = self.connection.prepare_cached(count);
+        read.and_then(|mut read| read.query_row([], |row| row.get::<_, i64>(0)))
+            .map(drop)
+            .map_err(|error| diagnose(&self.path, error))
+    }
+
     /// Makes all of `writes` durable, or none.
     pub(crate) fn commit(&mut self, writes: &[Write], time: &SavedTime) -> Result<()> {
         self.transact(|transaction| {

@@ -31,6 +31,7 @@ use utoipa::openapi::OpenApi;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
+pub(crate) use daemon::metrics_or_envd;
 pub(crate) use events::Recent;
 pub(crate) use refusal::Refused;
 use repeats::Repeats;
@@ -46,6 +47,7 @@ pub(crate) struct Api {
     pub(crate) stop: Arc<Notify>,
     pub(crate) recent: Arc<Recent>,
     repeats: Arc<Repeats>,
+    ready: Arc<daemon::Ready>,
 }
 
 impl Api {
@@ -55,7 +57,7 @@ impl Api {
         stop: Arc<Notify>,
         recent: Arc<Recent>,
     ) -> Self {
-        Self { pool, leases, stop, recent, repeats: Arc::default() }
+        Self { pool, leases, stop, recent, repeats: Arc::default(), ready: Arc::default() }
     }
 }
 
@@ -73,6 +75,8 @@ struct Description;
 fn described() -> OpenApiRouter<Api> {
     OpenApiRouter::with_openapi(Description::openapi())
         .routes(routes!(daemon::health))
+        .routes(routes!(daemon::lives))
+        .routes(routes!(daemon::is_ready))
         .routes(routes!(daemon::metrics))
         .routes(routes!(daemon::shutdown))
         .routes(routes!(events::events))

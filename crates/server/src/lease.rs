@@ -9,7 +9,7 @@ use std::sync::{Arc, Weak};
 
 use axum::http::HeaderMap;
 use connectrpc::ConnectError;
-use denizen::{Error, MicroVmManager, SessionName, VmExecutionGuard};
+use denizen::{Error, Histogram, MicroVmManager, SessionName, VmExecutionGuard};
 use denizen_agent::envd::{Instance, Instances, Jobs, Watchers};
 use parking_lot::Mutex;
 use tokio::time::Instant;
@@ -25,14 +25,17 @@ pub(crate) struct Lease {
     pub(crate) jobs: Arc<Jobs>,
     watchers: Arc<Watchers>,
     pub(crate) within: Arc<Within>,
+    starts: Arc<Mutex<Histogram>>,
 }
 
 impl Lease {
     /// Where commands run and files are.
     pub(crate) fn instance(self: Arc<Self>) -> Result<Instance, Error> {
         let limits = self.guard.limit_watch();
+        let starts = self.starts.clone();
         Ok(Instance {
             explain: Arc::new(move |exit| Some(limits.reached(exit)?.to_string())),
+            started: Arc::new(move |took| starts.lock().count(took)),
             agent: self.guard.agent()?,
             workdir: self.guard.workdir().to_owned(),
             env: self.guard.base_environment(),
@@ -57,12 +60,14 @@ pub(crate) struct Leases {
     pool: Arc<MicroVmManager>,
     slots: Mutex<HashMap<Uuid, Arc<Slot>>>,
     last_use: Mutex<Instant>,
+    /// How long it took to start commands.
+    starts: Arc<Mutex<Histogram>>,
 }
 
 impl Leases {
     pub(crate) fn new(pool: Arc<MicroVmManager>) -> Self {
         let last_use = Mutex::new(Instant::now());
-        Self { pool, slots: Mutex::default(), last_use }
+        Self { pool, slots: Mutex::default(), last_use, starts: Arc::default() }
     }
 
     /// The session of that name or UUID, if it is known.
@@ -105,7 +110,7 @@ impl Leases {
         let jobs = slot.jobs.lock().get_or_insert_with(|| Arc::new(Jobs::new(logs))).clone();
         let watchers = slot.watchers.clone();
         let within = slot.within.clone();
-        let lease = Arc::new(Lease { guard, jobs, watchers, within });
+        let lease = Arc::new(Lease { guard, jobs, watchers, within, starts: self.starts.clone() });
         *shared = Arc::downgrade(&lease);
         drop(shared);
         self.forget_unused();
@@ -115,6 +120,11 @@ impl Leases {
     /// What was started in a session through the daemon, if anything was.
     pub(crate) fn jobs(&self, id: Uuid) -> Option<Arc<Jobs>> {
         self.slots.lock().get(&id)?.jobs.lock().clone()
+    }
+
+    /// How long it took to start commands.
+    pub(crate) fn starts(&self) -> Histogram {
+        self.starts.lock().clone()
     }
 
     /// Tells that the daemon is being used.

@@ -1,10 +1,11 @@
 //! The daemon: one pool of sessions, offered over HTTP on a Unix socket, and over TCP to those
 //! who have a key (`access`).
 //!
-//! `/v1/…` is about sessions (`api`), with `/v1/metrics` for Prometheus (`/metrics` is a session's,
-//! as envd has it); `/` is the dashboard (`web`); all else is envd's protocol, for the session that
-//! the header [`SESSION`] names (`lease`). The daemon must never decide anything about a session's
-//! life: it asks the pool, as any caller of the library does.
+//! `/v1/…` is about sessions (`api`); `/healthz`, `/readyz` and `/metrics` are about the daemon; `/`
+//! is the dashboard (`web`); all else is envd's protocol, for the session that the header
+//! [`SESSION`] names (`lease`), with `/metrics` among it where there is that header. The daemon must
+//! never decide anything about a session's life: it asks the pool, as any caller of the library
+//! does.
 
 mod access;
 mod api;
@@ -189,6 +190,8 @@ impl Daemon {
         };
         let recent = api::Recent::of(&pool)?;
         let api = api::Api::new(pool.clone(), leases.clone(), asked.clone(), recent);
+        let own = axum::middleware::from_fn_with_state(api.clone(), api::metrics_or_envd);
+        let envd = envd.layer(own);
         let app = api::router(api)
             .merge(access::routes::router().with_state(access.clone()))
             .layer(DefaultBodyLimit::max(JSON))

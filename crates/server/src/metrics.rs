@@ -1,6 +1,7 @@
-//! `GET /metrics`: the pool in numbers, in the text format of Prometheus (version 0.0.4).
+//! `GET /metrics`: the daemon in numbers, in the text format of Prometheus (version 0.0.4).
 //!
-//! All of it is read from the pool when it is asked for; nothing is counted here.
+//! All of it is read when it is asked for, from the pool, the leases and the kernel; nothing is
+//! counted here.
 
 use std::fmt::{Display, Write};
 
@@ -23,8 +24,17 @@ const STATES: [&str; 9] = [
 ];
 
 /// All metrics.
-pub(crate) fn text(figures: &Figures, sessions: &[SessionInfo]) -> String {
+pub(crate) fn text(figures: &Figures, starts: &Histogram, sessions: &[SessionInfo]) -> String {
     let mut text = String::new();
+    let version = env!("CARGO_PKG_VERSION");
+    head(&mut text, "denizen_build_info", "gauge", "Which denizen this is.");
+    line(&mut text, &format!("denizen_build_info{{version=\"{version}\"}}"), 1);
+    process(&mut text);
+    let acquire = "How long callers waited for the sessions that they were given.";
+    histogram(&mut text, "acquire", acquire, &figures.acquire_seconds);
+    let create = "How long it took to make new sessions.";
+    histogram(&mut text, "create", create, &figures.create_seconds);
+    histogram(&mut text, "exec_start", "How long it took to start commands.", starts);
     let counters = [
         ("backups_written", "Backups written and verified.", figures.backups_written),
         ("backups_failed", "Backups that failed.", figures.backups_failed),
@@ -64,6 +74,45 @@ pub(crate) fn text(figures: &Figures, sessions: &[SessionInfo]) -> String {
         line(&mut text, &name, value);
     }
     text
+}
+
+/// The daemon's own process, by the names that the conventions have for it. What cannot be read
+/// is left out.
+fn process(text: &mut String) {
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
+    // After the name, which may have anything in it; the first of these is field 3 (proc(5)).
+    let fields: Vec<&str> =
+        stat.rsplit_once(')').map_or("", |it| it.1).split_ascii_whitespace().collect();
+    let field = |n: usize| fields.get(n - 3)?.parse::<u64>().ok();
+    let ticks = rustix::param::clock_ticks_per_second();
+    let booted = std::fs::read_to_string("/proc/stat").ok().and_then(|stat| {
+        stat.lines().find_map(|line| line.strip_prefix("btime ")?.trim().parse::<u64>().ok())
+    });
+    #[expect(clippy::cast_precision_loss, reason = "seconds, told to a hundredth")]
+    let seconds = |n: u64| n as f64 / ticks as f64;
+    let cpu = field(14).zip(field(15)).map(|(user, system)| seconds(user + system));
+    #[expect(clippy::cast_precision_loss, reason = "seconds, told to a hundredth")]
+    let start = booted.zip(field(22)).map(|(boot, since)| boot as f64 + seconds(since));
+    let memory = |field: Option<u64>, unit: u64| field.map(|n| (n * unit).to_string());
+    let page = rustix::param::page_size() as u64;
+    let open = std::fs::read_dir("/proc/self/fd").ok().map(|all| all.count().to_string());
+    let most = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+    let cpu_help = "Processor time that the daemon has used, sandboxes not among it.";
+    for (name, kind, help, value) in [
+        ("cpu_seconds_total", "counter", cpu_help, cpu.map(|it| it.to_string())),
+        ("resident_memory_bytes", "gauge", "Memory of the daemon.", memory(field(24), page)),
+        ("virtual_memory_bytes", "gauge", "Address space of the daemon.", memory(field(23), 1)),
+        ("open_fds", "gauge", "Open file descriptors.", open),
+        ("max_fds", "gauge", "The most that may be open.", most.map(|it| it.to_string())),
+        ("start_time_seconds", "gauge", "When the daemon began.", start.map(|it| it.to_string())),
+        ("threads", "gauge", "Threads of the daemon.", memory(field(20), 1)),
+    ] {
+        if let Some(value) = value {
+            let name = format!("process_{name}");
+            head(text, &name, kind, help);
+            line(text, &name, value);
+        }
+    }
 }
 
 fn histogram(text: &mut String, of: &str, help: &str, times: &Histogram) {

@@ -298,7 +298,9 @@ async fn start(
         cwd: instance.workdir.join(cwd),
         stdio,
     };
+    let begun = std::time::Instant::now();
     let mut child = instance.agent.spawn(spec).await.map_err(|error| refused(&error))?;
+    (instance.started)(begun.elapsed());
     let pid = child.pid();
     let tag = request.tag.filter(|tag| !tag.is_empty());
     let log = (mode == Mode::Detached).then(|| {

@@ -1,4 +1,4 @@
-//! What a pool has done with backups since it was opened, in numbers.
+//! What a pool has done since it was opened, and how long that took, in numbers.
 //!
 //! Nothing is decided by them, and they are gone with the process.
 
@@ -10,6 +10,10 @@ use serde::Serialize;
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 #[non_exhaustive]
 pub struct Figures {
+    /// How long callers waited for the sessions that they were given.
+    pub acquire_seconds: Histogram,
+    /// How long it took to make new sessions.
+    pub create_seconds: Histogram,
     /// Backups written and verified.
     pub backups_written: u64,
     /// Backups that failed; not those given up as their session was wanted.
@@ -46,10 +50,12 @@ pub struct Histogram {
 }
 
 impl Histogram {
-    /// Seconds.
-    pub const BOUNDS: [f64; 9] = [0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 300.0, 1800.0, 7200.0];
+    /// Seconds. The same for all, from what a warm session takes to what a large backup takes.
+    pub const BOUNDS: [f64; 14] =
+        [0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 300.0, 1800.0, 7200.0];
 
-    pub(super) fn count(&mut self, took: Duration) {
+    /// Counts one more.
+    pub fn count(&mut self, took: Duration) {
         let seconds = took.as_secs_f64();
         self.sum += seconds;
         let place = Self::BOUNDS.iter().position(|bound| seconds <= *bound);

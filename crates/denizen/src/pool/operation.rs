@@ -101,12 +101,13 @@ pub(super) async fn run(pool: Arc<Pool>, id: Uuid, seq: Seq, op: Op, written: Op
     report.4 = Some(ended);
 }
 
-/// Counts what became of an operation on backups.
+/// Counts what became of an operation.
 fn count(pool: &Pool, seq: Seq, op: &Op, ended: &Ended, took: Duration) {
     let given_up =
         pool.state.lock().interrupts.get(&seq).is_some_and(|it| it.load(Ordering::Relaxed));
     let mut figures = pool.figures.lock();
     match (op, &ended.outcome) {
+        (Op::Create { .. }, Outcome::Done) => figures.create_seconds.count(took),
         (Op::Backup, Outcome::BackedUp(_)) => {
             figures.backups_written += 1;
             figures.backup_seconds.count(took);

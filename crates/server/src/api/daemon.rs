@@ -1,13 +1,20 @@
 //! The daemon itself.
 
-use axum::extract::State;
-use axum::http::StatusCode;
+use std::time::Duration;
+
+use axum::extract::{Request, State};
 use axum::http::header::CONTENT_TYPE;
+use axum::http::{Method, StatusCode};
+use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
-use denizen_api::Health;
+use denizen::{Error, MicroVmManager};
+use denizen_api::{Code, Health};
+use tokio::sync::Mutex;
+use tokio::time::Instant;
 
 use super::Api;
 use super::refusal::{Answer, Refused};
+use crate::access::guard::named;
 
 /// Whether the daemon is there.
 #[utoipa::path(get, path = "/v1/health", tag = "daemon",
@@ -17,12 +24,87 @@ pub(crate) async fn health() -> axum::Json<Health> {
     axum::Json(Health { version, pid: std::process::id() })
 }
 
-/// The pool in numbers, for Prometheus.
+/// Whether the daemon's process lives: for who would start it anew if not.
+#[utoipa::path(get, path = "/healthz", tag = "daemon", security(()),
+    responses((status = 200, body = String, content_type = "text/plain")))]
+pub(crate) async fn lives() -> &'static str {
+    "ok\n"
+}
+
+/// Whether the daemon can do its work: for who would send it some. The pool takes sessions, its
+/// registry can be read, and its disk written.
+#[utoipa::path(get, path = "/readyz", tag = "daemon", security(()),
+    responses((status = 200, body = String, content_type = "text/plain"), Refused))]
+pub(crate) async fn is_ready(State(api): State<Api>) -> Answer<&'static str> {
+    match api.ready.look(&api.pool).await {
+        Ok(()) => Ok("ok\n"),
+        Err(why) => Err(Refused::new(Code::NotReady, why)),
+    }
+}
+
+/// What was found when it was last looked whether the daemon is ready.
+#[derive(Default)]
+pub(crate) struct Ready(Mutex<Option<(Instant, Found)>>);
+
+type Found = Result<(), &'static str>;
+
+/// How long that is good. Anybody may ask, and looking costs a write.
+const GOOD: Duration = Duration::from_secs(1);
+/// A disk that takes longer is not one to work with.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+impl Ready {
+    /// Looks, unless somebody just has. Cancel-safe.
+    async fn look(&self, pool: &MicroVmManager) -> Found {
+        // Whoever comes while somebody looks waits for what that one finds.
+        let mut last = self.0.lock().await;
+        if let Some((_, found)) = last.filter(|(at, _)| at.elapsed() < GOOD) {
+            return found;
+        }
+        let found = match tokio::time::timeout(PATIENCE, pool.check()).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(error)) => {
+                // Who asks need not be one to be told of paths.
+                tracing::error!(%error, "not ready");
+                Err(match error.kind() {
+                    Error::ShuttingDown => "the daemon is shutting down",
+                    Error::Registry(_) => "the registry cannot be read: see the daemon's log",
+                    Error::Volume { .. } => {
+                        "the volume root cannot be written: see the daemon's log"
+                    }
+                    _ => "the pool does not answer: see the daemon's log",
+                })
+            }
+            Err(_) => {
+                tracing::error!("not ready: the disk does not answer");
+                Err("the disk does not answer in time")
+            }
+        };
+        *last = Some((Instant::now(), found));
+        found
+    }
+}
+
+/// The daemon in numbers, for Prometheus. `/metrics` is the same, where no header names a session.
 #[utoipa::path(get, path = "/v1/metrics", tag = "daemon",
     responses((status = 200, body = String, content_type = "text/plain"), Refused))]
 pub(crate) async fn metrics(State(api): State<Api>) -> Answer<Response> {
-    let text = crate::metrics::text(&api.pool.figures()?, &api.pool.sessions()?);
+    let (figures, sessions) = (api.pool.figures()?, api.pool.sessions()?);
+    let text = crate::metrics::text(&figures, &api.leases.starts(), &sessions);
     Ok(([(CONTENT_TYPE, crate::metrics::CONTENT_TYPE)], text).into_response())
+}
+
+/// Answers `GET /metrics` for the daemon, if it is of no session; all else is envd's.
+pub(crate) async fn metrics_or_envd(
+    State(api): State<Api>,
+    request: Request,
+    next: Next,
+) -> Response {
+    let is_read = [Method::GET, Method::HEAD].contains(request.method());
+    if is_read && request.uri().path() == "/metrics" && named(request.headers()).is_none() {
+        return metrics(State(api)).await.into_response();
+    }
+    next.run(request).await
 }
 
 /// End the daemon and what runs in its sessions.
