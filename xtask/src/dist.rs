@@ -29,14 +29,13 @@ pub fn make() -> Result<(), String> {
 
 /// When what is packed was made: SOURCE_DATE_EPOCH, or the time of the commit.
 fn epoch() -> Result<u64, String> {
-    let text = match std::env::var("SOURCE_DATE_EPOCH") {
-        Ok(text) => text,
-        Err(_) => {
-            let mut git = Command::new("git");
-            git.args(["log", "-1", "--format=%ct"]).current_dir(root());
-            let output = git.output().map_err(|error| format!("git: {error}"))?;
-            String::from_utf8_lossy(&output.stdout).into_owned()
-        }
+    let text = if let Ok(text) = std::env::var("SOURCE_DATE_EPOCH") {
+        text
+    } else {
+        let mut git = Command::new("git");
+        git.args(["log", "-1", "--format=%ct"]).current_dir(root());
+        let output = git.output().map_err(|error| format!("git: {error}"))?;
+        String::from_utf8_lossy(&output.stdout).into_owned()
     };
     text.trim().parse().map_err(|_| format!("no time: {text:?} (SOURCE_DATE_EPOCH)"))
 }
