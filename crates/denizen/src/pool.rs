@@ -625,13 +625,6 @@ impl Pool {
     /// Takes the session for one caller. Cancel-safe: dropped at any point, it leaves the line
     /// or gives the session back.
     pub(crate) async fn acquire(self: &Arc<Self>, id: Uuid) -> Result<Hold> {
-        let begun = std::time::Instant::now();
-        let hold = self.acquire_now_or_later(id).await?;
-        self.figures.lock().acquire_seconds.count(begun.elapsed());
-        Ok(hold)
-    }
-
-    async fn acquire_now_or_later(self: &Arc<Self>, id: Uuid) -> Result<Hold> {
         {
             let mut state = self.state.lock();
             if !state.closing && state.core.acquire_warm(id) {

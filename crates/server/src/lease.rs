@@ -60,6 +60,8 @@ pub(crate) struct Leases {
     pool: Arc<MicroVmManager>,
     slots: Mutex<HashMap<Uuid, Arc<Slot>>>,
     last_use: Mutex<Instant>,
+    /// How long it took to be given sessions.
+    acquires: Mutex<Histogram>,
     /// How long it took to start commands.
     starts: Arc<Mutex<Histogram>>,
 }
@@ -67,7 +69,8 @@ pub(crate) struct Leases {
 impl Leases {
     pub(crate) fn new(pool: Arc<MicroVmManager>) -> Self {
         let last_use = Mutex::new(Instant::now());
-        Self { pool, slots: Mutex::default(), last_use, starts: Arc::default() }
+        let (slots, acquires, starts) = Default::default();
+        Self { pool, slots, last_use, acquires, starts }
     }
 
     /// The session of that name or UUID, if it is known.
@@ -102,10 +105,12 @@ impl Leases {
             }
             return Ok(lease);
         }
+        let begun = Instant::now();
         let guard = match image {
             Some(image) => self.pool.acquire_with_image(id, image).await?,
             None => self.pool.acquire(id).await?,
         };
+        self.acquires.lock().count(begun.elapsed());
         let logs = self.pool.session_folder(id)?.join("logs");
         let jobs = slot.jobs.lock().get_or_insert_with(|| Arc::new(Jobs::new(logs))).clone();
         let watchers = slot.watchers.clone();
@@ -120,6 +125,11 @@ impl Leases {
     /// What was started in a session through the daemon, if anything was.
     pub(crate) fn jobs(&self, id: Uuid) -> Option<Arc<Jobs>> {
         self.slots.lock().get(&id)?.jobs.lock().clone()
+    }
+
+    /// How long it took to be given sessions.
+    pub(crate) fn acquires(&self) -> Histogram {
+        self.acquires.lock().clone()
     }
 
     /// How long it took to start commands.

@@ -24,14 +24,19 @@ const STATES: [&str; 9] = [
 ];
 
 /// All metrics.
-pub(crate) fn text(figures: &Figures, starts: &Histogram, sessions: &[SessionInfo]) -> String {
+pub(crate) fn text(
+    figures: &Figures,
+    acquires: &Histogram,
+    starts: &Histogram,
+    sessions: &[SessionInfo],
+) -> String {
     let mut text = String::new();
     let version = env!("CARGO_PKG_VERSION");
     head(&mut text, "denizen_build_info", "gauge", "Which denizen this is.");
     line(&mut text, &format!("denizen_build_info{{version=\"{version}\"}}"), 1);
     process(&mut text);
     let acquire = "How long callers waited for the sessions that they were given.";
-    histogram(&mut text, "acquire", acquire, &figures.acquire_seconds);
+    histogram(&mut text, "acquire", acquire, acquires);
     let create = "How long it took to make new sessions.";
     histogram(&mut text, "create", create, &figures.create_seconds);
     histogram(&mut text, "exec_start", "How long it took to start commands.", starts);

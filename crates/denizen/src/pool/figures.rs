@@ -10,8 +10,6 @@ use serde::Serialize;
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 #[non_exhaustive]
 pub struct Figures {
-    /// How long callers waited for the sessions that they were given.
-    pub acquire_seconds: Histogram,
     /// How long it took to make new sessions.
     pub create_seconds: Histogram,
     /// Backups written and verified.

@@ -90,7 +90,8 @@ impl Ready {
     responses((status = 200, body = String, content_type = "text/plain"), Refused))]
 pub(crate) async fn metrics(State(api): State<Api>) -> Answer<Response> {
     let (figures, sessions) = (api.pool.figures()?, api.pool.sessions()?);
-    let text = crate::metrics::text(&figures, &api.leases.starts(), &sessions);
+    let (acquires, starts) = (api.leases.acquires(), api.leases.starts());
+    let text = crate::metrics::text(&figures, &acquires, &starts, &sessions);
     Ok(([(CONTENT_TYPE, crate::metrics::CONTENT_TYPE)], text).into_response())
 }
 
