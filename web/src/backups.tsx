@@ -4,7 +4,7 @@ import { useState } from "preact/hooks";
 import * as api from "./api";
 import { perform, useLoaded } from "./live";
 import { linkTo, nameOf } from "./sessions";
-import { bytes, Dialog, Empty, Field, short, Table, Trouble, When } from "./ui";
+import { ActionsColumn, bytes, Dialog, Empty, Field, short, Table, Trouble, When } from "./ui";
 
 type From = { backup?: string; snapshot?: string };
 
@@ -84,9 +84,7 @@ export function BackupsTab(props: { me: api.Me; session: api.Session; reload: ()
               <th scope="col" class="number">
                 Added
               </th>
-              <th scope="col">
-                <span class="hidden">Actions</span>
-              </th>
+              <ActionsColumn />
             </>
           }
         >
@@ -127,9 +125,7 @@ export function BackupsTab(props: { me: api.Me; session: api.Session; reload: ()
             <>
               <th scope="col">Taken</th>
               <th scope="col">Name</th>
-              <th scope="col">
-                <span class="hidden">Actions</span>
-              </th>
+              <ActionsColumn />
             </>
           }
         >

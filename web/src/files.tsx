@@ -4,7 +4,7 @@ import { useRef, useState } from "preact/hooks";
 import * as api from "./api";
 import { perform, useLoaded } from "./live";
 import { linkTo } from "./sessions";
-import { bytes, Dialog, Empty, Field, Table, Trouble, When } from "./ui";
+import { ActionsColumn, bytes, Dialog, Empty, Field, Table, Trouble, When } from "./ui";
 
 export function FilesTab({ session, path }: { session: string; path: string[] }) {
   const parts = path.filter(Boolean);
@@ -114,9 +114,7 @@ export function FilesTab({ session, path }: { session: string; path: string[] })
               </th>
               <th scope="col">Mode</th>
               <th scope="col">Changed</th>
-              <th scope="col">
-                <span class="hidden">Actions</span>
-              </th>
+              <ActionsColumn />
             </>
           }
         >

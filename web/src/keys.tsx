@@ -3,7 +3,7 @@
 import { useState } from "preact/hooks";
 import * as api from "./api";
 import { complain, perform, say, useLoaded } from "./live";
-import { Dialog, Empty, Field, Heading, Table, Trouble, When } from "./ui";
+import { ActionsColumn, Dialog, Empty, Field, Heading, Table, Trouble, When } from "./ui";
 
 export function KeysPage() {
   const { value, error, reload } = useLoaded(api.keys, [], { every: 10_000 });
@@ -72,9 +72,7 @@ export function KeysPage() {
               <th scope="col">Made</th>
               <th scope="col">Expires</th>
               <th scope="col">Last used</th>
-              <th scope="col">
-                <span class="hidden">Actions</span>
-              </th>
+              <ActionsColumn />
             </>
           }
         >

@@ -2,7 +2,7 @@
 
 import * as api from "./api";
 import { perform, useLoaded } from "./live";
-import { Empty, Table, Trouble, When } from "./ui";
+import { ActionsColumn, Empty, Table, Trouble, When } from "./ui";
 
 export function ProcessesTab({ me, session }: { me: api.Me; session: string }) {
   const { value, error, reload } = useLoaded(() => api.processes(session), [session], { every: 3000 });
@@ -24,9 +24,7 @@ export function ProcessesTab({ me, session }: { me: api.Me; session: string }) {
               <th scope="col">Tag</th>
               <th scope="col">Started</th>
               <th scope="col">State</th>
-              <th scope="col">
-                <span class="hidden">Actions</span>
-              </th>
+              <ActionsColumn />
             </>
           }
         >

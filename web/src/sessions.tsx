@@ -3,7 +3,7 @@
 import { useState } from "preact/hooks";
 import * as api from "./api";
 import { perform, useLoaded } from "./live";
-import { bytes, Dialog, Empty, Field, Heading, span, State, Table, Trouble, When } from "./ui";
+import { ActionsColumn, bytes, Dialog, Empty, Field, Heading, span, State, Table, Trouble, When } from "./ui";
 
 export const nameOf = (session: api.Session) => session.name ?? session.id;
 export const linkTo = (session: string, tab = "") =>
@@ -79,9 +79,7 @@ export function SessionsPage({ me }: { me: api.Me }) {
                 Disk
               </th>
               <th scope="col">Changes</th>
-              <th scope="col">
-                <span class="hidden">Actions</span>
-              </th>
+              <ActionsColumn />
             </>
           }
         >

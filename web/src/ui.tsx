@@ -53,6 +53,15 @@ export function Table(props: { label: string; head: ComponentChildren; children:
   );
 }
 
+/** The head of a column of buttons, which needs no words for those who see it. */
+export function ActionsColumn() {
+  return (
+    <th scope="col">
+      <span class="hidden">Actions</span>
+    </th>
+  );
+}
+
 export function State({ of }: { of: string }) {
   return <span class={`state ${of}`}>{of}</span>;
 }

@@ -6,7 +6,7 @@ use clap::{Subcommand, ValueEnum};
 use denizen_server::{Keys, NewKey, Scope};
 use http_body_util::{BodyExt, Full};
 use jiff::{Span, SpanRelativeTo, Unit};
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::client::{self, Client};
 use crate::config::Settings;
@@ -98,7 +98,7 @@ pub async fn run(settings: &Settings, verb: Verb, json: bool) -> Result<()> {
             } else {
                 let new = NewKey { name, scope, sessions, expires_in_seconds: expires };
                 let (info, key) = here()?.create(new).map_err(failed)?;
-                let mut made = value(&info)?;
+                let mut made = show::value(&info)?;
                 made["key"] = key.into();
                 made
             };
@@ -107,7 +107,7 @@ pub async fn run(settings: &Settings, verb: Verb, json: bool) -> Result<()> {
         Verb::Ls => {
             let all = match client {
                 Some(client) => client.json("GET", "/v1/keys").await?,
-                None => json!({ "keys": value(&here()?.list())? }),
+                None => json!({ "keys": show::value(here()?.list())? }),
             };
             show::keys(&all, json)
         }
@@ -125,8 +125,4 @@ pub async fn run(settings: &Settings, verb: Verb, json: bool) -> Result<()> {
             Ok(())
         }
     }
-}
-
-fn value(of: &impl serde::Serialize) -> Result<Value> {
-    serde_json::to_value(of).map_err(|error| Failure::new(error.to_string()))
 }

@@ -351,9 +351,7 @@ impl Client {
     /// [`Error`].
     pub async fn signal(&self, session: &str, process: &str, signal: i32) -> Result<()> {
         let path = path(session, &format!("/processes/{}/signal", escape(process)));
-        let header = Some(("content-type", "application/json"));
-        let body = json_body(&api::Signal { signal })?;
-        self.request("POST", &path, header, body).await.map(drop)
+        self.send::<serde_json::Value>("POST", &path, None, &api::Signal { signal }).await.map(drop)
     }
 
     /// Sets the size of a command's terminal.
@@ -362,8 +360,7 @@ impl Client {
     /// [`Error`].
     pub async fn resize(&self, session: &str, process: &str, size: Size) -> Result<()> {
         let path = path(session, &format!("/processes/{}/size", escape(process)));
-        let header = Some(("content-type", "application/json"));
-        self.request("PUT", &path, header, json_body(&size)?).await.map(drop)
+        self.send::<serde_json::Value>("PUT", &path, None, &size).await.map(drop)
     }
 
     // ---- Streams ------------------------------------------------------------------------

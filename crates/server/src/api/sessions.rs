@@ -104,12 +104,26 @@ pub(crate) async fn create(
                     }
                 }
             };
-            let made = begin(&api, id, image).await?;
-            Ok((StatusCode::CREATED, serde_json::to_value(&made).unwrap_or_default()))
+            begin(&api, id, image).await
         }
     };
-    let (status, made) = api.repeats.once(&headers, &words, work).await?;
-    let location = format!("/v1/sessions/{}", made.0["id"].as_str().unwrap_or_default());
+    made(&api, &headers, &words, work).await
+}
+
+/// Answers with a session that was made, once for each idempotency key.
+async fn made(
+    api: &Api,
+    headers: &HeaderMap,
+    request: &[&str],
+    work: impl Future<Output = Answer<Session>> + Send + 'static,
+) -> Answer<Response> {
+    let work = async {
+        // Strings and numbers: this cannot fail.
+        let made = serde_json::to_value(work.await?).unwrap_or_default();
+        Ok((StatusCode::CREATED, made))
+    };
+    let (status, made) = api.repeats.once(headers, request, work).await?;
+    let location = format!("/v1/sessions/{}", made["id"].as_str().unwrap_or_default());
     Ok((status, [(header::LOCATION, location)], made).into_response())
 }
 
@@ -269,11 +283,8 @@ pub(crate) async fn fork(
                     api.pool.fork_backup(id, &backup.name).await?
                 }
             };
-            let made = wire::session(api.pool.inspect(made)?);
-            Ok((StatusCode::CREATED, serde_json::to_value(&made).unwrap_or_default()))
+            Ok(wire::session(api.pool.inspect(made)?))
         }
     };
-    let (status, made) = api.repeats.once(&headers, &words, work).await?;
-    let location = format!("/v1/sessions/{}", made.0["id"].as_str().unwrap_or_default());
-    Ok((status, [(header::LOCATION, location)], made).into_response())
+    made(&api, &headers, &words, work).await
 }
