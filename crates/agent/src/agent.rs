@@ -132,8 +132,11 @@ impl Agent {
         let mut slot = self.inner.init.lock().await;
         match &*slot {
             Some(init) if init.is_alive() => Ok(init.remote()),
-            _ => {
-                // The dead one goes first, so that there are never two.
+            dead => {
+                // It goes first, with all that it ran, so that there are never two.
+                if let Some(dead) = dead {
+                    dead.end().await;
+                }
                 *slot = None;
                 let launch = self.inner.launch.lock().clone();
                 let launch = launch.map_or(Ok(Launch::default()), |launch| launch());

@@ -138,6 +138,8 @@ struct Shared {
     /// Wakes the thread when requests had to be queued.
     wake: OwnedFd,
     pid: u32,
+    /// The process that was launched. Kernels before 5.3 give none, and have no sandboxes.
+    process: Option<OwnedFd>,
     nonce: u32,
     state: Mutex<State>,
     /// Turns true when init is gone and reaped.
@@ -242,7 +244,16 @@ impl Init {
         // The thread may not have seen its end yet.
         let mut socket = [PollFd::new(&shared.socket, PollFlags::empty())];
         let hung_up = poll(&mut socket, Some(&Timespec::default())).is_ok_and(|count| count > 0);
-        !hung_up && !shared.state.lock().dead
+        !hung_up && !shared.has_ended() && !shared.state.lock().dead
+    }
+
+    /// Ends it, which may be dead already, and returns when it and all that it ran are gone.
+    /// Cancel-safe: its end goes on.
+    pub async fn end(&self) {
+        let mut finished = self.remote.shared.finished.subscribe();
+        self.remote.shared.close();
+        // It can only fail if the sender is gone, which `shared` holds.
+        let _ = finished.wait_for(|finished| *finished).await;
     }
 
     /// A handle that can ask for everything but does not keep this init alive.
@@ -268,7 +279,6 @@ impl Init {
     /// Cancel-safe: dropping it half-way kills at once what is left.
     pub async fn shutdown(self, grace: Duration) -> Result<()> {
         let shared = &self.remote.shared;
-        let mut finished = shared.finished.subscribe();
         let mut survivors = 0;
         if let Ok(gone) = self.remote.ask_end(message::end()) {
             match tokio::time::timeout(grace, gone).await {
@@ -282,9 +292,7 @@ impl Init {
                 }
             }
         }
-        shared.close();
-        // It can only fail if the sender is gone, which `shared` holds.
-        let _ = finished.wait_for(|finished| *finished).await;
+        self.end().await;
         match survivors {
             0 => Ok(()),
             count => Err(Error::Survivors { count }),
@@ -629,6 +637,15 @@ impl Shared {
         answer.map_err(|_| Error::InitLost)
     }
 
+    /// Whether the process that was launched has. What is within a sandbox ends with it, a
+    /// moment later, and until then holds the socket.
+    fn has_ended(&self) -> bool {
+        self.process.as_ref().is_some_and(|process| {
+            let mut ended = [PollFd::new(process, PollFlags::IN)];
+            poll(&mut ended, Some(&Timespec::default())).is_ok_and(|count| count > 0)
+        })
+    }
+
     /// How much longer it has to end, if it was told to.
     fn time_left(&self) -> Option<Duration> {
         let closed = self.state.lock().closed.filter(|_| self.contained)?;
@@ -861,6 +878,7 @@ fn run(launch: &Launch) -> io::Result<(Arc<Shared>, process::Child)> {
         socket: ours,
         wake,
         pid: child.id(),
+        process: pidfd_open(Pid::from_child(&child), PidfdFlags::empty()).ok(),
         nonce,
         state: Mutex::default(),
         finished: watch::Sender::new(false),
@@ -946,7 +964,7 @@ fn serve(shared: &Shared, mut launched: Launched) {
                 }
             }
             Err(Errno::INTR) => {}
-            Err(Errno::AGAIN) => idle(shared),
+            Err(Errno::AGAIN) if !shared.has_ended() => idle(shared),
             // It has closed its socket, so it is leaving.
             _ => break shared.patience.min(ENDING),
         }
@@ -1032,7 +1050,9 @@ fn idle(shared: &Shared) {
     if !shared.flush() {
         events |= PollFlags::OUT;
     }
-    let mut fds = [PollFd::new(&shared.socket, events), PollFd::new(&shared.wake, PollFlags::IN)];
+    let mut fds =
+        vec![PollFd::new(&shared.socket, events), PollFd::new(&shared.wake, PollFlags::IN)];
+    fds.extend(shared.process.as_ref().map(|process| PollFd::new(process, PollFlags::IN)));
     // Interrupted or out of memory: the caller comes back here.
     let _ = poll(&mut fds, shared.time_left().map(timespec).as_ref());
     if !fds[1].revents().is_empty() {

@@ -194,6 +194,16 @@ pub struct Forget {
     pub retention: Option<Retention>,
 }
 
+/// Which of a session's files are put back.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(ToSchema))]
+#[serde(deny_unknown_fields)]
+pub struct Restore {
+    /// These files and folders, as the session sees them, and no others; relative ones begin where
+    /// commands start. A folder is then as it was, without what has been added to it.
+    pub paths: Vec<String>,
+}
+
 /// An image: a root for new sessions.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(ToSchema))]

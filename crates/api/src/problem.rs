@@ -113,6 +113,8 @@ codes! {
     UnknownSession = "unknown_session", 404, "No such session";
     /// There is no such backup.
     NoBackup = "no_backup", 404, "No such backup";
+    /// The backup is the latest of a session, or is being restored.
+    BackupNeeded = "backup_needed", 409, "The backup is needed";
     /// There is no such snapshot.
     NoSnapshot = "no_snapshot", 404, "No such snapshot";
     /// There is no such image.

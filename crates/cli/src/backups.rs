@@ -33,6 +33,12 @@ Examples:
         #[command(flatten)]
         keep: Keep,
     },
+    /// Delete backups, also of sessions that are not known here; not the latest of one that is
+    Rm {
+        /// Each by its name, or the beginning of it
+        #[arg(required = true, value_name = "BACKUP")]
+        backups: Vec<String>,
+    },
 }
 
 /// Which backups are kept.
@@ -105,6 +111,13 @@ pub async fn run(
         (Some(BackupsVerb::Forget { dry_run, keep }), _) => {
             forget(client, dry_run, keep.into(), json).await.map(|()| 0)
         }
+        (Some(BackupsVerb::Rm { backups }), _) => {
+            let mut deleted = Vec::new();
+            for backup in backups {
+                deleted.push(client.delete_backup(&backup).await?);
+            }
+            show::forgotten(&show::value(deleted)?, false, json).map(|()| 0)
+        }
         (None, Some(session)) => {
             let all = client.backups(Some(session)).await?;
             show::backups(&show::value(all)?, json).map(|()| 0)
@@ -118,10 +131,13 @@ pub async fn run(
 async fn forget(client: &Client, dry_run: bool, retention: Retention, json: bool) -> Result<()> {
     let retention = (!retention.is_empty()).then_some(retention);
     let body = serde_json::json!({ "dry_run": dry_run, "retention": retention });
+    show::forgotten(&posted(client, "/v1/backups/forget", &body).await?, dry_run, json)
+}
+
+async fn posted(client: &Client, path: &str, body: &Value) -> denizen_client::Result<Value> {
     let body = Full::new(Bytes::from(body.to_string())).map_err(|never| match never {}).boxed();
     let header = Some(("content-type", "application/json"));
-    let answer = client.request("POST", "/v1/backups/forget", header, body).await?;
-    show::forgotten(&Client::body(answer).await?, dry_run, json)
+    Client::body(client.request("POST", path, header, body).await?).await
 }
 
 /// A time that is over: as RFC 3339 has it, or how long ago it was.
@@ -157,11 +173,18 @@ impl Source {
     }
 }
 
-/// Puts a session back, and shows what is known of it then.
-pub async fn restore(client: &Client, source: Source, json: bool) -> Result<()> {
+/// Puts a session, or these of its files, back, and shows what is known of it then.
+pub async fn restore(client: &Client, source: Source, paths: &[String], json: bool) -> Result<()> {
     let (path, session) = (source.path("/restore"), Some(&*source.session));
-    let done = progress::showing(client, session, client.json("POST", &path)).await?;
-    show::session(&done, json)
+    let body = serde_json::json!({ "paths": paths });
+    let asked = async {
+        if paths.is_empty() {
+            client.json("POST", &path).await
+        } else {
+            posted(client, &path, &body).await
+        }
+    };
+    show::session(&progress::showing(client, session, asked).await?, json)
 }
 
 /// Makes a new session, and shows what is known of it.

@@ -122,8 +122,22 @@ enum Verb {
     #[command(after_help = "Example:
   denizen --backup-destination s3://bucket/denizen --backup-key ./backup.key recover")]
     Recover,
-    /// Put a session back as a backup or a snapshot has it: as the latest backup, if none is named
-    Restore(backups::Source),
+    /// Put a session, or some of its files, back as a backup or a snapshot has it: as the latest
+    /// backup, if none is named
+    #[command(after_help = "What has changed since the last backup is saved first. A folder that \
+is named is then as it was, without what has been added to it; all that is not named stays.
+
+Examples:
+  denizen restore demo --at '2 hours ago'
+  denizen restore demo notes.txt src --backup 3f9a
+  denizen restore demo /etc/hosts --snapshot before")]
+    Restore {
+        #[command(flatten)]
+        source: backups::Source,
+        /// Only these files and folders, as the session sees them
+        #[arg(value_name = "PATH")]
+        paths: Vec<String>,
+    },
     /// Make a new session that begins with a copy of another's files, also while that runs, or
     /// from a backup of it, which leaves it alone
     #[command(after_help = "Examples:
@@ -378,7 +392,9 @@ async fn act(cli: Cli, settings: config::Settings, range: Range) -> Result<i32> 
             return backups::run(&client, session.as_deref(), verb, json).await;
         }
         Verb::Recover => backups::recover(&client, json).await?,
-        Verb::Restore(args) => backups::restore(&client, args, json).await?,
+        Verb::Restore { source, paths } => {
+            backups::restore(&client, source, &paths, json).await?;
+        }
         Verb::Fork(source) => backups::fork(&client, source, json).await?,
         Verb::Export { session, output } => moving::export(&client, &session, output).await?,
         Verb::Import { session, file } => moving::import(&client, &session, file, json).await?,

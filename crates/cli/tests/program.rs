@@ -336,6 +336,29 @@ fn backup_restore_fork_and_remove() {
 }
 
 #[test]
+fn files_are_put_back_alone() {
+    let user = User::new();
+    user.exec("a", "echo old | tee notes other > /etc/conf");
+    assert!(user.run(&["backup", "a"]).status.success());
+    let first = user.json(&["backups", "a"])[0]["name"].as_str().unwrap().to_owned();
+    assert!(user.run(&["snapshot", "a", "before"]).status.success());
+    for from in [["--backup", &first], ["--snapshot", "before"]] {
+        user.exec("a", "echo new | tee notes other > /etc/conf");
+        let done = user.run(&["restore", "a", "notes", "/etc/conf", from[0], from[1]]);
+        assert!(done.status.success(), "{done:?}");
+        let now = text(&user.exec("a", "cat notes /etc/conf other").stdout);
+        assert_eq!(now, "old\nold\nnew\n", "{from:?}");
+    }
+    for (path, told) in [("no", "has none"), ("../etc/passwd", "`..`"), ("/proc/1", "has none")] {
+        let refused = user.run(&["restore", "a", "notes", path]);
+        assert_eq!(refused.status.code(), Some(125), "{refused:?}");
+        assert!(text(&refused.stderr).contains(told), "{refused:?}");
+    }
+    let told = text(&user.run(&["events", "--json"]).stdout);
+    assert!(told.contains("part_restored") && told.contains("/etc/conf"), "{told}");
+}
+
+#[test]
 fn a_backup_is_forked_and_its_session_left_alone() {
     let user = User::new();
     user.exec("a", "echo old > file; echo mine > /etc/mine");
@@ -369,6 +392,15 @@ fn backups_that_are_not_kept_are_deleted() {
         user.exec("a", &format!("echo {text} > file"));
         assert!(user.run(&["backup", "a"]).status.success());
     }
+    let all = user.json(&["backups", "a"]);
+    let names: Vec<&str> =
+        all.as_array().unwrap().iter().map(|it| it["name"].as_str().unwrap()).collect();
+    let latest = user.run(&["backups", "rm", names[0]]);
+    assert!(text(&latest.stderr).contains("back the session up again"), "{latest:?}");
+    assert!(user.run(&["backups", "rm", &names[1][..16]]).status.success());
+    assert_eq!(user.json(&["backups", "a"]).as_array().unwrap().len(), 2);
+    user.exec("a", "echo three > file");
+    assert!(user.run(&["backup", "a"]).status.success());
     let unsaid = user.run(&["backups", "forget"]);
     assert_eq!(unsaid.status.code(), Some(125));
     assert!(text(&unsaid.stderr).contains("--keep-last"), "{}", text(&unsaid.stderr));

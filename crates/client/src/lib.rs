@@ -257,6 +257,14 @@ impl Client {
         self.send("POST", "/v1/backups/forget", None, forget).await
     }
 
+    /// Deletes a backup, by its name or the beginning of it, and gives it.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub async fn delete_backup(&self, name: &str) -> Result<Backup> {
+        typed(self.json("DELETE", &format!("/v1/backups/{}", escape(name))).await?)
+    }
+
     /// Makes sessions known of which there are only backups.
     ///
     /// # Errors

@@ -13,7 +13,7 @@ use std::fmt;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
 use denizen_archive::Owners;
@@ -112,8 +112,15 @@ trait Format: fmt::Debug + Send + Sync {
     /// Writes a backup and reads it back.
     fn write(&self, saving: Saving<'_>) -> Result<Backup>;
 
-    /// Puts a backup's files into `home`, where they are then as a session's are.
-    fn restore(&self, backup: &Backup, home: &Path, counter: &Counter) -> Result<()>;
+    /// Puts a backup's files into `home`, where they are then as a session's are. With `only`,
+    /// paths there, it need be no more than these, and all of them.
+    fn restore(
+        &self,
+        backup: &Backup,
+        home: &Path,
+        only: &[PathBuf],
+        counter: &Counter,
+    ) -> Result<()>;
 
     /// What is there, of a session or of all.
     fn list(&self, session: Option<Uuid>) -> Result<Vec<Backup>>;
@@ -142,16 +149,23 @@ pub(crate) struct Backups {
     format: BackupFormat,
     archives: Option<Arc<archive::Archives>>,
     repository: Arc<repository::Stored>,
+    place: String,
+    /// There have been backups here: if there are none now, something is wrong.
+    is_known: Arc<AtomicBool>,
 }
 
 impl Backups {
-    /// `owners` are those whose files sessions have ([`crate::isolation::Driver::owners`]).
+    /// `owners` are those whose files sessions have ([`crate::isolation::Driver::owners`]), and
+    /// `before` is where backups were last written or read.
     pub(crate) fn new(
         destination: Destination,
         format: BackupFormat,
         key: PathBuf,
         owners: Option<Owners>,
+        before: Option<&str>,
     ) -> Result<Self> {
+        let place = destination.to_string();
+        let is_known = Arc::new(AtomicBool::new(before == Some(&place)));
         let folder = destination.folder().map(Path::to_owned);
         if folder.is_none() && format == BackupFormat::Archive {
             return Err(Error::config(
@@ -164,7 +178,28 @@ impl Backups {
         let archives = folder.map(|folder| Arc::new(archive::Archives::new(folder, owners)));
         let is_used = format == BackupFormat::Repository;
         let repository = Arc::new(repository::Stored::new(destination, key, is_used, owners));
-        Ok(Self { format, archives, repository })
+        Ok(Self { format, archives, repository, place, is_known })
+    }
+
+    /// Whether backups were last written or read elsewhere.
+    pub(crate) fn are_elsewhere(&self, before: Option<&str>) -> bool {
+        before.is_some_and(|before| before != self.place)
+    }
+
+    /// Where they are, once there have been some; only the first time.
+    pub(crate) fn newly_used(&self) -> Option<String> {
+        (!self.is_known.swap(true, Ordering::Relaxed)).then(|| self.place.clone())
+    }
+
+    /// Fails if there were backups here and nothing is there now, as where what should be mounted
+    /// is not: what would be written would be out of sight later, and what is looked for is not
+    /// gone.
+    fn check_there(&self) -> Result<()> {
+        if !self.is_known.load(Ordering::Relaxed) || self.repository.is_there()? {
+            return Ok(());
+        }
+        let is_there = self.archives.as_ref().is_some_and(|archives| archives.are_there());
+        is_there.then_some(()).ok_or_else(|| Error::DestinationGone { place: self.place.clone() })
     }
 
     fn formats(&self) -> impl Iterator<Item = &dyn Format> {
@@ -182,6 +217,7 @@ impl Backups {
 
     /// Writes and verifies a backup.
     pub(crate) fn write(&self, saving: Saving<'_>) -> Result<Backup> {
+        self.check_there()?;
         // The newest is the one that was written last, whatever the clock says. Each format sees
         // to that for its own; if the other one cannot be read now, it has no say.
         let other = match self.format {
@@ -196,9 +232,16 @@ impl Backups {
         self.of(self.format)?.write(saving)
     }
 
-    /// Puts a backup's files into `home`, where they are then as a session's are.
-    pub(crate) fn restore(&self, backup: &Backup, home: &Path, counter: &Counter) -> Result<()> {
-        self.of(backup.format)?.restore(backup, home, counter)
+    /// Puts a backup's files into `home`, where they are then as a session's are; with `only`,
+    /// at least these paths there.
+    pub(crate) fn restore(
+        &self,
+        backup: &Backup,
+        home: &Path,
+        only: &[PathBuf],
+        counter: &Counter,
+    ) -> Result<()> {
+        self.of(backup.format)?.restore(backup, home, only, counter)
     }
 
     /// A backup as an archive that can be restored anywhere. `staging` is an empty folder.
@@ -215,7 +258,7 @@ impl Backups {
             path
         } else {
             let home = staging.join("session");
-            self.of(backup.format)?.restore(&backup, &home, &Counter::default())?;
+            self.of(backup.format)?.restore(&backup, &home, &[], &Counter::default())?;
             let site = Site::in_folder(session, home);
             pack(&site, staging, owners, jiff::Timestamp::now(), interrupted)?.path
         };
@@ -230,6 +273,7 @@ impl Backups {
 
     /// What can be restored of a session, or of all, newest first.
     pub(crate) fn list(&self, session: Option<Uuid>) -> Result<Vec<Backup>> {
+        self.check_there()?;
         let mut all = Vec::new();
         for format in self.formats() {
             all.extend(format.list(session)?);

@@ -111,6 +111,42 @@ pub enum Error {
         name: Option<String>,
     },
 
+    /// No backup has that name, or several have names that begin so.
+    #[error("{} whose name begins with {name}", if *several {
+        "there are several backups"
+    } else {
+        "there is no backup"
+    })]
+    UnknownBackup {
+        /// What was asked for.
+        name: String,
+        /// Whether there are several.
+        several: bool,
+    },
+
+    /// A backup is not deleted, as it is a session's latest, or is being restored.
+    #[error(
+        "the backup {name} is needed: it is the latest of session {session}, or is being \
+         restored; back the session up again first, or remove it"
+    )]
+    BackupNeeded {
+        /// The session.
+        session: Uuid,
+        /// The backup.
+        name: String,
+    },
+
+    /// A file or folder of a session cannot be put back alone.
+    #[error("cannot put {} of session {session} back: {problem}", path.display())]
+    NotPutBack {
+        /// The session.
+        session: Uuid,
+        /// Which.
+        path: PathBuf,
+        /// Why not.
+        problem: String,
+    },
+
     /// A session has no snapshot of that name.
     #[error("session {session} has no snapshot {name}")]
     NoSnapshot {
@@ -132,6 +168,16 @@ pub enum Error {
     /// Backups have nowhere to go.
     #[error("the pool has no backup_destination: set one to back up and restore sessions")]
     NoDestination,
+
+    /// There were backups at the destination, and nothing is there now.
+    #[error(
+        "the backup destination {place} had backups, and now there is none at all: if it has to be \
+         mounted, do that; to begin anew, set another backup_destination"
+    )]
+    DestinationGone {
+        /// The destination.
+        place: String,
+    },
 
     /// What shall be imported would take the place of a session that there is.
     #[error("there is a session {session} already: import under another name, or remove it first")]

@@ -54,6 +54,17 @@ pub enum EventKind {
         /// The backup.
         backup: String,
     },
+    /// Files and folders of it were put back; the others stayed as they were.
+    PartRestored {
+        /// The backup that they are of, if it was one.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        backup: Option<String>,
+        /// The snapshot that they are of, if it was one.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        snapshot: Option<String>,
+        /// Where they are, in the session.
+        paths: Vec<String>,
+    },
     /// How far a backup, a restore or a check of all backups (of the session with the id zero) is
     /// that takes a while: told about twice a second.
     Progress {

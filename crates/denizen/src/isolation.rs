@@ -24,6 +24,9 @@ use uuid::Uuid;
 use crate::error::{Error, Result};
 use crate::lifecycle::Sleep;
 
+/// The folder, in a session's, of its persistent files.
+const VOLUME: &str = "volume";
+
 /// How far a session is kept from its host.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -223,7 +226,7 @@ pub(crate) struct Site {
 impl Site {
     /// A session whose folder this is.
     pub(crate) fn in_folder(id: Uuid, home: PathBuf) -> Self {
-        Self { id, volume: home.join("volume"), home }
+        Self { id, volume: home.join(VOLUME), home }
     }
 
     /// What a session that has a root of its own has changed in it.
@@ -290,6 +293,10 @@ pub(crate) trait Driver: Send + Sync {
 
     /// Where commands start, as they see it.
     fn workdir(&self, site: &Site) -> PathBuf;
+
+    /// Where what those within see at that path is in the session's folder, if it is kept there;
+    /// a relative one begins where commands start. May block.
+    fn kept(&self, site: &Site, path: &Path) -> Result<Option<PathBuf>>;
 
     /// How the agent is run that serves files from within an instance; none where this
     /// process can do that from here.

@@ -45,6 +45,7 @@ mod isolation;
 mod lifecycle;
 mod manager;
 mod name;
+mod part;
 mod pool;
 mod registry;
 mod snapshot;

@@ -15,6 +15,7 @@
 mod simulation;
 
 use std::collections::{BTreeSet, VecDeque};
+use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -185,6 +186,25 @@ pub enum Saved {
     Backup(String),
     /// The snapshot of this name, a copy that is no backup: it is on the same disk.
     Snapshot(String),
+    /// Only these of its files and folders. The others stay as they are, so that what the session
+    /// has then is in no backup.
+    Part {
+        /// What has them.
+        of: Box<Saved>,
+        /// Where they are, as those within the session see it.
+        paths: Vec<PathBuf>,
+    },
+}
+
+impl Saved {
+    /// The backup that it is read from, if it is.
+    pub fn backup(&self) -> Option<&str> {
+        match self {
+            Self::Backup(name) => Some(name),
+            Self::Snapshot(_) => None,
+            Self::Part { of, .. } => of.backup(),
+        }
+    }
 }
 
 /// How an operation ended.
@@ -224,8 +244,8 @@ pub enum Want {
     },
     /// Everything saved in a verified backup.
     BackedUp,
-    /// Local files as they were saved; in the latest backup, if nothing is named.
-    Restored(Option<Saved>),
+    /// Local files as they were saved.
+    Restored(Saved),
     /// The local files copied, with everything in the session at rest. Does not wait for the
     /// holder of a session that can be made to stand still.
     Copied {
@@ -249,8 +269,6 @@ pub enum Refusal {
     Unknown,
     /// The volume has vanished.
     Missing,
-    /// There is no backup to restore.
-    NoBackup,
     /// No backup destination is set.
     NoDestination,
     /// The operation done on the caller's behalf failed.
@@ -436,6 +454,8 @@ pub struct View<'a> {
     pub row: &'a Row,
     /// What is being done for it.
     pub running: Option<&'a Op>,
+    /// Whether somebody waits for that, or for the place that the session has.
+    pub hurried: bool,
     /// Whether a guard is held.
     pub held: bool,
     /// How many callers are in line.
@@ -542,6 +562,12 @@ enum Fault {
     CopiedWhileWritten,
     /// What is put back from a snapshot counts as saved.
     SnapshotCountsAsSaved,
+    /// What is put back in part counts as saved.
+    PartCountsAsSaved,
+    /// What a crash in a restore has left counts as what its row says.
+    HalfRestoredCountsAsSaved,
+    /// Of an archived session, only the part that is wanted is put back.
+    PartIsAllThereIs,
 }
 
 impl Lifecycle {
@@ -630,6 +656,8 @@ impl Lifecycle {
         View {
             row: &session.row,
             running: session.running.as_ref().map(|running| &running.op),
+            hurried: session.evicting
+                || session.running.as_ref().is_some_and(|running| running.wished_by.is_some()),
             held: session.held,
             waiting: session.waiters.len(),
             failures: session.failures,
@@ -725,7 +753,9 @@ impl Lifecycle {
                 row.unsaved = true;
                 row.stopped_at = self.now;
             }
+            // It may be as the backup has it that its row names, or as it was before.
             Phase::Restoring if row.phase == Phase::Stopped => {
+                row.unsaved = !self.has(Fault::HalfRestoredCountsAsSaved);
                 row.stopped_at = self.now;
             }
             _ => {}
@@ -963,6 +993,7 @@ impl Lifecycle {
         let saved_for_ever = self.has(Fault::SavedForEver);
         let last_words_count = self.has(Fault::LastWordsCountAsSaved);
         let snapshot_saves = self.has(Fault::SnapshotCountsAsSaved);
+        let part_saves = self.has(Fault::PartCountsAsSaved);
         let Some(session) = self.sessions.get_mut(&id) else { return };
         session.failures = 0;
         self.failing.remove(&id);
@@ -1038,6 +1069,7 @@ impl Lifecycle {
                         row.backup = Some(name.clone());
                     }
                     Saved::Snapshot(_) => row.unsaved = !snapshot_saves,
+                    Saved::Part { .. } => row.unsaved = !part_saves,
                 }
                 row.stopped_at = now;
                 self.enter(id, Phase::Stopped);
@@ -1055,11 +1087,12 @@ impl Lifecycle {
         if let Some(session) = self.sessions.get(&id) {
             out.push(Effect::Save(session.row.clone()));
         }
-        if let (Op::Restore(_), Some(waiter)) = (&running.op, running.wished_by)
+        // It may only have been brought back for a part to be put into it.
+        if let (Op::Restore(restored), Some(waiter)) = (&running.op, running.wished_by)
             && let Some(session) = self.sessions.get_mut(&id)
             && let Some(front) = session.waiters.front()
             && front.id == waiter
-            && matches!(front.want, Want::Restored(_))
+            && matches!(&front.want, Want::Restored(saved) if saved == restored)
         {
             session.waiters.pop_front();
             out.push(Effect::Fulfil { id, waiter });
@@ -1176,7 +1209,9 @@ impl Lifecycle {
             // Its row says what was begun.
             out.push(Effect::Save(session.row.clone()));
         }
-        if matches!(running.op, Op::Start | Op::Thaw | Op::Restore(_)) {
+        // It has to end before anybody is served, and may never.
+        let hinders = matches!(running.fallback, Phase::Pruning | Phase::Removing);
+        if hinders || matches!(running.op, Op::Start | Op::Thaw | Op::Restore(_)) {
             self.refuse_guards(id, out);
         }
         self.refuse_wish(id, running, &Refusal::Failed, out);
@@ -1304,6 +1339,7 @@ impl Lifecycle {
     fn serve_line(&mut self, id: Uuid, out: &mut Vec<Effect>) {
         let grants_frozen = self.has(Fault::FrozenGranted);
         let grants_running = self.has(Fault::StillGrantedRunning);
+        let part_is_all = self.has(Fault::PartIsAllThereIs);
         loop {
             let has_room = self.has_room() || self.spares > 0;
             let Some(session) = self.sessions.get_mut(&id) else { return };
@@ -1356,8 +1392,9 @@ impl Lifecycle {
                 (Want::Copied { .. }, Phase::Archived) => return self.want_slot(id, out),
                 (Want::Copied { .. }, Phase::Missing) => Err(Refusal::Missing),
 
-                (Want::BackedUp | Want::Restored(None | Some(Saved::Backup(_))), _)
-                    if !self.policy.has_destination =>
+                (Want::BackedUp, _) if !self.policy.has_destination => Err(Refusal::NoDestination),
+                (Want::Restored(saved), _)
+                    if saved.backup().is_some() && !self.policy.has_destination =>
                 {
                     Err(Refusal::NoDestination)
                 }
@@ -1377,6 +1414,12 @@ impl Lifecycle {
                 }
                 (Want::BackedUp, _) => Ok(()),
 
+                // It has to be all there for a part of it to be put back.
+                (Want::Restored(Saved::Part { .. }), Phase::Archived) if !part_is_all => {
+                    return self.want_slot(id, out);
+                }
+                (Want::Restored(Saved::Part { .. }), Phase::Missing) => Err(Refusal::Missing),
+
                 // What is there is saved before it is replaced.
                 (Want::Restored(_), Phase::Stopped)
                     if session.row.unsaved && self.policy.has_destination =>
@@ -1384,17 +1427,13 @@ impl Lifecycle {
                     return self.run(id, Op::Backup, Some(waiter), out);
                 }
                 (Want::Restored(saved), _) => {
-                    let latest = || session.row.backup.clone().map(Saved::Backup);
-                    match saved.or_else(latest) {
-                        None => Err(Refusal::NoBackup),
-                        Some(_) if !phase.is_resident() && !has_room => Err(Refusal::AtCapacity),
-                        Some(saved) => {
-                            if !phase.is_resident() && !self.has_room() {
-                                self.discard_spare(out);
-                            }
-                            return self.run(id, Op::Restore(saved), Some(waiter), out);
+                    if phase.is_resident() || has_room {
+                        if !phase.is_resident() && !self.has_room() {
+                            self.discard_spare(out);
                         }
+                        return self.run(id, Op::Restore(saved), Some(waiter), out);
                     }
+                    Err(Refusal::AtCapacity)
                 }
 
                 (Want::Removed, _) => return self.run(id, Op::Remove, Some(waiter), out),
@@ -1501,7 +1540,7 @@ impl Lifecycle {
             match &op {
                 Op::Start | Op::Thaw | Op::Stop { .. } => durable.unsaved = true,
                 Op::Restore(Saved::Backup(name)) => durable.backup = Some(name.clone()),
-                Op::Restore(Saved::Snapshot(_)) => durable.unsaved = true,
+                Op::Restore(_) => durable.unsaved = true,
                 Op::Remove => durable.phase = Phase::Removing,
                 _ => {}
             }
@@ -1656,7 +1695,9 @@ impl Lifecycle {
         session.waiters.retain(|waiting| {
             let impatient = matches!(
                 waiting.want,
-                Want::Guard { patient: false } | Want::Copied { patient: false, .. }
+                Want::Guard { patient: false }
+                    | Want::Copied { patient: false, .. }
+                    | Want::Restored(Saved::Part { .. })
             );
             if impatient {
                 let why = Refusal::AtCapacity;
@@ -1748,18 +1789,15 @@ impl Session {
 
     fn counts_on(&self) -> impl Iterator<Item = &str> {
         let wanted = self.waiters.iter().filter_map(|waiting| match &waiting.want {
-            Want::Restored(Some(saved)) => Some(saved),
+            Want::Restored(saved) => Some(saved),
             _ => None,
         });
         let restored = self.running.iter().filter_map(|running| match &running.op {
             Op::Restore(saved) => Some(saved),
             _ => None,
         });
-        let named = wanted.chain(restored).filter_map(|saved| match saved {
-            Saved::Backup(name) => Some(name),
-            Saved::Snapshot(_) => None,
-        });
-        self.row.backup.iter().chain(named).map(String::as_str)
+        let named = wanted.chain(restored).filter_map(Saved::backup);
+        self.row.backup.iter().map(String::as_str).chain(named)
     }
 
     fn guard_waits(&self) -> bool {
@@ -1772,6 +1810,7 @@ impl Session {
         self.waiters.iter().any(|waiting| match waiting.want {
             Want::Guard { .. } => true,
             Want::Copied { .. } => self.row.phase != Phase::Absent,
+            Want::Restored(Saved::Part { .. }) => self.row.phase == Phase::Archived,
             _ => false,
         })
     }

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, SystemTime};
@@ -422,6 +422,18 @@ impl MicroVmManager {
         blocking(move || pool.forget_backups(&retention, dry_run)).await
     }
 
+    /// Deletes a backup, also one of a session that is not known here, and gives it. The beginning
+    /// of its name will do, if no other begins with it. The room that it took in a repository is
+    /// given back as by [`MicroVmManager::forget_backups`]. Cancel-safe: what has begun goes on.
+    ///
+    /// # Errors
+    /// [`Error::UnknownBackup`]; [`Error::BackupNeeded`] if it is the latest of a session known
+    /// here; as [`MicroVmManager::backups`].
+    pub async fn delete_backup(&self, name: &str) -> Result<Backup> {
+        let (pool, name) = (self.pool()?.clone(), name.to_owned());
+        blocking(move || pool.delete_backup(&name)).await
+    }
+
     /// What [`Builder::retention`] was given.
     ///
     /// # Errors
@@ -441,20 +453,76 @@ impl MicroVmManager {
         self.pool()?.recover_sessions().await
     }
 
-    /// Puts a session back as a backup (the latest, if none is named) has it. The beginning of a
-    /// backup's name will do, if no other begins with it. Changes since
-    /// the last backup are saved first. A restore that fails leaves what was there.
+    /// Puts a session back as a backup (if none is named, the one that is the latest now) has it.
+    /// The beginning of a backup's name will do, if no other begins with it. Changes since the last
+    /// backup are saved first. A restore that fails leaves what was there.
     /// Cancel-safe: what has begun goes on.
     ///
     /// # Errors
     /// As [`MicroVmManager::backup`], [`Error::NoBackup`], [`Error::AtCapacity`].
     pub async fn restore(&self, session_id: Uuid, backup: Option<&str>) -> Result<()> {
-        let backup = match backup {
-            Some(name) => Some(self.pool()?.find_backup(session_id, name).await?),
-            None => None,
-        };
-        let want = Want::Restored(backup.map(Saved::Backup));
-        self.pool()?.ask(session_id, want).await.map(drop)
+        let backup = self.named_or_latest(session_id, backup).await?;
+        self.pool()?.ask(session_id, Want::Restored(Saved::Backup(backup))).await.map(drop)
+    }
+
+    /// The whole name of a backup.
+    async fn named_or_latest(&self, session: Uuid, backup: Option<&str>) -> Result<String> {
+        let pool = self.pool()?;
+        match backup {
+            Some(name) => pool.find_backup(session, name).await,
+            None => {
+                pool.backups()?;
+                pool.inspect(session)?.backup.ok_or(Error::NoBackup { session, name: None })
+            }
+        }
+    }
+
+    /// Puts some files and folders of a session back as a backup (if none is named, the latest) has
+    /// them; the others stay. A folder is then as it was, without what has been added to it. Paths
+    /// are those that commands in the session see; relative ones begin where commands start. The
+    /// session is stopped for it, and its changes are saved first, as with
+    /// [`MicroVmManager::restore`]. All are put back, or none. An archive is read as a whole for
+    /// this. Cancel-safe: what has begun goes on.
+    ///
+    /// # Errors
+    /// [`Error::NotPutBack`] if one of them is not in the backup, or what is on the way to it is
+    /// no folder now; and as [`MicroVmManager::restore`].
+    pub async fn restore_paths(
+        &self,
+        session_id: Uuid,
+        backup: Option<&str>,
+        paths: &[PathBuf],
+    ) -> Result<()> {
+        let name = self.named_or_latest(session_id, backup).await?;
+        self.restore_part(session_id, Saved::Backup(name), paths).await
+    }
+
+    /// As [`MicroVmManager::restore_paths`], as a snapshot has them. Cancel-safe as that.
+    ///
+    /// # Errors
+    /// As [`MicroVmManager::restore_paths`], [`Error::NoSnapshot`].
+    pub async fn restore_snapshot_paths(
+        &self,
+        session_id: Uuid,
+        name: &SnapshotName,
+        paths: &[PathBuf],
+    ) -> Result<()> {
+        let (pool, wanted) = (self.pool()?, name.clone());
+        pool.with_volumes(session_id, move |volumes| volumes.snapshot(session_id, &wanted)).await?;
+        self.restore_part(session_id, Saved::Snapshot(name.to_string()), paths).await
+    }
+
+    async fn restore_part(&self, session: Uuid, of: Saved, paths: &[PathBuf]) -> Result<()> {
+        let goes_up = |path: &&PathBuf| path.components().any(|it| it == Component::ParentDir);
+        if let Some(path) = paths.iter().find(goes_up) {
+            let problem = "`..` in it may lead anywhere".to_owned();
+            return Err(Error::NotPutBack { session, path: path.clone(), problem });
+        }
+        if paths.is_empty() {
+            return Ok(());
+        }
+        let part = Saved::Part { of: Box::new(of), paths: paths.to_owned() };
+        self.pool()?.ask(session, Want::Restored(part)).await.map(drop)
     }
 
     /// Makes a new session that begins with a copy of another's files, and gives its id. Files
@@ -579,7 +647,7 @@ impl MicroVmManager {
         let (pool, wanted) = (self.pool()?, name.clone());
         pool.with_volumes(session_id, move |volumes| volumes.snapshot(session_id, &wanted)).await?;
         let saved = Saved::Snapshot(name.to_string());
-        pool.ask(session_id, Want::Restored(Some(saved))).await.map(drop)
+        pool.ask(session_id, Want::Restored(saved)).await.map(drop)
     }
 
     /// What two versions of sessions differ in, by path: kinds, contents, permissions, owners and

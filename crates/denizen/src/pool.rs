@@ -227,9 +227,13 @@ struct State {
     copies: HashMap<Uuid, Copying>,
     /// The backups that are being deleted: nothing may be put back from them any more.
     forgetting: HashSet<String>,
+    /// The backups that are read for others than their sessions: none of them may be deleted.
+    reading: Vec<String>,
+    /// How many backups are being written that nobody waits for.
+    saving: usize,
     spares: Vec<Spare>,
     /// What sessions about to be made are made of.
-    claimed: HashMap<Uuid, Spare>,
+    claimed: HashMap<Uuid, (Option<Spare>, Option<Origin>)>,
     /// How many spares are being made.
     preparing: usize,
     /// How many spares are being ended.
@@ -300,7 +304,7 @@ impl Pool {
             return Err(Error::config("max_vms", "must be greater than zero"));
         }
         let volumes = Volumes::open(&config.volume_root)?;
-        let (mut registry, remembered) = Registry::open(volumes.root(), volumes.own())?;
+        let (mut registry, mut remembered) = Registry::open(volumes.root(), volumes.own())?;
         let (denials, denied) = mpsc::channel(1024);
         let options = Options { denials: Some(denials), ..settings.instances.clone() };
         let driver = settings.isolation.driver(volumes.own(), options)?;
@@ -317,6 +321,29 @@ impl Pool {
             .map(|id| (*id, volumes.found(*id)))
             .collect();
         let mut resumed = left_running(&remembered.rows, &orphans, &volumes, &*driver);
+        let backups = config.backup_destination.as_deref().map(|destination| {
+            let destination = config::backup_destination(destination)?;
+            let key = settings.backup_key.clone();
+            let key = key.unwrap_or_else(|| volumes.own().join("backup.key"));
+            let format = settings.backup_format;
+            Backups::new(
+                destination,
+                format,
+                key,
+                driver.owners(),
+                remembered.destination.as_deref(),
+            )
+        });
+        let backups = backups.transpose()?;
+        if backups.as_ref().is_some_and(|it| it.are_elsewhere(remembered.destination.as_deref())) {
+            // What was saved was saved at another destination, which may be gone for good.
+            let moved = remembered.rows.iter_mut().filter(|row| row.backup.is_some());
+            let moved = moved.map(|row| {
+                row.unsaved |= row.phase.is_resident();
+                Write::Save(row.clone())
+            });
+            registry.commit(&moved.collect::<Vec<_>>(), &clock.save())?;
+        }
         let rows = remembered.rows.into_iter().map(|row| {
             let found = match volumes.found(row.id) {
                 Found::Whole if resumed.contains_key(&row.id) => Found::Running,
@@ -326,13 +353,6 @@ impl Pool {
         });
         let rows = rows.collect();
 
-        let backups = config.backup_destination.as_deref().map(|destination| {
-            let destination = config::backup_destination(destination)?;
-            let key = settings.backup_key.clone();
-            let key = key.unwrap_or_else(|| volumes.own().join("backup.key"));
-            Backups::new(destination, settings.backup_format, key, driver.owners())
-        });
-        let backups = backups.transpose()?;
         let policy = policy(&config, &settings, &*driver, backups.is_some());
         let (orders, inbox) = mpsc::unbounded_channel();
         let names = remembered.names.into_iter().filter(|(_, id)| known.contains(id));
@@ -346,6 +366,8 @@ impl Pool {
             origins: HashMap::new(),
             copies: HashMap::new(),
             forgetting: HashSet::new(),
+            reading: Vec::new(),
+            saving: 0,
             spares: Vec::new(),
             claimed: HashMap::new(),
             preparing: 0,
@@ -462,9 +484,11 @@ impl Pool {
             Effect::Run { id, seq, op, row } => {
                 match op {
                     Op::Backup => drop(state.interrupts.insert(seq, Arc::default())),
-                    Op::Create { spare: true } => {
-                        let spare = state.spares.pop();
-                        state.claimed.extend(spare.map(|spare| (id, spare)));
+                    Op::Create { spare } => {
+                        let spare = if spare { state.spares.pop() } else { None };
+                        // Now: whoever wants it so may be gone when the operation looks.
+                        let origin = state.origins.get(&id).cloned();
+                        state.claimed.insert(id, (spare, origin));
                     }
                     _ => {}
                 }
@@ -473,6 +497,8 @@ impl Pool {
             Effect::Interrupt { seq, .. } => {
                 if let Some(flag) = state.interrupts.get(&seq) {
                     flag.store(true, Ordering::Relaxed);
+                    // It may wait for its turn.
+                    self.changed.notify_waiters();
                 }
             }
             Effect::Prepare => {
@@ -539,7 +565,6 @@ impl Pool {
                 path: self.volumes.home(id).join("volume"),
                 backup: state.core.view(id).and_then(|view| view.row.backup.clone()),
             },
-            Refusal::NoBackup => Error::NoBackup { session: id, name: None },
             Refusal::NoDestination => Error::NoDestination,
             Refusal::Failed => match failure {
                 Some(error) => Error::Shared(error.clone()),
@@ -577,6 +602,15 @@ impl Pool {
             Change::BackedUp(backup) => EventKind::BackedUp { backup },
             Change::Restored(Saved::Backup(backup)) => EventKind::Restored { backup },
             Change::Restored(Saved::Snapshot(snapshot)) => EventKind::SnapshotRestored { snapshot },
+            Change::Restored(Saved::Part { of, paths }) => {
+                let paths = paths.iter().map(|path| path.display().to_string()).collect();
+                let backup = of.backup().map(str::to_owned);
+                let snapshot = match *of {
+                    Saved::Snapshot(name) => Some(name),
+                    _ => None,
+                };
+                EventKind::PartRestored { backup, snapshot, paths }
+            }
             Change::Archived => EventKind::Archived,
             Change::Deleted => EventKind::Deleted,
             Change::Removed => EventKind::Removed,
@@ -667,8 +701,9 @@ impl Pool {
             fn drop(&mut self) {
                 let Self(pool, id, waiter) = *self;
                 pool.apply(|state, now, out| {
-                    // If it is gone, the answer has been given.
-                    if state.waiters.remove(&waiter).is_some() {
+                    // If it is gone, the answer has been given; or the pool is closing, and it is
+                    // still in line.
+                    if state.waiters.remove(&waiter).is_some() || state.closing {
                         state.core.cancel(now, id, waiter, out);
                     }
                 });
@@ -1025,7 +1060,13 @@ impl Pool {
             added: backup.bytes,
             size: backup.size,
         };
-        if let Err(error) = self.registry.lock().note(backup.session, &facts) {
+        let mut registry = self.registry.lock();
+        let known = self.backups.as_ref().and_then(Backups::newly_used);
+        let noted = registry
+            .note(backup.session, &facts)
+            .and_then(|()| known.map_or(Ok(()), |place| registry.write_to(&place)));
+        drop(registry);
+        if let Err(error) = noted {
             // It is shown until the next start, then.
             tracing::warn!(session = %backup.session, %error, "cannot note a backup");
         }

@@ -54,6 +54,10 @@ const MIGRATIONS: &[&str] = &[
         added INTEGER NOT NULL,          -- bytes by which the destination has grown with it
         size INTEGER                     -- bytes of the content of its files, where it is known
     ) STRICT, WITHOUT ROWID;",
+    "CREATE TABLE destination (          -- where backups were last written or read
+        one INTEGER PRIMARY KEY NOT NULL CHECK (one = 1),
+        place TEXT NOT NULL
+    ) STRICT;",
 ];
 
 /// The chore of deleting the backups that are not kept.
@@ -152,6 +156,8 @@ pub(crate) struct Remembered {
     pub(crate) forgot_at: Option<PoolTime>,
     /// Of the latest backups.
     pub(crate) facts: Vec<(Uuid, Facts)>,
+    /// Where backups were last written or read.
+    pub(crate) destination: Option<String>,
 }
 
 /// An open registry. The lock is held until it is dropped.
@@ -234,7 +240,11 @@ impl Registry {
                 .connection
                 .prepare("SELECT session, name, taken_at, added, size FROM backups")?;
             let facts = facts.query_map([], read_facts)?.collect::<rusqlite::Result<_>>()?;
-            Ok(Remembered { rows, names, time, forgot_at, facts })
+            let destination = self
+                .connection
+                .query_row("SELECT place FROM destination", [], |row| row.get(0))
+                .optional()?;
+            Ok(Remembered { rows, names, time, forgot_at, facts, destination })
         };
         read().map_err(|error| diagnose(&self.path, error))
     }
@@ -299,6 +309,15 @@ impl Registry {
                     "INSERT OR REPLACE INTO backups VALUES (?1, ?2, ?3, ?4, ?5)",
                     params![id.to_string(), name, taken_at, added, size],
                 )
+                .map(drop)
+        })
+    }
+
+    /// Makes durable where backups are now.
+    pub(crate) fn write_to(&mut self, place: &str) -> Result<()> {
+        self.transact(|transaction| {
+            transaction
+                .execute("INSERT OR REPLACE INTO destination VALUES (1, ?1)", [place])
                 .map(drop)
         })
     }

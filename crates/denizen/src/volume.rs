@@ -308,8 +308,14 @@ impl Volumes {
             match renameat_with(CWD, staging, CWD, &home, RenameFlags::NOREPLACE) {
                 Ok(()) => sync(&self.root),
                 Err(rustix::io::Errno::EXIST) => {
-                    renameat_with(CWD, staging, CWD, &home, RenameFlags::EXCHANGE)?;
-                    sync(&self.root)?;
+                    let exchange =
+                        || renameat_with(CWD, staging, CWD, &home, RenameFlags::EXCHANGE);
+                    exchange()?;
+                    if let Err(error) = sync(&self.root) {
+                        // Nobody is told of a failure that has happened all the same.
+                        exchange()?;
+                        return Err(error);
+                    }
                     // It has happened, whatever becomes of what was there; the next start that
                     // may remove it does.
                     Self::unstage(staging);

@@ -18,15 +18,16 @@ use crate::common::{cache, opened, text};
 
 struct World {
     folder: TempDir,
+    destination: &'static str,
 }
 
 impl World {
     fn new() -> Self {
-        Self { folder: tempfile::tempdir().unwrap() }
+        Self { folder: tempfile::tempdir().unwrap(), destination: "backups" }
     }
 
     fn destination(&self) -> PathBuf {
-        self.folder.path().join("backups")
+        self.folder.path().join(self.destination)
     }
 
     fn key(&self) -> PathBuf {
@@ -283,4 +284,169 @@ async fn a_backup_is_forked_while_its_session_goes_on_or_is_gone() {
         pool.shutdown().await.unwrap();
         drop(pool);
     }
+}
+
+/// Of every format and isolation: with owners, modes and links, of volume and root.
+#[tokio::test]
+async fn some_files_are_put_back_and_the_others_stay() {
+    for (isolation, format) in [
+        (Isolation::Host, BackupFormat::Archive),
+        (Isolation::Sandbox, BackupFormat::Repository),
+        (Isolation::Sandbox, BackupFormat::Archive),
+        (Isolation::Host, BackupFormat::Repository),
+    ] {
+        let world = World::new();
+        let pool = world.pool("here", format, isolation).await;
+        let id = Uuid::new_v4();
+        let has_root = isolation == Isolation::Sandbox;
+        let (conf, set_up) =
+            if has_root { ("/etc/app/conf", "mkdir /etc/app &&") } else { ("conf", "") };
+        let begin = format!(
+            "{set_up} mkdir -p src/deep && echo old | tee notes src/deep/main src/kept {conf} other \
+             && chmod 4711 src/deep/main && ln -s ../notes src/link"
+        );
+        run(&pool, id, &begin).await;
+        let owner = if has_root {
+            "chown 12:34 src/deep/main && stat -c %u:%g src/deep/main"
+        } else {
+            "echo"
+        };
+        let owner = run(&pool, id, owner).await;
+        pool.backup(id).await.unwrap();
+        let first = pool.inspect(id).unwrap().backup.unwrap();
+
+        let change = format!(
+            "rm -r src && mkdir src && echo new | tee notes src/added other stays {conf} && \
+             {} true",
+            if has_root { "rm -r /etc/app &&" } else { "" }
+        );
+        run(&pool, id, &change).await;
+        let paths = ["src", "./notes", conf].map(PathBuf::from);
+        pool.restore_paths(id, Some(&first[..8]), &paths).await.unwrap();
+        let info = pool.inspect(id).unwrap();
+        assert!(info.unsaved && info.volume.is_some(), "{info:?}");
+        assert_ne!(info.backup.as_deref(), Some(&*first), "what it had was saved first");
+        let look = format!(
+            "cat notes src/deep/main src/kept {conf} src/link other stays; ls src; \
+             stat -c %a src/deep/main"
+        );
+        let wanted = "old\nold\nold\nold\nold\nnew\nnew\ndeep\nkept\nlink\n4711\n";
+        assert_eq!(run(&pool, id, &look).await, wanted, "{isolation:?} {format:?}");
+        if has_root {
+            assert_eq!(run(&pool, id, "stat -c %u:%g src/deep/main").await, owner);
+        }
+
+        // All or none.
+        run(&pool, id, "echo newer > notes").await;
+        for (paths, told) in [
+            (["notes", "no"], "none"),
+            (["notes", "src/../no"], "`..`"),
+            (["notes", "other/file"], "none"),
+        ] {
+            let refused = pool.restore_paths(id, Some(&first), &paths.map(PathBuf::from)).await;
+            let refused = refused.unwrap_err();
+            assert!(matches!(refused.kind(), Error::NotPutBack { .. }), "{refused}");
+            assert!(refused.to_string().contains(told), "{refused}");
+        }
+        run(&pool, id, "rm -r src && ln -s . src").await;
+        let paths = ["notes", "src/kept"].map(PathBuf::from);
+        let refused = pool.restore_paths(id, Some(&first), &paths).await.unwrap_err();
+        assert!(refused.to_string().contains("no folder"), "{refused}");
+        assert_eq!(run(&pool, id, "cat notes").await, "newer\n");
+
+        // What is archived comes back for it, as it was last.
+        pool.backup(id).await.unwrap();
+        pool.stop(id, false).await.unwrap();
+        fs::remove_dir_all(pool.session_folder(id).unwrap()).unwrap();
+        pool.restore_paths(id, Some(&first), &["other".into()]).await.unwrap();
+        assert_eq!(run(&pool, id, "cat notes other").await, "newer\nold\n");
+        // And all of it is in the next backup.
+        pool.backup(id).await.unwrap();
+        pool.restore(id, None).await.unwrap();
+        assert_eq!(run(&pool, id, "cat notes other").await, "newer\nold\n");
+        pool.shutdown().await.unwrap();
+    }
+}
+
+/// As where a disk that should be mounted is not: nothing may be written in its place, and nobody
+/// be told that there is no backup.
+#[tokio::test]
+async fn a_destination_that_was_used_is_not_made_anew() {
+    for format in [BackupFormat::Archive, BackupFormat::Repository] {
+        let world = World::new();
+        let pool = world.pool("only", format, Isolation::Host).await;
+        let (id, other) = (Uuid::new_v4(), Uuid::new_v4());
+        run(&pool, id, "echo one > notes").await;
+        pool.backup(id).await.unwrap();
+        pool.shutdown().await.unwrap();
+        drop(pool);
+        let aside = world.folder.path().join("aside");
+        fs::rename(world.destination(), &aside).unwrap();
+        // Not there at all, or the empty folder over which it is mounted.
+        for is_empty in [false, true] {
+            if is_empty {
+                fs::create_dir_all(world.destination()).unwrap();
+            }
+            let pool = world.pool("only", format, Isolation::Host).await;
+            run(&pool, other, "echo two > notes").await;
+            let gone = pool.backup(other).await.unwrap_err();
+            assert!(matches!(gone.kind(), Error::DestinationGone { .. }), "{gone}");
+            let gone = pool.backups(id).await.unwrap_err();
+            assert!(matches!(gone, Error::DestinationGone { .. }), "{gone}");
+            assert!(pool.inspect(other).unwrap().unsaved);
+            assert_eq!(files_or_none(&world.destination()), Vec::<PathBuf>::new());
+            pool.shutdown().await.unwrap();
+            drop(pool);
+        }
+        fs::remove_dir_all(world.destination()).unwrap();
+        fs::rename(&aside, world.destination()).unwrap();
+        let pool = world.pool("only", format, Isolation::Host).await;
+        pool.backup(other).await.unwrap();
+        pool.restore(id, None).await.unwrap();
+        assert_eq!(run(&pool, id, "cat notes").await, "one\n");
+        // One that has had backups, of which none is left, is there.
+        for id in [id, other] {
+            pool.remove(id).await.unwrap();
+            for backup in pool.backups(id).await.unwrap() {
+                pool.delete_backup(&backup.name).await.unwrap();
+            }
+        }
+        assert_eq!(pool.all_backups().await.unwrap(), []);
+        run(&pool, id, "echo three > notes").await;
+        pool.backup(id).await.unwrap();
+        pool.shutdown().await.unwrap();
+    }
+}
+
+fn files_or_none(folder: &Path) -> Vec<PathBuf> {
+    if folder.exists() { files(folder) } else { Vec::new() }
+}
+
+/// What another destination had may be gone with it.
+#[tokio::test]
+async fn what_was_saved_elsewhere_is_saved_again() {
+    let mut world = World::new();
+    let id = Uuid::new_v4();
+    let pool = world.pool("only", BackupFormat::Repository, Isolation::Host).await;
+    run(&pool, id, "echo one > notes").await;
+    pool.backup(id).await.unwrap();
+    assert!(!pool.inspect(id).unwrap().unsaved);
+    pool.shutdown().await.unwrap();
+    drop(pool);
+    world.destination = "elsewhere";
+    for _ in 0..2 {
+        let pool = world.pool("only", BackupFormat::Repository, Isolation::Host).await;
+        assert!(pool.inspect(id).unwrap().unsaved);
+        pool.shutdown().await.unwrap();
+        drop(pool);
+    }
+    let pool = world.pool("only", BackupFormat::Repository, Isolation::Host).await;
+    pool.backup(id).await.unwrap();
+    pool.shutdown().await.unwrap();
+    drop(pool);
+    let pool = world.pool("only", BackupFormat::Repository, Isolation::Host).await;
+    assert!(!pool.inspect(id).unwrap().unsaved);
+    pool.restore(id, None).await.unwrap();
+    assert_eq!(run(&pool, id, "cat notes").await, "one\n");
+    pool.shutdown().await.unwrap();
 }

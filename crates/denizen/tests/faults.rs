@@ -88,7 +88,8 @@ impl World {
     }
 
     fn backups(&self) -> usize {
-        std::fs::read_dir(self.destination()).map_or(0, Iterator::count)
+        let all = std::fs::read_dir(self.destination()).into_iter().flatten().flatten();
+        all.filter(|entry| entry.path().extension().is_some_and(|it| it == "zst")).count()
     }
 
     async fn pass(&self, pool: &MicroVmManager, time: Duration) {

@@ -85,7 +85,7 @@ fn main() {
         empty(&into);
         let counter = Counter::default();
         own[2].push(timed(|| {
-            drop(repository.restore(&id, &into, None, None, &counter, &NEVER).unwrap());
+            drop(repository.restore(&id, &into, &[], None, &counter, &NEVER).unwrap());
         }));
         for ((name, prepare, first, second, restore), times) in others.iter().zip(&mut theirs) {
             shell(folder, &tree, prepare);

@@ -105,12 +105,14 @@ struct Trees<'a> {
     there: HashSet<DataId>,
     /// Files that do not hold what they should.
     suspects: HashSet<Id>,
+    /// Nobody wants to know any more: what is not known yet counts as unsound.
+    cancelled: &'a AtomicBool,
 }
 
 impl<'a> Trees<'a> {
-    fn new(pieces: &'a Pieces, packs: &'a Packs) -> Self {
+    fn new(pieces: &'a Pieces, packs: &'a Packs, cancelled: &'a AtomicBool) -> Self {
         let (known, there, suspects) = Default::default();
-        Self { pieces, packs, known, there, suspects }
+        Self { pieces, packs, known, there, suspects, cancelled }
     }
 
     fn look(&mut self, root: TreeId) -> Known {
@@ -147,6 +149,9 @@ impl<'a> Trees<'a> {
     }
 
     fn folder(&mut self, id: TreeId) -> std::result::Result<(Vec<TreeId>, u64), Problem> {
+        if self.cancelled.load(Ordering::Relaxed) {
+            return Err(Problem { text: "given up".to_owned(), pack: None });
+        }
         // Also where it can be read from what was read before.
         let spot = self.pieces.spot(&id)?;
         if let Some(text) = self.packs.problem(&spot.pack, spot.end()) {
@@ -202,9 +207,10 @@ pub fn threads() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from).min(MOST_THREADS)
 }
 
-/// Whether all that a tree needs is there, without reading it.
-pub fn is_whole(files: &dyn Files, pieces: &Pieces, tree: TreeId) -> bool {
-    Packs::list(files).is_ok_and(|packs| Trees::new(pieces, &packs).look(tree).problem.is_none())
+/// Whether all that a tree needs is there, without reading it. False if it is given up.
+pub fn is_whole(files: &dyn Files, pieces: &Pieces, tree: TreeId, cancelled: &AtomicBool) -> bool {
+    let look = |packs| Trees::new(pieces, &packs, cancelled).look(tree);
+    Packs::list(files).is_ok_and(|packs| look(packs).problem.is_none())
 }
 
 /// Why what was just written is no backup.
@@ -232,8 +238,9 @@ impl Repository {
         let unverified = |problem| Error::Unverified { place: self.place(), problem };
         let pieces = self.pieces()?;
         let packs = Packs::list(&*self.files).map_err(|error| unverified(error.to_string()))?;
-        let mut trees = Trees::new(&pieces, &packs);
+        let mut trees = Trees::new(&pieces, &packs, cancelled);
         let known = trees.look(snapshot.tree);
+        self.check_cancelled(cancelled)?;
         if let Some(problem) = known.problem {
             let suspects = trees.suspects.into_iter().collect();
             return Err(Unsound { error: unverified(problem), suspects });
@@ -309,7 +316,8 @@ impl Repository {
         snapshots.retain(|it| session_of(it).is_some());
         snapshots.sort_by_key(|snapshot| snapshot.time.timestamp());
         report.backups = snapshots.len() as u64;
-        let (first, mut suspects) = self.look_at(&snapshots, &packs)?;
+        let (first, mut suspects) = self.look_at(&snapshots, &packs, cancelled)?;
+        self.check_cancelled(cancelled)?;
         suspects.extend(&altered);
         let mut last = first.clone();
         if !suspects.is_empty() || first.iter().any(Option::is_some) {
@@ -325,7 +333,7 @@ impl Repository {
                 packs.altered.remove(&name(FileType::Pack, &pack));
             }
             packs.sizes = Packs::list(&*self.files).map_or(packs.sizes, |packs| packs.sizes);
-            last = self.look_at(&snapshots, &packs)?.0;
+            last = self.look_at(&snapshots, &packs, cancelled)?.0;
         }
         self.check_cancelled(cancelled)?;
         let mut sound: HashMap<Uuid, String> = HashMap::new();
@@ -353,9 +361,10 @@ impl Repository {
         &self,
         snapshots: &[SnapshotFile],
         packs: &Packs,
+        cancelled: &AtomicBool,
     ) -> Result<(Vec<Option<String>>, HashSet<Id>)> {
         let pieces = self.pieces()?;
-        let mut trees = Trees::new(&pieces, packs);
+        let mut trees = Trees::new(&pieces, packs, cancelled);
         let found = snapshots.iter().map(|snapshot| trees.look(snapshot.tree).problem).collect();
         Ok((found, trees.suspects))
     }

@@ -42,6 +42,16 @@ pub enum Error {
         /// The backup asked for.
         backup: String,
     },
+    /// A backup has no such file or folder.
+    #[error("the backup {backup} in {place} has no {}", path.display())]
+    NoPath {
+        /// Which repository.
+        place: String,
+        /// The backup.
+        backup: String,
+        /// What was asked for.
+        path: PathBuf,
+    },
     /// A backup does not say what was written.
     #[error("the backup {backup} in {place} is damaged: {problem}; use another one")]
     Damaged {

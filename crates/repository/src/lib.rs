@@ -312,7 +312,7 @@ impl Repository {
             let compare = restore::Compare::new(&pieces, latest.tree);
             if let Some(skipped) = compare.run(source, cancelled)?
                 // What is there already is not read again; it only has to be there.
-                && check::is_whole(&*self.files, &pieces, latest.tree)
+                && check::is_whole(&*self.files, &pieces, latest.tree, cancelled)
             {
                 let summary = latest.summary.clone().map(|mut summary| {
                     summary.data_added_packed = 0;
@@ -362,27 +362,28 @@ impl Repository {
         written.map_err(|error| failed(format!("cannot write {file}: {error}")))?;
         match self.snapshot(&file)? {
             Read::Sound(again) if again.tree == snapshot.tree => {}
-            _ => {
-                // So that nobody takes it for a backup.
-                let removed = self.files.remove(&file);
-                let problem = match removed {
-                    Ok(()) => "the new snapshot is altered".to_owned(),
-                    Err(error) => format!("the new snapshot {file} is altered, and stays: {error}"),
-                };
-                return Err(Error::Unverified { place: self.place(), problem });
-            }
+            _ => return Err(self.unpublished(&file, "the new snapshot is altered")),
         }
         // Whoever removes what is not needed may have looked before the snapshot was there.
+        let never = AtomicBool::new(false);
         let now: HashSet<String> = self.names(FileType::Index)?.into_iter().collect();
         if !indexes.iter().all(|index| now.contains(index))
-            && !check::is_whole(&*self.files, &self.pieces()?, snapshot.tree)
+            && !check::is_whole(&*self.files, &self.pieces()?, snapshot.tree, &never)
             && (!self.mend(&HashSet::new())?.changed
-                || !check::is_whole(&*self.files, &self.pieces()?, snapshot.tree))
+                || !check::is_whole(&*self.files, &self.pieces()?, snapshot.tree, &never))
         {
-            let problem = "what it needs was removed".to_owned();
-            return Err(Error::Unverified { place: self.place(), problem });
+            return Err(self.unpublished(&file, "what the new snapshot needs was removed"));
         }
         Ok(self.note(snapshot))
+    }
+
+    /// Takes away what nobody may take for a backup.
+    fn unpublished(&self, file: &str, problem: &str) -> Error {
+        let problem = match self.files.remove(file) {
+            Ok(()) => problem.to_owned(),
+            Err(error) => format!("{problem}, and {file} stays: {error}"),
+        };
+        Error::Unverified { place: self.place(), problem }
     }
 
     /// Has the engine write what it has not.
@@ -533,17 +534,18 @@ impl Repository {
     }
 
     /// Puts the files of a backup into `home`, which must be empty or not exist: as `volume/`
-    /// and, where it has changes of a root, `root/`. With `only`, a path in the backup, just what
-    /// is there. Every piece is compared with its digest. Blocks; `cancelled` is looked at for
+    /// and, where it has changes of a root, `root/`. With `only`, paths in the backup, just what
+    /// is there and the folders on the way. Every piece is compared with its digest. Blocks; `cancelled` is looked at for
     /// every entry and piece. On any error what was made is removed again.
     ///
     /// # Errors
-    /// [`Error::NoBackup`], [`Error::Damaged`], [`Error::Tree`] if the files cannot be made.
+    /// [`Error::NoBackup`], [`Error::NoPath`], [`Error::Damaged`], [`Error::Tree`] if the files
+    /// cannot be made.
     pub fn restore(
         &self,
         backup: &str,
         home: &Path,
-        only: Option<&Path>,
+        only: &[PathBuf],
         owners: Option<Owners>,
         counter: &Counter,
         cancelled: &AtomicBool,

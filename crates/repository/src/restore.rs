@@ -3,7 +3,7 @@
 //! Entries are made by the restorer of archives, which lets nothing out of its folder. Every
 //! piece is compared with its digest before it is written.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
@@ -35,6 +35,8 @@ struct Folder {
     /// `./a/b/`
     path: Vec<u8>,
     nodes: std::vec::IntoIter<Node>,
+    /// Which of what is wanted may be in it; none if it is wanted as a whole.
+    wanted: Option<Vec<usize>>,
 }
 
 /// A file with several names.
@@ -69,16 +71,16 @@ impl Restorer<'_> {
         Error::Damaged { place, backup, problem: problem.into() }
     }
 
-    fn folder(&self, path: Vec<u8>, tree: &TreeId) -> Result<Folder> {
+    fn folder(&self, path: Vec<u8>, tree: &TreeId, wanted: Option<Vec<usize>>) -> Result<Folder> {
         let tree = self.pieces.tree(tree).map_err(|problem| self.damaged(problem.text))?;
-        Ok(Folder { path, nodes: tree.nodes.into_iter() })
+        Ok(Folder { path, nodes: tree.nodes.into_iter(), wanted })
     }
 
     pub fn restore(
         &self,
         tree: TreeId,
         home: &Path,
-        only: Option<&Path>,
+        only: &[PathBuf],
         owners: Option<Owners>,
         cancelled: &AtomicBool,
     ) -> Result<Restored> {
@@ -103,7 +105,7 @@ impl Restorer<'_> {
     fn make_all(
         &self,
         tree: TreeId,
-        only: Option<&Path>,
+        only: &[PathBuf],
         place: &mut Place<'_>,
     ) -> Result<(u64, u64)> {
         std::thread::scope(|scope| {
@@ -143,32 +145,48 @@ impl Restorer<'_> {
     fn tell(
         &self,
         tree: TreeId,
-        only: Option<&Path>,
+        only: &[PathBuf],
         telling: &SyncSender<Told>,
         wanting: &SyncSender<(DataId, SyncSender<Piece>)>,
     ) -> Result<()> {
-        let mut found = only.is_none();
-        let wanted: Vec<&[u8]> =
-            only.map_or(Vec::new(), |only| node::steps(only.as_os_str().as_bytes()).collect());
+        let steps = |path: &PathBuf| -> Vec<Vec<u8>> {
+            node::steps(path.as_os_str().as_bytes()).map(<[u8]>::to_vec).collect()
+        };
+        let wanted: Vec<Vec<Vec<u8>>> = only.iter().map(steps).collect();
+        let mut missing: HashSet<usize> = (0..wanted.len()).collect();
         let mut links: HashMap<(u64, u64), Named> = HashMap::new();
-        let mut way = vec![self.folder(b"./".to_vec(), &tree)?];
+        let all = (!only.is_empty()).then(|| (0..wanted.len()).collect());
+        let mut way = vec![self.folder(b"./".to_vec(), &tree, all)?];
         while let Some(folder) = way.last_mut() {
             let Some(node) = folder.nodes.next() else {
                 way.pop();
                 continue;
             };
-            let mut path = folder.path.clone();
+            let (mut path, mut within) = (folder.path.clone(), folder.wanted.clone());
             let name = node::name(&node).map_err(|problem| {
                 self.damaged(format!("an entry in {} {problem}", shown(&path)))
             })?;
             path.extend_from_slice(name.as_bytes());
             let depth = way.len();
             // On the way to what is wanted, or it, or below it.
-            if wanted.get(depth - 1).is_some_and(|step| *step != name.as_bytes()) {
-                continue;
+            if let Some(ways) = &mut within {
+                ways.retain(|at| {
+                    wanted[*at].get(depth - 1).is_some_and(|step| step == name.as_bytes())
+                });
+                if ways.is_empty() {
+                    continue;
+                }
+                let mut is_wanted = false;
+                for at in ways.iter().filter(|at| wanted[**at].len() == depth) {
+                    missing.remove(at);
+                    is_wanted = true;
+                }
+                if is_wanted {
+                    // And with it what else is wanted of it.
+                    within = None;
+                }
             }
-            found |= depth >= wanted.len();
-            if depth == 1 && only.is_none() && name != VOLUME && name != ROOT {
+            if depth == 1 && only.is_empty() && name != VOLUME && name != ROOT {
                 return Err(self.damaged(format!("{} is not a session's", shown(&path))));
             }
             let back = node::back(path.clone(), &node);
@@ -183,11 +201,11 @@ impl Restorer<'_> {
                     return Ok(());
                 }
                 path.push(b'/');
-                way.push(self.folder(path, &tree)?);
+                way.push(self.folder(path, &tree, within)?);
                 continue;
             }
             // What is on the way to it must be a folder.
-            if depth < wanted.len() {
+            if within.is_some() {
                 continue;
             }
             if node.meta.links > 1 && node.meta.inode != 0 {
@@ -217,9 +235,12 @@ impl Restorer<'_> {
                 }
             }
         }
-        if !found {
-            let path = only.unwrap_or(Path::new("")).display();
-            return Err(self.damaged(format!("it has no {path}")));
+        let within =
+            |at: usize, other: usize| at != other && wanted[at].starts_with(&wanted[other]);
+        let lost = missing.iter().find(|at| !(0..only.len()).any(|it| within(**at, it)));
+        if let Some(path) = lost.and_then(|at| only.get(*at)) {
+            let (place, backup) = (self.place.to_owned(), self.backup.to_owned());
+            return Err(Error::NoPath { place, backup, path: path.clone() });
         }
         // If nobody listens, nobody minds.
         let _ = telling.send(Told::End);

@@ -180,9 +180,7 @@ fn what_is_left_of_a_damaged_file_is_kept() {
             let only = format!("volume/{number}");
             let counter = Counter::default();
             let into = home.path().join("home");
-            repository
-                .restore(&entry.id, &into, Some(only.as_ref()), None, &counter, &NEVER)
-                .is_ok()
+            repository.restore(&entry.id, &into, &[only.into()], None, &counter, &NEVER).is_ok()
         });
         assert_eq!(restored.count(), left);
     }
@@ -303,8 +301,8 @@ fn a_damaged_backup_keeps_what_is_left_of_it_and_no_other_room() {
         let home = tempfile::tempdir().unwrap();
         let part = |only: &str, into: &str| {
             let (into, counter) = (home.path().join(into), Counter::default());
-            let only = Some(only.as_ref());
-            bed.repository.restore(&bed.second.id, &into, only, None, &counter, &NEVER)
+            let only = [only.into()];
+            bed.repository.restore(&bed.second.id, &into, &only, None, &counter, &NEVER)
         };
         part("volume/folder", "there").unwrap();
         part("volume/second", "gone").unwrap_err();

@@ -154,7 +154,7 @@ fn restored(tree: Vec<Told>) -> Result<Vec<PathBuf>, String> {
     let outside = bench.outside();
     let home = bench.dir.path().join("home");
     let id = snapshot.id.to_hex();
-    let done = repository.restore(&id, &home, None, None, &Counter::default(), &NEVER);
+    let done = repository.restore(&id, &home, &[], None, &Counter::default(), &NEVER);
     assert_eq!(fs::read(&outside).unwrap(), b"untouched");
     let mut beside: Vec<_> =
         fs::read_dir(bench.dir.path()).unwrap().map(|it| it.unwrap().file_name()).collect();

@@ -7,7 +7,7 @@ use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _, symlink};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -181,18 +181,18 @@ fn changes_of_the_root_and_owners_come_back() {
     let found = |home: &Path| {
         ["a", "b", "c", "d"].map(|name| fs::metadata(home.join("volume").join(name)).unwrap().uid())
     };
-    repository.restore(&entry.id, &home, None, source.owners, &counter, &NEVER).unwrap();
+    repository.restore(&entry.id, &home, &[], source.owners, &counter, &NEVER).unwrap();
     assert_eq!(found(&home), [100_000, 100_999, 7, 165_535]);
     compare(&root, &home.join("root"));
     compare(&bench.volume, &home.join("volume"));
     // Another host, which has other and fewer users for it.
     fs::remove_dir_all(&home).unwrap();
     let fewer = owners(500_000, 1000);
-    repository.restore(&entry.id, &home, None, fewer, &counter, &NEVER).unwrap();
+    repository.restore(&entry.id, &home, &[], fewer, &counter, &NEVER).unwrap();
     assert_eq!(found(&home), [500_000, 500_999, 7, 500_999]);
     // And one who leaves them as they are in the backup.
     fs::remove_dir_all(&home).unwrap();
-    repository.restore(&entry.id, &home, None, None, &counter, &NEVER).unwrap();
+    repository.restore(&entry.id, &home, &[], None, &counter, &NEVER).unwrap();
     assert_eq!(found(&home), [kept, kept + 999, 7, kept + 65_535]);
 }
 
@@ -208,7 +208,7 @@ fn one_path_is_restored_alone() {
     let home = bench.dir.path().join("home");
     let only = |path: &str| {
         let counter = Counter::default();
-        repository.restore(&entry.id, &home, Some(Path::new(path)), None, &counter, &NEVER)
+        repository.restore(&entry.id, &home, &[path.into()], None, &counter, &NEVER)
     };
     let found = || {
         let mut names: Vec<_> =
@@ -221,14 +221,22 @@ fn one_path_is_restored_alone() {
     assert_eq!(found(), ["volume", "volume/a", "volume/a/b", "volume/a/b/file"]);
     assert_eq!(only("./volume/a/").unwrap().files, 2);
     assert_eq!(found(), ["volume", "volume/a", "volume/a/b", "volume/a/b/file", "volume/a/other"]);
-    for missing in ["volume/no", "volume/file/no", "no", "volume/a/b/file/", "../volume"] {
-        if missing.ends_with('/') {
-            continue;
-        }
+    for missing in ["volume/no", "volume/file/no", "no", "../volume"] {
         let error = only(missing).unwrap_err();
-        assert!(matches!(error, Error::Damaged { .. }), "{error}");
+        assert!(matches!(error, Error::NoPath { .. }), "{error}");
         assert!(!home.exists(), "{missing}");
     }
+    let several = |paths: &[&str]| {
+        let (paths, counter) =
+            (paths.iter().map(PathBuf::from).collect::<Vec<_>>(), Counter::default());
+        repository.restore(&entry.id, &home, &paths, None, &counter, &NEVER)
+    };
+    // One of them within another, which is wanted as a whole.
+    assert_eq!(several(&["volume/a/b/file", "volume/a/b", "volume/file"]).unwrap().files, 2);
+    assert_eq!(found(), ["volume", "volume/a", "volume/a/b", "volume/a/b/file", "volume/file"]);
+    let error = several(&["volume/file", "volume/a/no"]).unwrap_err();
+    assert!(matches!(&error, Error::NoPath { path, .. } if path.ends_with("no")), "{error}");
+    assert!(!home.exists());
 }
 
 /// Something that takes a while to be backed up; what is done as soon as that has begun.

@@ -84,6 +84,7 @@ fn described() -> OpenApiRouter<Api> {
         .routes(routes!(backups::all))
         .routes(routes!(backups::verify))
         .routes(routes!(backups::forget))
+        .routes(routes!(backups::delete))
         .routes(routes!(backups::recover))
         .routes(routes!(sessions::list, sessions::create))
         .routes(routes!(sessions::inspect, sessions::ensure, sessions::remove))

@@ -97,6 +97,7 @@ pub(super) fn find(launch: &Launch) -> io::Result<(Arc<Shared>, Launched, Option
         socket,
         wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
         pid: pid.as_raw_nonzero().get().unsigned_abs(),
+        process: Some(outside.try_clone()?),
         nonce,
         state: Mutex::new(State { last_id, ..State::default() }),
         finished: watch::Sender::new(false),

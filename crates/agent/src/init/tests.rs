@@ -53,6 +53,7 @@ impl Liar {
             socket: ours,
             wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap(),
             pid: child.id(),
+            process: pidfd_open(Pid::from_child(&child), PidfdFlags::empty()).ok(),
             // No process has it.
             nonce: 1 << 31,
             state: Mutex::default(),
@@ -186,6 +187,23 @@ async fn silence_is_its_end() {
         let Liar { init, socket, thread } = new();
         init.shutdown(Duration::from_millis(10)).await.unwrap();
         thread.join().unwrap();
+        drop(socket);
+    }
+}
+
+/// Its end is seen before who is within has closed the socket, and without.
+#[tokio::test]
+async fn it_is_dead_when_the_process_outside_is() {
+    for new in [Liar::new, Liar::found] {
+        let Liar { init, socket, thread } = new();
+        assert!(init.is_alive());
+        let process = init.remote.shared.process.as_ref().unwrap().try_clone().unwrap();
+        pidfd_send_signal(&process, Signal::KILL).unwrap();
+        poll(&mut [PollFd::new(&process, PollFlags::IN)], None).unwrap();
+        assert!(!init.is_alive());
+        // The socket stays open, and nobody closes the owner's end.
+        thread.join().unwrap();
+        init.end().await;
         drop(socket);
     }
 }

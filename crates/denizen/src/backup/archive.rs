@@ -12,6 +12,9 @@ use super::{Backup, BackupFormat, Format, Saving};
 use crate::error::{Error, Result};
 use crate::isolation::{RECORD, Site};
 
+/// Says that a folder is for archives, also when the last of them was deleted.
+const SIGN: &str = ".denizen";
+
 #[derive(Debug)]
 pub(super) struct Archives {
     folder: PathBuf,
@@ -22,18 +25,31 @@ impl Archives {
     pub(super) fn new(folder: PathBuf, owners: Option<Owners>) -> Self {
         Self { folder, owners }
     }
+
+    /// Whether there has been an archive at all.
+    pub(super) fn are_there(&self) -> bool {
+        self.folder.join(SIGN).exists()
+            || denizen_archive::list(&self.folder, None).is_ok_and(|all| !all.is_empty())
+    }
 }
 
 impl Format for Archives {
     fn write(&self, saving: Saving<'_>) -> Result<Backup> {
         fs::create_dir_all(&self.folder)
             .map_err(|source| Error::volume("make the backup destination", &self.folder, source))?;
+        let sign = self.folder.join(SIGN);
+        File::options()
+            .append(true)
+            .create(true)
+            .open(&sign)
+            .map_err(|source| Error::volume("write to", &sign, source))?;
         let Saving { site, now, interrupted, .. } = saving;
         let now = jiff::Timestamp::try_from(now).unwrap_or_else(|_| jiff::Timestamp::now());
         pack(site, &self.folder, self.owners, now, interrupted).map(told)
     }
 
-    fn restore(&self, backup: &Backup, home: &Path, _: &Counter) -> Result<()> {
+    /// It is one stream, and checked as a whole: all of it, whatever is wanted.
+    fn restore(&self, backup: &Backup, home: &Path, _: &[PathBuf], _: &Counter) -> Result<()> {
         let path = self.folder.join(&backup.name);
         let file = File::open(&path).map_err(|source| match source.kind() {
             // Forgotten since it was looked for.

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::Write;
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -52,6 +52,11 @@ impl Stored {
         Ok(Some(open.insert(repository).clone()))
     }
 
+    /// Whether there is one. Looks if it is not open.
+    pub(super) fn is_there(&self) -> Result<bool> {
+        Ok(self.open.lock().is_some() || Repository::exists(&self.destination)?)
+    }
+
     fn there(&self) -> Result<Arc<Repository>> {
         self.repository()?.ok_or(Error::NoDestination)
     }
@@ -76,13 +81,15 @@ impl Stored {
         }
         let password = format!("{}{}", Uuid::new_v4().simple(), Uuid::new_v4().simple());
         let make = || {
-            let folder = self.key.parent().unwrap_or(Path::new("."));
+            let folder = self.key.parent().filter(|it| !it.as_os_str().is_empty());
+            let folder = folder.unwrap_or(Path::new("."));
             fs::create_dir_all(folder)?;
-            // Durable before anything is locked with it; and nobody's that was there first.
-            let mut file =
-                fs::File::options().write(true).create_new(true).mode(0o600).open(&self.key)?;
+            // Whole and durable before anything is locked with it; nobody else can read it.
+            let mut file = tempfile::NamedTempFile::new_in(folder)?;
             file.write_all(format!("{password}\n").as_bytes())?;
-            file.sync_all()?;
+            file.as_file().sync_all()?;
+            // Not in the place of one that somebody was first with.
+            file.persist_noclobber(&self.key)?;
             fs::File::open(folder)?.sync_all()
         };
         make().map_err(|source| Error::volume("make a backup key in", &self.key, source))?;
@@ -106,16 +113,29 @@ impl Format for Stored {
         Ok(told(written.entry))
     }
 
-    fn restore(&self, backup: &Backup, home: &Path, counter: &Counter) -> Result<()> {
-        let never = AtomicBool::new(false);
+    fn restore(
+        &self,
+        backup: &Backup,
+        home: &Path,
+        only: &[PathBuf],
+        counter: &Counter,
+    ) -> Result<()> {
+        let (never, session) = (AtomicBool::new(false), backup.session);
         let restored =
-            self.there()?.restore(&backup.name, home, None, self.owners, counter, &never)?;
+            self.there()?.restore(&backup.name, home, only, self.owners, counter, &never);
+        let restored = restored.map_err(|error| match error {
+            denizen_repository::Error::NoPath { path, .. } => {
+                let problem = format!("the backup {} has none", backup.name);
+                Error::NotPutBack { session, path, problem }
+            }
+            error => error.into(),
+        })?;
         for warning in &restored.warnings {
             tracing::warn!(backup = %backup.name, %warning, "restored with a loss");
         }
         let into = Site::in_folder(backup.session, home.to_owned());
         let changes = into.root_changes();
-        if changes.exists() {
+        if only.is_empty() && changes.exists() {
             if !are_root_changes(&changes) {
                 let problem = "what it has as changes of a root is none".to_owned();
                 let (place, backup) = (self.destination.to_string(), backup.name.clone());

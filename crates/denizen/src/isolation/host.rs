@@ -3,13 +3,13 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use denizen_agent::Agent;
 use denizen_image::Store;
 
-use super::{Driver, Instance, Site};
+use super::{Driver, Instance, Site, VOLUME};
 use crate::error::{Error, Result};
 
 pub(super) struct Host;
@@ -51,6 +51,11 @@ impl Driver for Host {
 
     fn workdir(&self, site: &Site) -> PathBuf {
         site.volume.clone()
+    }
+
+    fn kept(&self, site: &Site, path: &Path) -> Result<Option<PathBuf>> {
+        let path = site.volume.join(path);
+        Ok(path.strip_prefix(&site.home).ok().filter(|it| it.starts_with(VOLUME)).map(Into::into))
     }
 
     fn agent_command(&self) -> Option<Vec<OsString>> {

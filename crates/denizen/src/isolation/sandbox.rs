@@ -37,7 +37,7 @@ use self::network::Networks;
 use self::plan::{Attributes, Overlay, Plan};
 use self::root::{Below, Roots};
 use self::users::Users;
-use super::{Driver, Instance, Limits, Options, Site};
+use super::{Driver, Instance, Limits, Options, Site, VOLUME};
 use crate::error::{Error, Result};
 use crate::lifecycle::Sleep;
 
@@ -430,6 +430,22 @@ impl Driver for Sandbox {
 
     fn workdir(&self, _: &Site) -> PathBuf {
         PathBuf::from(WORKDIR)
+    }
+
+    fn kept(&self, site: &Site, path: &Path) -> Result<Option<PathBuf>> {
+        let path = Path::new(WORKDIR).join(path);
+        if let Ok(below) = path.strip_prefix(WORKDIR) {
+            return Ok(Some(Path::new(VOLUME).join(below)));
+        }
+        let below = self.roots.below(&self.roots.of(site)?)?;
+        let around = below.iter().filter(|it| path.starts_with(&it.target));
+        let Some(overlay) = around.max_by_key(|it| it.target.components().count()) else {
+            return Ok(None);
+        };
+        let upper = Folders::new(site, &overlay.target).upper;
+        let within = path.strip_prefix(&overlay.target).ok();
+        let upper = upper.strip_prefix(&site.home).ok();
+        Ok(upper.zip(within).map(|(upper, within)| upper.join(within)))
     }
 
     fn agent_command(&self) -> Option<Vec<OsString>> {

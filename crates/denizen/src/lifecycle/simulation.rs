@@ -433,11 +433,18 @@ impl World {
                 }
             }
             Op::Restore(saved) => {
-                let version = match saved {
-                    Saved::Backup(name) => self.backups.get(&(id, name.clone())),
-                    Saved::Snapshot(name) => self.copies.get(&(id, name.clone())),
+                let Some(mut version) = self.version_of(id, saved) else {
+                    return Ok(Outcome::Failed);
                 };
-                let Some(version) = version.copied() else { return Ok(Outcome::Failed) };
+                if let Saved::Part { .. } = saved {
+                    if !self.disks.contains_key(&id) {
+                        let taken = self.expected.get(&id) == Some(&None);
+                        ensure!(taken, "a part is put into {id}, of which nothing is there");
+                        return Ok(Outcome::Missing);
+                    }
+                    // Which nobody has had before.
+                    version = self.fresh();
+                }
                 self.give_up(id, op)?;
                 self.disks.insert(id, Disk { half: false, granted: true, version, bootstraps: 1 });
                 self.expected.insert(id, Some(version));
@@ -465,6 +472,14 @@ impl World {
         Ok(Outcome::Done)
     }
 
+    fn version_of(&self, id: Uuid, saved: &Saved) -> Option<u64> {
+        match saved {
+            Saved::Backup(name) => self.backups.get(&(id, name.clone())).copied(),
+            Saved::Snapshot(name) => self.copies.get(&(id, name.clone())).copied(),
+            Saved::Part { of, .. } => self.version_of(id, of),
+        }
+    }
+
     fn fresh(&mut self) -> u64 {
         self.next_version += 1;
         self.next_version
@@ -490,21 +505,36 @@ impl World {
                 self.ask(id, Want::Guard { patient })
             }
             25..=29 => {
-                let want = match self.random.below(9) {
+                let want = match self.random.below(11) {
                     0 => Want::Stopped { force: false },
                     1 => Want::Stopped { force: true },
                     2 => Want::BackedUp,
-                    3 => Want::Restored(None),
+                    3 => {
+                        let backups = self.backups.keys().filter(|(of, _)| *of == id);
+                        let name = backups.last().map(|(_, name)| name.clone());
+                        Want::Restored(Saved::Backup(name.unwrap_or_default()))
+                    }
                     4 => {
                         let copies = self.copies.keys().filter(|(of, _)| *of == id);
                         let name = copies.last().map(|(_, name)| name.clone());
-                        Want::Restored(Some(Saved::Snapshot(name.unwrap_or_default())))
+                        Want::Restored(Saved::Snapshot(name.unwrap_or_default()))
                     }
                     5..=6 => {
                         let copy = Uuid::from_u128(u128::from(self.fresh()));
                         Want::Copied { copy, patient: self.random.chance(60) }
                     }
                     7 => Want::Still,
+                    8..=9 => {
+                        let backups = self.backups.keys().filter(|(of, _)| *of == id);
+                        let backup = backups.last().map(|(_, name)| Saved::Backup(name.clone()));
+                        let copies = self.copies.keys().filter(|(of, _)| *of == id);
+                        let copy = copies.last().map(|(_, name)| Saved::Snapshot(name.clone()));
+                        let of =
+                            if self.random.chance(50) { backup.or(copy) } else { copy.or(backup) };
+                        let part = |of| Saved::Part { of: Box::new(of), paths: Vec::new() };
+                        let none = Saved::Snapshot(String::new());
+                        Want::Restored(part(of.unwrap_or(none)))
+                    }
                     _ => Want::Removed,
                 };
                 self.ask(id, want)
@@ -932,7 +962,7 @@ fn a_seed_is_a_history() {
 
 #[test]
 fn every_planted_fault_is_caught() {
-    const ALL: [Fault; 29] = [
+    const ALL: [Fault; 32] = [
         Fault::CapacityOffByOne,
         Fault::SavedForEver,
         Fault::PruneWhileHeld,
@@ -962,9 +992,12 @@ fn every_planted_fault_is_caught() {
         Fault::RunningCountsAsStopped,
         Fault::CopiedWhileWritten,
         Fault::SnapshotCountsAsSaved,
+        Fault::PartCountsAsSaved,
+        Fault::PartIsAllThereIs,
+        Fault::HalfRestoredCountsAsSaved,
     ];
     for fault in ALL {
-        let caught = (0..3000).find_map(|seed| {
+        let caught = (0..20_000).find_map(|seed| {
             let (_, result) = live(seed, Some(fault));
             // By the fault, not by the history itself.
             result.err().filter(|_| live(seed, None).1.is_ok()).map(|why| (seed, why))

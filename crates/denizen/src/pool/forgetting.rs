@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use super::{LONGEST_SLEEP, Pool, blocking};
 use crate::backup::{Backup, Retention, retention};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::event::{Event, EventKind};
 use crate::lifecycle::PoolTime;
 
@@ -97,19 +97,46 @@ impl Pool {
         let claim = Claim::new(self, &mut planned);
         backups.forget(&planned)?;
         drop(claim);
+        self.forgot(&planned);
+        // Also if nothing was deleted now: what was deleted yesterday can go for good today.
+        if !retention.is_empty() {
+            backups.compact()?;
+        }
+        Ok(planned)
+    }
+
+    /// Deletes a backup, of a session that is known here or of another, asked for by its name or
+    /// by what only its name begins with. Blocks.
+    pub(crate) fn delete_backup(&self, name: &str) -> Result<Backup> {
+        let _alone = self.forget_due.lock();
+        let backups = self.backups()?;
+        let mut found = backups.list(None)?;
+        found.retain(|backup| backup.name.starts_with(name));
+        if let Some(whole) = found.iter().position(|backup| backup.name == name) {
+            found = vec![found.swap_remove(whole)];
+        }
+        let [backup] = &found[..] else {
+            let (name, several) = (name.to_owned(), !found.is_empty());
+            return Err(Error::UnknownBackup { name, several });
+        };
+        let claim = Claim::one(self, backup)?;
+        backups.forget(&found)?;
+        drop(claim);
+        self.forgot(&found);
+        backups.compact()?;
+        Ok(backup.clone())
+    }
+
+    /// Tells of what was deleted.
+    fn forgot(&self, planned: &[Backup]) {
         self.figures.lock().backups_forgotten += planned.len() as u64;
-        for backup in &planned {
+        for backup in planned {
             tracing::info!(session = %backup.session, backup = backup.name, "backup deleted");
             let (session, backup) = (backup.session, backup.name.clone());
             let name = self.state.lock().names.get(&session).map(ToString::to_string);
             let (at, kind) = (self.clock.wall(), EventKind::Forgotten { backup });
             self.announcer.announce(Event { at, session, name, kind });
         }
-        // Also if nothing was deleted now: what was deleted yesterday can go for good today.
-        if !retention.is_empty() {
-            backups.compact()?;
-        }
-        Ok(planned)
     }
 }
 
@@ -120,9 +147,48 @@ impl<'a> Claim<'a> {
     /// Claims what nobody has begun to count on meanwhile.
     fn new(pool: &'a Pool, backups: &mut Vec<Backup>) -> Self {
         let mut state = pool.state.lock();
-        backups.retain(|backup| !state.core.counts_on(backup.session, &backup.name));
+        backups.retain(|backup| {
+            !state.core.counts_on(backup.session, &backup.name)
+                && !state.reading.contains(&backup.name)
+        });
         state.forgetting = backups.iter().map(|backup| backup.name.clone()).collect();
         Self(pool)
+    }
+
+    /// Claims one, also of a session that is not known.
+    fn one(pool: &'a Pool, backup: &Backup) -> Result<Self> {
+        let (session, name) = (backup.session, &backup.name);
+        let mut state = pool.state.lock();
+        let known = state.core.view(session).is_some();
+        if (known && state.core.counts_on(session, name)) || state.reading.contains(name) {
+            return Err(Error::BackupNeeded { session, name: name.clone() });
+        }
+        state.forgetting = [name.clone()].into();
+        Ok(Self(pool))
+    }
+}
+
+/// A backup that is read for others than its session; let go when dropped.
+pub(super) struct Reading(Arc<Pool>, String);
+
+impl Reading {
+    /// None if it is being deleted.
+    pub(super) fn begin(pool: &Arc<Pool>, name: &str) -> Option<Self> {
+        let mut state = pool.state.lock();
+        if state.forgetting.contains(name) {
+            return None;
+        }
+        state.reading.push(name.to_owned());
+        Some(Self(pool.clone(), name.to_owned()))
+    }
+}
+
+impl Drop for Reading {
+    fn drop(&mut self) {
+        let mut state = self.0.state.lock();
+        if let Some(at) = state.reading.iter().position(|name| *name == self.1) {
+            state.reading.swap_remove(at);
+        }
     }
 }
 
@@ -160,7 +226,7 @@ mod tests {
         }
         let all = manager.backups(id).await.unwrap();
         let oldest = all[2].name.clone();
-        let restore = || pool.ask(id, Want::Restored(Some(Saved::Backup(oldest.clone()))));
+        let restore = || pool.ask(id, Want::Restored(Saved::Backup(oldest.clone())));
 
         let mut planned = all[1..].to_vec();
         let claim = Claim::new(pool, &mut planned);
@@ -179,5 +245,39 @@ mod tests {
         manager.remove(id).await.unwrap();
         drop(Claim::new(pool, &mut planned));
         assert_eq!(planned, []);
+    }
+
+    #[tokio::test]
+    async fn one_backup_is_deleted_unless_it_is_needed() {
+        let folder = tempfile::tempdir().unwrap();
+        let config = VmPoolConfig {
+            enabled: true,
+            volume_root: folder.path().join("pool"),
+            backup_destination: Some(folder.path().join("backups")),
+            ..VmPoolConfig::default()
+        };
+        let manager = MicroVmManager::new((&config).into()).unwrap();
+        let id = Uuid::new_v4();
+        for _ in 0..3 {
+            drop(manager.acquire(id).await.unwrap());
+            manager.backup(id).await.unwrap();
+        }
+        let all = manager.backups(id).await.unwrap();
+        let reading = Reading::begin(manager.pool().unwrap(), &all[2].name).unwrap();
+        for needed in [&all[0], &all[2]] {
+            let error = manager.delete_backup(&needed.name).await.unwrap_err();
+            assert!(matches!(error, Error::BackupNeeded { .. }), "{error}");
+        }
+        drop(reading);
+        let several = manager.delete_backup("").await.unwrap_err();
+        assert!(matches!(several, Error::UnknownBackup { several: true, .. }), "{several}");
+        let none = manager.delete_backup("none").await.unwrap_err();
+        assert!(matches!(none, Error::UnknownBackup { several: false, .. }), "{none}");
+        assert_eq!(manager.delete_backup(&all[2].name).await.unwrap(), all[2]);
+        assert_eq!(manager.backups(id).await.unwrap(), all[..2]);
+        // Nobody needs those of a session that is gone.
+        manager.remove(id).await.unwrap();
+        manager.delete_backup(&all[0].name).await.unwrap();
+        assert_eq!(manager.backups(id).await.unwrap(), all[1..2]);
     }
 }

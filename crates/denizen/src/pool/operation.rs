@@ -4,6 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -13,6 +14,7 @@ use denizen_repository::Counter;
 use tokio::sync::oneshot;
 use uuid::Uuid;
 
+use super::forgetting::Reading;
 use super::{Copying, Origin, Place, Pool, Spare, State, Telling, blocking};
 use crate::backup::{Backup, Saving};
 use crate::disk::Known;
@@ -21,7 +23,7 @@ use crate::event::{Event, EventKind};
 use crate::isolation::{Driver, Site};
 use crate::lifecycle::{Found, Op, Outcome, Phase, Saved, Seq};
 use crate::volume::{Staged, Volumes, remove_tree};
-use crate::{bootstrap, snapshot};
+use crate::{bootstrap, part, snapshot};
 
 /// How long processes have between being asked to end and being ended.
 const GRACE: Duration = Duration::from_secs(5);
@@ -32,6 +34,10 @@ const AFTER_YOU: Duration = Duration::from_millis(20);
 
 /// How long an instance that could not be thawed has to be gone once it is killed.
 const STUCK: Duration = Duration::from_secs(10);
+
+/// How many backups are written at a time that nobody waits for: each takes memory, threads and a
+/// part of the way to the destination.
+const MOST_BACKUPS: usize = 2;
 
 pub(super) type Result = Fallible<Outcome>;
 
@@ -124,10 +130,8 @@ fn count(pool: &Pool, seq: Seq, op: &Op, ended: &Ended, took: Duration) {
 
 async fn create(pool: &Arc<Pool>, place: &Arc<Place>, written: Option<Written>) -> Result {
     let id = place.site.id;
-    let (spare, origin) = {
-        let mut state = pool.state.lock();
-        (state.claimed.remove(&id), state.origins.get(&id).cloned())
-    };
+    let claimed = pool.state.lock().claimed.remove(&id);
+    let (spare, origin) = claimed.unwrap_or_default();
     // What a copy was bootstrapped with is copied.
     let is_copy = matches!(origin, Some(Origin::Copy(_) | Origin::Archive(_)));
     *place.watched.known.lock() = if is_copy { Known::default() } else { Known::empty() };
@@ -527,13 +531,60 @@ async fn ended(pool: &Pool, place: &Place) -> Fallible<()> {
     .await
 }
 
+/// The right to write a backup that nobody waits for; the next one's when dropped.
+struct Turn(Arc<Pool>);
+
+impl Turn {
+    /// Waits for it; none if somebody waits for this backup, which is written at once.
+    /// Cancel-safe.
+    async fn take(pool: &Arc<Pool>, id: Uuid, interrupted: &AtomicBool) -> Fallible<Option<Self>> {
+        loop {
+            pool.until(|state| {
+                let gives_up = is_set(interrupted) || state.closing;
+                state.saving < MOST_BACKUPS || is_hurried(state, id) || gives_up
+            })
+            .await;
+            let mut state = pool.state.lock();
+            if is_set(interrupted) {
+                return Err(Error::Task("it gave way to who wants the session".to_owned()));
+            }
+            if is_hurried(&state, id) {
+                return Ok(None);
+            }
+            if state.closing {
+                return Err(Error::ShuttingDown);
+            }
+            if state.saving < MOST_BACKUPS {
+                state.saving += 1;
+                return Ok(Some(Self(pool.clone())));
+            }
+        }
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        self.0.state.lock().saving -= 1;
+        self.0.changed.notify_waiters();
+    }
+}
+
+fn is_hurried(state: &State, id: Uuid) -> bool {
+    state.core.view(id).is_some_and(|view| view.hurried)
+}
+
+fn is_set(flag: &AtomicBool) -> bool {
+    flag.load(Ordering::Relaxed)
+}
+
 async fn save(pool: &Arc<Pool>, id: Uuid, seq: Seq) -> Result {
-    let (interrupted, name, latest, used) = {
+    let interrupted = pool.state.lock().interrupts.get(&seq).cloned().unwrap_or_default();
+    let _turn = Turn::take(pool, id, &interrupted).await?;
+    let (name, latest, used) = {
         let state = pool.state.lock();
-        let interrupted = state.interrupts.get(&seq).cloned().unwrap_or_default();
         let name = state.names.get(&id).map(ToString::to_string);
         let used = state.places.get(&id).and_then(|place| place.watched.known.lock().used());
-        (interrupted, name, state.facts.get(&id).and_then(|facts| facts.size), used)
+        (name, state.facts.get(&id).and_then(|facts| facts.size), used)
     };
     let counter = Arc::new(Counter::default());
     let telling = Telling {
@@ -568,29 +619,42 @@ async fn save(pool: &Arc<Pool>, id: Uuid, seq: Seq) -> Result {
 
 async fn restore(pool: &Arc<Pool>, place: &Arc<Place>, saved: Saved) -> Result {
     let id = place.site.id;
-    let backup = match &saved {
-        Saved::Backup(name) => Some(backup_for(pool, id, name.clone()).await?),
-        Saved::Snapshot(_) => None,
+    let backup = match saved.backup() {
+        Some(name) => Some(backup_for(pool, id, name.to_owned()).await?),
+        None => None,
     };
     let (counter, telling) = told_restore(id, backup.as_ref());
     let is_backup = backup.is_some();
     let restore = {
         let (pool, place) = (pool.clone(), place.clone());
         blocking(move || {
+            let (of, paths) = match saved {
+                Saved::Part { of, paths } => (*of, Some(paths)),
+                saved => (saved, None),
+            };
+            if paths.is_some() && pool.volumes.found(id) != Found::Whole {
+                return Ok(Outcome::Missing);
+            }
+            let only = paths.as_deref().map(|paths| kept(&pool, &place.site, paths)).transpose()?;
             let staging = pool.volumes.stage(id)?;
-            let restored = match (&backup, &saved) {
+            let wanted = only.as_deref().unwrap_or_default();
+            let restored = match (&backup, &of) {
                 (Some(backup), _) => pool
                     .backups()
-                    .and_then(|backups| backups.restore(backup, staging.path(), &counter)),
-                (None, Saved::Backup(name) | Saved::Snapshot(name)) => name
+                    .and_then(|backups| backups.restore(backup, staging.path(), wanted, &counter)),
+                (None, Saved::Snapshot(name)) => name
                     .parse()
                     .and_then(|name| pool.volumes.snapshot(id, &name))
                     .and_then(|from| snapshot::copy(&from, staging.path()))
                     .and_then(|()| staging.sync()),
+                (None, _) => Err(Error::Task("it comes from nowhere".to_owned())),
             };
-            let restored = restored.and_then(|()| pool.volumes.install(id, staging.path()));
+            let restored = restored.and_then(|()| match &only {
+                Some(only) => put_part(&place.site, &staging, only),
+                None => pool.volumes.install(id, staging.path()),
+            });
             *place.watched.known.lock() = Known::default();
-            if let (Ok(()), Some(backup)) = (&restored, &backup) {
+            if let (Ok(()), Some(backup), None) = (&restored, &backup, &only) {
                 pool.note_backup(backup);
             }
             restored.map(|()| Outcome::Done)
@@ -598,6 +662,36 @@ async fn restore(pool: &Arc<Pool>, place: &Arc<Place>, saved: Saved) -> Result {
     };
     // A copy on the same disk is not counted.
     if is_backup { pool.telling(telling, restore).await } else { restore.await }
+}
+
+/// Where what the session sees at these paths is in its folder.
+fn kept(pool: &Pool, site: &Site, paths: &[PathBuf]) -> Fallible<Vec<PathBuf>> {
+    let one = |path: &PathBuf| {
+        let problem = "it is not among what is kept of a session".to_owned();
+        let other = Error::NotPutBack { session: site.id, path: path.clone(), problem };
+        pool.driver.kept(site, path)?.ok_or(other)
+    };
+    paths.iter().map(one).collect()
+}
+
+/// Puts some of a session's files in their places. Blocks.
+fn put_part(site: &Site, staging: &Staged, only: &[PathBuf]) -> Fallible<()> {
+    staging.sync()?;
+    let changes = site.root_changes();
+    let overlays = Path::new(changes.file_name().unwrap_or_default());
+    part::put(staging.path(), &site.home, overlays, only).map_err(|(path, problem)| {
+        let problem = match problem {
+            part::Problem::Absent => "what it would be put back from has none".to_owned(),
+            part::Problem::NoFolder(at) => format!("{} is no folder now", at.display()),
+            part::Problem::System(source) => return Error::volume("put back", &path, source),
+        };
+        Error::NotPutBack { session: site.id, path, problem }
+    })?;
+    // It is done, and the session's row says that no backup has it.
+    if let Err(error) = staging.sync() {
+        tracing::warn!(session = %site.id, %error, "a power cut may undo what was put back");
+    }
+    Ok(())
 }
 
 /// What a restore counts, and how that is told.
@@ -613,21 +707,24 @@ fn told_restore(id: Uuid, backup: Option<&Backup>) -> (Arc<Counter>, Telling) {
     (counter, telling)
 }
 
-/// What a session has in a backup, in a folder of nobody's; the session is not touched. Should
-/// the backup be deleted meanwhile, this fails as a whole or is not affected. Cancel-safe: what
+/// What a session has in a backup, in a folder of nobody's; the session is not touched. The backup
+/// is not deleted meanwhile, unless by another host: then this fails as a whole. Cancel-safe: what
 /// was restored goes.
 pub(super) async fn restore_copy(
     pool: &Arc<Pool>,
     id: Uuid,
     name: String,
 ) -> Fallible<Arc<Staged>> {
+    let none = || Error::NoBackup { session: id, name: Some(name.clone()) };
+    let reading = Reading::begin(pool, &name).ok_or_else(none)?;
     let backup = backup_for(pool, id, name).await?;
     let (counter, telling) = told_restore(id, Some(&backup));
     let restore = {
         let pool = pool.clone();
         blocking(move || {
             let into = pool.volumes.stage(id)?;
-            pool.backups()?.restore(&backup, into.path(), &counter)?;
+            pool.backups()?.restore(&backup, into.path(), &[], &counter)?;
+            drop(reading);
             Ok(Arc::new(into))
         })
     };
@@ -664,4 +761,111 @@ async fn delete(pool: &Arc<Pool>, place: &Arc<Place>, op: &Op) -> Result {
         Ok(Outcome::Done)
     })
     .await
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::lifecycle::Want;
+    use crate::{MicroVmManager, VmPoolConfig};
+
+    fn manager(folder: &Path, max_vms: usize) -> Arc<MicroVmManager> {
+        let config = VmPoolConfig {
+            enabled: true,
+            volume_root: folder.join("pool"),
+            max_vms,
+            ..VmPoolConfig::default()
+        };
+        MicroVmManager::new((&config).into()).unwrap()
+    }
+
+    #[tokio::test]
+    async fn few_backups_are_written_at_once_that_nobody_waits_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let manager = manager(folder.path(), 4);
+        let pool = manager.pool().unwrap();
+        let (id, flag) = (Uuid::new_v4(), Arc::new(AtomicBool::new(false)));
+        let mut turns = Vec::new();
+        for _ in 0..MOST_BACKUPS {
+            turns.push(Turn::take(pool, id, &flag).await.unwrap().unwrap());
+        }
+        let waiting = || {
+            let (pool, flag) = (pool.clone(), flag.clone());
+            tokio::spawn(async move { Turn::take(&pool, id, &flag).await.map(|it| it.is_some()) })
+        };
+        let [next, last] = [waiting(), waiting()];
+        tokio::task::yield_now().await;
+        assert!(!next.is_finished() && !last.is_finished());
+        turns.pop();
+        // One of them has it, and is done.
+        assert!(next.await.unwrap().unwrap());
+        assert!(last.await.unwrap().unwrap());
+        turns.clear();
+        for _ in 0..MOST_BACKUPS {
+            turns.push(Turn::take(pool, id, &flag).await.unwrap().unwrap());
+        }
+        let given_up = waiting();
+        tokio::task::yield_now().await;
+        flag.store(true, Ordering::Relaxed);
+        pool.changed.notify_waiters();
+        given_up.await.unwrap().unwrap_err();
+    }
+
+    #[tokio::test]
+    async fn a_session_begins_with_what_was_wanted_though_nobody_waits_any_more() {
+        let folder = tempfile::tempdir().unwrap();
+        let manager = manager(folder.path(), 4);
+        let pool = manager.pool().unwrap();
+        let copy = pool.volumes.stage(Uuid::new_v4()).unwrap();
+        fs::create_dir(copy.path().join("volume")).unwrap();
+        fs::write(copy.path().join("volume/file"), "copied").unwrap();
+        let id = Uuid::new_v4();
+        {
+            let made = pool.acquire_made_of(id, Origin::Copy(Arc::new(copy)));
+            tokio::pin!(made);
+            // It has asked, and what it asked for has not begun.
+            assert!(now(made.as_mut()).is_none());
+        }
+        pool.until(|state| state.core.in_flight() == 0).await;
+        assert_eq!(
+            fs::read_to_string(pool.volumes.site(id).volume.join("file")).unwrap(),
+            "copied"
+        );
+    }
+
+    /// The answer, if it is there at once.
+    fn now<T>(future: std::pin::Pin<&mut impl Future<Output = T>>) -> Option<T> {
+        let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+        match future.poll(&mut context) {
+            std::task::Poll::Ready(answer) => Some(answer),
+            std::task::Poll::Pending => None,
+        }
+    }
+
+    #[tokio::test]
+    async fn who_is_told_that_the_pool_closes_leaves_the_line() {
+        let folder = tempfile::tempdir().unwrap();
+        let manager = manager(folder.path(), 1);
+        let pool = manager.pool().unwrap().clone();
+        let (first, second) = (Uuid::new_v4(), Uuid::new_v4());
+        let held = pool.acquire(first).await.unwrap();
+        let waiting = {
+            let pool = pool.clone();
+            tokio::spawn(async move {
+                pool.ask(second, Want::Guard { patient: true }).await.map(drop).unwrap_err()
+            })
+        };
+        pool.until(|state| state.core.view(second).is_some_and(|view| view.waiting == 1)).await;
+        let closing = {
+            let pool = pool.clone();
+            tokio::spawn(async move { pool.shutdown(false).await })
+        };
+        let told = waiting.await.unwrap();
+        assert!(matches!(told, Error::ShuttingDown), "{told}");
+        drop(held);
+        closing.await.unwrap().unwrap();
+        assert!(pool.state.lock().core.view(second).is_none(), "nobody wants it any more");
+        assert!(!pool.volumes.home(second).exists());
+    }
 }

@@ -36,7 +36,7 @@ pub fn comes_back(repository: &Repository, entry: &Entry, volume: &Path) {
 }
 
 pub fn restore(repository: &Repository, id: &str, into: &Path) -> Result<(), Error> {
-    repository.restore(id, into, None, None, &Counter::default(), &NEVER).map(drop)
+    repository.restore(id, into, &[], None, &Counter::default(), &NEVER).map(drop)
 }
 
 /// What goes wrong.

@@ -52,6 +52,7 @@ const RULES: &[(&str, &str, Need)] = &[
     ("GET", "/v1/backups", Of(Read, All)),
     ("POST", "/v1/backups/verify", Of(Operate, All)),
     ("POST", "/v1/backups/forget", Of(Admin, All)),
+    ("DELETE", "/v1/backups/{backup}", Of(Admin, All)),
     ("POST", "/v1/recover", Of(Admin, All)),
     ("GET", "/v1/sessions", Of(Read, Seen)),
     ("POST", "/v1/sessions", Of(Operate, Seen)),

@@ -1,12 +1,14 @@
 //! What sessions can be restored from, and how they move to other machines.
 
+use std::path::PathBuf;
+
 use axum::body::Body;
 use axum::extract::{Request, State};
 use axum::http::StatusCode;
 use axum::http::header::{CONTENT_LENGTH, CONTENT_TYPE};
 use axum::response::{IntoResponse, Response};
 use denizen::Error;
-use denizen_api::{Backup, BackupReport, Code, Forget, Session};
+use denizen_api::{Backup, BackupReport, Code, Forget, Restore, Session};
 use futures::{StreamExt, TryStreamExt};
 use serde::Deserialize;
 use tokio_util::io::{ReaderStream, StreamReader};
@@ -88,6 +90,19 @@ pub(crate) async fn forget(
     Ok(axum::Json(wire::backups(api.pool.forget_backups(&retention, dry_run).await?)))
 }
 
+/// Delete a backup, by its name or the beginning of it.
+///
+/// The latest of a session that is known is refused.
+#[utoipa::path(delete, path = "/v1/backups/{backup}", tag = "backups",
+    params(("backup" = String, Path, description = "Its name, or the beginning of it")),
+    responses((status = 200, description = "What was deleted", body = Backup), Refused))]
+pub(crate) async fn delete(
+    State(api): State<Api>,
+    Path(backup): Path<String>,
+) -> Answer<axum::Json<Backup>> {
+    Ok(axum::Json(wire::backup(api.pool.delete_backup(&backup).await?)))
+}
+
 /// Make sessions known here of which there are only backups.
 #[utoipa::path(post, path = "/v1/recover", tag = "backups",
     responses((status = 200, description = "Those that were not known", body = Vec<Session>),
@@ -135,24 +150,36 @@ impl Source {
     }
 }
 
-/// Put a session back as a backup or a snapshot has it: as the newest backup, if none is named.
+/// Put a session, or some of its files, back as a backup or a snapshot has it: as the newest
+/// backup, if none is named.
 #[utoipa::path(post, path = "/v1/sessions/{session}/restore", tag = "backups",
     params(("session" = String, Path, description = "Name or UUID"), Source),
-    responses((status = 200, body = Session), Refused))]
+    request_body = Option<Restore>, responses((status = 200, body = Session), Refused))]
 pub(crate) async fn restore(
     State(api): State<Api>,
     Path(session): Path<String>,
     Query(source): Query<Source>,
+    only: Option<Json<Restore>>,
 ) -> Answer<axum::Json<Session>> {
     let id = api.leases.find(&session)?;
-    match source.kept()? {
-        None => api.pool.restore(id, None).await?,
-        Some(Kept::Backup(name)) => api.pool.restore(id, Some(&name)).await?,
-        Some(Kept::At(at)) => {
-            let backup = api.pool.backup_at(id, at.into()).await?;
-            api.pool.restore(id, Some(&backup.name)).await?;
+    let paths: Option<Vec<PathBuf>> =
+        only.map(|Json(Restore { paths })| paths.into_iter().map(PathBuf::from).collect());
+    let backup = match source.kept()? {
+        None => None,
+        Some(Kept::Backup(name)) => Some(name),
+        Some(Kept::At(at)) => Some(api.pool.backup_at(id, at.into()).await?.name),
+        Some(Kept::Snapshot(name)) => {
+            let name = name.parse()?;
+            match paths {
+                None => api.pool.restore_snapshot(id, &name).await?,
+                Some(paths) => api.pool.restore_snapshot_paths(id, &name, &paths).await?,
+            }
+            return Ok(axum::Json(wire::session(api.pool.inspect(id)?)));
         }
-        Some(Kept::Snapshot(name)) => api.pool.restore_snapshot(id, &name.parse()?).await?,
+    };
+    match paths {
+        None => api.pool.restore(id, backup.as_deref()).await?,
+        Some(paths) => api.pool.restore_paths(id, backup.as_deref(), &paths).await?,
     }
     Ok(axum::Json(wire::session(api.pool.inspect(id)?)))
 }

@@ -1,7 +1,7 @@
 //! The parts of a request, refused in the words of the API if they are not what they should be.
 
 use axum::extract::rejection::{JsonRejection, PathRejection, QueryRejection};
-use axum::extract::{FromRequest, FromRequestParts, Request};
+use axum::extract::{FromRequest, FromRequestParts, OptionalFromRequest, Request};
 use axum::http::StatusCode;
 use axum::http::request::Parts;
 use denizen_api::Code;
@@ -20,8 +20,19 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Json<T> {
     type Rejection = Refused;
 
     async fn from_request(request: Request, state: &S) -> Result<Self, Refused> {
-        let axum::Json(value) = axum::Json::from_request(request, state).await?;
+        let axum::Json(value) =
+            <axum::Json<T> as FromRequest<S>>::from_request(request, state).await?;
         Ok(Self(value))
+    }
+}
+
+/// None where the request has no content of any type.
+impl<T: DeserializeOwned, S: Send + Sync> OptionalFromRequest<S> for Json<T> {
+    type Rejection = Refused;
+
+    async fn from_request(request: Request, state: &S) -> Result<Option<Self>, Refused> {
+        let found = <axum::Json<T> as OptionalFromRequest<S>>::from_request(request, state).await?;
+        Ok(found.map(|axum::Json(value)| Self(value)))
     }
 }
 

@@ -48,7 +48,9 @@ impl From<Error> for Refused {
     fn from(error: Error) -> Self {
         let code = match error.kind() {
             Error::Unknown { .. } => Code::UnknownSession,
-            Error::NoBackup { .. } => Code::NoBackup,
+            Error::NoBackup { .. } | Error::UnknownBackup { .. } => Code::NoBackup,
+            Error::BackupNeeded { .. } => Code::BackupNeeded,
+            Error::NotPutBack { .. } => Code::NoFile,
             Error::NoSnapshot { .. } => Code::NoSnapshot,
             Error::SnapshotExists { .. } => Code::SnapshotExists,
             Error::Name { .. } => Code::BadName,
@@ -63,7 +65,7 @@ impl From<Error> for Refused {
                 | ArchiveError::TooLarge { .. },
             ) => Code::BadArchive,
             Error::OtherImage { .. } => Code::OtherImage,
-            Error::NoDestination => Code::NoDestination,
+            Error::NoDestination | Error::DestinationGone { .. } => Code::NoDestination,
             Error::VolumeMissing { .. } => Code::VolumeMissing,
             Error::AtCapacity { .. } | Error::AcquireTimeout { .. } => Code::AtCapacity,
             Error::Image(denizen_image::Error::NotFound { .. }) => Code::UnknownImage,
