@@ -67,12 +67,12 @@ pub(crate) fn put(
     let mut wanted: Vec<PathBuf> = paths.iter().map(|path| plain(path)).collect();
     wanted.sort();
     wanted.dedup();
-    let all = wanted.clone();
-    // One that is within another comes with it.
-    wanted.retain(|path| !all.iter().any(|other| path != other && path.starts_with(other)));
     for path in &wanted {
         find(from, path).map_err(|problem| (path.clone(), problem))?;
     }
+    let all = wanted.clone();
+    // One that is within another comes with it.
+    wanted.retain(|path| !all.iter().any(|other| path != other && path.starts_with(other)));
     keep_only(from, &wanted).map_err(|error| (from.to_owned(), error.into()))?;
     let mut done: Vec<Moved> = Vec::new();
     for path in &wanted {

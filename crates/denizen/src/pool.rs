@@ -274,6 +274,8 @@ pub(crate) struct Pool {
     watch: Option<Watch>,
     /// When backups are next to be forgotten. Locked by whoever does it, one at a time.
     forget_due: Mutex<forgetting::Due>,
+    /// Who receives an archive.
+    imports: tokio::sync::Semaphore,
     figures: Mutex<Figures>,
 }
 
@@ -318,7 +320,14 @@ impl Pool {
         let orphans: Vec<_> = on_disk
             .iter()
             .filter(|id| !known.contains(id))
-            .map(|id| (*id, volumes.found(*id)))
+            .filter_map(|id| match volumes.found(*id) {
+                Ok(found) => Some((*id, found)),
+                // Nothing is made of it, nor is it deleted.
+                Err(error) => {
+                    tracing::warn!(session = %id, %error, "a volume that nobody knows is left");
+                    None
+                }
+            })
             .collect();
         let mut resumed = left_running(&remembered.rows, &orphans, &volumes, &*driver);
         let backups = config.backup_destination.as_deref().map(|destination| {
@@ -345,7 +354,12 @@ impl Pool {
             registry.commit(&moved.collect::<Vec<_>>(), &clock.save())?;
         }
         let rows = remembered.rows.into_iter().map(|row| {
-            let found = match volumes.found(row.id) {
+            let found = volumes.found(row.id).unwrap_or_else(|error| {
+                // Whoever wants it finds out, again and again.
+                tracing::warn!(session = %row.id, %error, "taken to be there");
+                Found::Whole
+            });
+            let found = match found {
                 Found::Whole if resumed.contains_key(&row.id) => Found::Running,
                 found => found,
             };
@@ -397,6 +411,7 @@ impl Pool {
             changed: Notify::new(),
             announcer: Announcer::new(),
             forget_due: Mutex::new(forgetting::Due::after(remembered.forgot_at)),
+            imports: tokio::sync::Semaphore::new(moving::MOST_IMPORTS),
             figures: Mutex::default(),
         });
         for (id, instance) in resumed.drain() {
@@ -1298,7 +1313,8 @@ fn left_running(
     const AT_ONCE: usize = 16;
     let runtime = tokio::runtime::Handle::current();
     let active = rows.iter().filter(|row| row.phase == Phase::Active).map(|row| row.id);
-    let whole: Vec<Uuid> = active.filter(|id| volumes.found(*id) == Found::Whole).collect();
+    let whole: Vec<Uuid> =
+        active.filter(|id| matches!(volumes.found(*id), Ok(Found::Whole))).collect();
     let mut resumed = HashMap::new();
     for some in whole.chunks(AT_ONCE) {
         std::thread::scope(|scope| {

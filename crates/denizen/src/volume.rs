@@ -73,17 +73,27 @@ impl Volumes {
         Site::in_folder(id, self.home(id))
     }
 
-    /// What is there of a session's volume.
-    pub(crate) fn found(&self, id: Uuid) -> Found {
+    /// What is there of a session's volume. A disk that cannot be read has not lost it.
+    pub(crate) fn found(&self, id: Uuid) -> Result<Found> {
         let home = self.home(id);
-        let is_folder = |path: &Path| fs::symlink_metadata(path).is_ok_and(|m| m.is_dir());
-        if home.join(INCOMPLETE).exists() {
-            Found::Half
-        } else if is_folder(&home.join("volume")) {
-            Found::Whole
-        } else {
-            Found::Nothing
+        let look = |path: &Path| match fs::symlink_metadata(path) {
+            Ok(found) => Ok(Some(found)),
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
+                ) =>
+            {
+                Ok(None)
+            }
+            Err(source) => Err(Error::volume("look at", path, source)),
+        };
+        if look(&home.join(INCOMPLETE))?.is_some() {
+            return Ok(Found::Half);
         }
+        let volume = look(&self.site(id).volume)?;
+        let is_whole = volume.is_some_and(|found| found.is_dir());
+        Ok(if is_whole { Found::Whole } else { Found::Nothing })
     }
 
     /// All sessions that have a folder here, in order.

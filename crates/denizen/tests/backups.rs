@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use denizen::{BackupFormat, Error, Isolation, MicroVmManager, VmPoolConfig};
+use denizen::{BackupFormat, Error, EventKind, Isolation, MicroVmManager, VmPoolConfig};
 use tempfile::TempDir;
 use uuid::Uuid;
 
@@ -307,7 +307,7 @@ async fn some_files_are_put_back_and_the_others_stay() {
         );
         run(&pool, id, &begin).await;
         let owner = if has_root {
-            "chown 12:34 src/deep/main && stat -c %u:%g src/deep/main"
+            "chown 12:34 src/deep/main && chmod 4711 src/deep/main && stat -c %u:%g src/deep/main"
         } else {
             "echo"
         };
@@ -322,7 +322,15 @@ async fn some_files_are_put_back_and_the_others_stay() {
         );
         run(&pool, id, &change).await;
         let paths = ["src", "./notes", conf].map(PathBuf::from);
+        let mut events = pool.events().unwrap();
         pool.restore_paths(id, Some(&first[..8]), &paths).await.unwrap();
+        let told = loop {
+            if let EventKind::PartRestored { backup, paths, .. } = events.next().await.unwrap().kind
+            {
+                break (backup, paths);
+            }
+        };
+        assert_eq!(told, (Some(first.clone()), paths.map(|it| it.display().to_string()).into()));
         let info = pool.inspect(id).unwrap();
         assert!(info.unsaved && info.volume.is_some(), "{info:?}");
         assert_ne!(info.backup.as_deref(), Some(&*first), "what it had was saved first");

@@ -64,7 +64,8 @@ async fn a_newer_or_older_schema() {
     let file = folder.path().join(".denizen/registry.db");
     sqlite(
         &file,
-        "drop table names; drop table chores; drop table backups; pragma user_version = 1",
+        "drop table names; drop table chores; drop table backups; drop table destination; \
+         pragma user_version = 1",
     );
     let pool = MicroVmManager::new(config(folder.path())).unwrap();
     assert_eq!(pool.sessions().unwrap()[0].id, id, "an older schema is brought up to date");

@@ -7,7 +7,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use common::text;
-use denizen::{Error, MicroVmManager, VmPoolConfig, VmPoolRuntimeConfig};
+use denizen::{
+    ArchiveError, Error, Isolation, Limits, MicroVmManager, VmPoolConfig, VmPoolRuntimeConfig,
+};
 use tokio::io::AsyncReadExt;
 use uuid::Uuid;
 
@@ -94,4 +96,23 @@ fn breaks_off() -> impl tokio::io::AsyncRead + Send + Unpin {
         }
     }
     (&b"some bytes"[..]).chain(Fails)
+}
+
+#[tokio::test]
+async fn what_is_sent_without_end_is_not_received() {
+    let folder = tempfile::tempdir().unwrap();
+    let config =
+        VmPoolConfig { enabled: true, volume_root: folder.path().into(), ..Default::default() };
+    let limits = Limits { disk_bytes: Some(1 << 20), ..Limits::default() };
+    let pool = common::opened(|| {
+        let builder = MicroVmManager::builder((&config).into()).isolation(Isolation::Sandbox);
+        builder.cache(common::cache()).limits(limits.clone())
+    });
+    let pool = pool.await;
+    let id = Uuid::new_v4();
+    let refused = pool.import(id, tokio::io::repeat(0)).await.unwrap_err();
+    let told = matches!(refused, Error::NotImported(ArchiveError::TooLarge { .. }));
+    assert!(told, "{refused}");
+    assert!(matches!(pool.inspect(id), Err(Error::Unknown { .. })));
+    pool.shutdown().await.unwrap();
 }

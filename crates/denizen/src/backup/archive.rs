@@ -37,15 +37,17 @@ impl Format for Archives {
     fn write(&self, saving: Saving<'_>) -> Result<Backup> {
         fs::create_dir_all(&self.folder)
             .map_err(|source| Error::volume("make the backup destination", &self.folder, source))?;
-        let sign = self.folder.join(SIGN);
-        File::options()
-            .append(true)
-            .create(true)
-            .open(&sign)
-            .map_err(|source| Error::volume("write to", &sign, source))?;
         let Saving { site, now, interrupted, .. } = saving;
         let now = jiff::Timestamp::try_from(now).unwrap_or_else(|_| jiff::Timestamp::now());
-        pack(site, &self.folder, self.owners, now, interrupted).map(told)
+        let entry = pack(site, &self.folder, self.owners, now, interrupted)?;
+        let sign = self.folder.join(SIGN);
+        if !sign.exists()
+            && let Err(error) = File::create(&sign)
+        {
+            // The archive itself is one, while it is there.
+            tracing::warn!(sign = %sign.display(), %error, "cannot write");
+        }
+        Ok(told(entry))
     }
 
     /// It is one stream, and checked as a whole: all of it, whatever is wanted.

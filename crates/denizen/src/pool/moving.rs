@@ -7,7 +7,7 @@
 
 use std::fs::File;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -25,6 +25,13 @@ use crate::lifecycle::{Phase, Want};
 
 /// How much is received at a time.
 const PIECE: usize = 256 << 10;
+/// How many archives are received at a time; the others are read when these have come.
+pub(super) const MOST_IMPORTS: usize = 4;
+/// After how much it is looked again whether there is room for the others, too.
+const LOOK: u64 = 64 << 20;
+/// What stays free, unless that is more than a twentieth of the disk: what is being sent must not
+/// be in the way of sessions and of what is remembered of them.
+const RESERVE: u64 = 1 << 30;
 
 /// A session as an archive, to be read to its end: `tar.zst`, sealed unless it is a backup that
 /// was written without a seal.
@@ -123,6 +130,11 @@ impl Pool {
     }
 
     async fn receive(&self, mut content: impl AsyncRead + Unpin) -> Result<File> {
+        // Never closed.
+        let _turn = self.imports.acquire().await;
+        // What is packed may be a little more than what it makes.
+        let limit = self.disk_limit().map_or(u64::MAX, |it| it.saturating_add(it / 16 + LOOK));
+        let (mut received, mut looked) = (0, 0);
         let volumes = self.volumes.clone();
         let file = blocking(move || volumes.nameless_file()).await?;
         let mut file = tokio::fs::File::from_std(file);
@@ -139,6 +151,18 @@ impl Pool {
             if read.map_err(|source| Error::BrokenOff { source })? == 0 {
                 break;
             }
+            received += piece.len() as u64;
+            if received > limit {
+                let path = PathBuf::from("that is being sent");
+                return Err(Error::NotImported(ArchiveError::TooLarge { path, limit }));
+            }
+            if received - looked > LOOK {
+                looked = received;
+                if !has_reserve(self.volumes.own()) {
+                    let path = self.volumes.own().to_owned();
+                    return Err(Error::NotImported(ArchiveError::NoSpace { path }));
+                }
+            }
             file.write_all(&piece).await.map_err(failed)?;
             piece.clear();
         }
@@ -146,6 +170,14 @@ impl Pool {
         file.flush().await.map_err(failed)?;
         Ok(file.into_std().await)
     }
+}
+
+/// Whether there is room left for others; also if the file system does not tell.
+fn has_reserve(folder: &Path) -> bool {
+    rustix::fs::statvfs(folder).map_or(true, |stat| {
+        let [free, all] = [stat.f_bavail, stat.f_blocks].map(|it| it.saturating_mul(stat.f_frsize));
+        free >= RESERVE.min(all / 20)
+    })
 }
 
 /// What a session has, local or in its latest backup. Blocks.

@@ -358,7 +358,7 @@ async fn copy_session(pool: &Arc<Pool>, place: &Arc<Place>, copy: Uuid) -> Ended
     }
     let (pool, place) = (pool.clone(), place.clone());
     let copied = blocking(move || {
-        if place.agent().is_none() && pool.volumes.found(id) != Found::Whole {
+        if place.agent().is_none() && pool.volumes.found(id)? != Found::Whole {
             return Ok(Ok(Outcome::Missing).into());
         }
         let copied = if freezes {
@@ -415,7 +415,7 @@ fn at_rest<T>(
 async fn start(pool: &Arc<Pool>, place: &Arc<Place>) -> Result {
     let (pool, place) = (pool.clone(), place.clone());
     blocking(move || {
-        if pool.volumes.found(place.site.id) != Found::Whole {
+        if pool.volumes.found(place.site.id)? != Found::Whole {
             return Ok(Outcome::Missing);
         }
         *place.instance.lock() = Some(pool.driver.start(&place.site)?);
@@ -598,7 +598,7 @@ async fn save(pool: &Arc<Pool>, id: Uuid, seq: Seq) -> Result {
     let write = {
         let pool = pool.clone();
         blocking(move || {
-            if pool.volumes.found(id) != Found::Whole {
+            if pool.volumes.found(id)? != Found::Whole {
                 return Ok(Outcome::Missing);
             }
             let site = pool.volumes.site(id);
@@ -632,7 +632,7 @@ async fn restore(pool: &Arc<Pool>, place: &Arc<Place>, saved: Saved) -> Result {
                 Saved::Part { of, paths } => (*of, Some(paths)),
                 saved => (saved, None),
             };
-            if paths.is_some() && pool.volumes.found(id) != Found::Whole {
+            if paths.is_some() && pool.volumes.found(id)? != Found::Whole {
                 return Ok(Outcome::Missing);
             }
             let only = paths.as_deref().map(|paths| kept(&pool, &place.site, paths)).transpose()?;
@@ -856,7 +856,10 @@ mod tests {
                 pool.ask(second, Want::Guard { patient: true }).await.map(drop).unwrap_err()
             })
         };
-        pool.until(|state| state.core.view(second).is_some_and(|view| view.waiting == 1)).await;
+        let waits = || pool.state.lock().core.view(second).is_some_and(|view| view.waiting == 1);
+        while !waits() {
+            tokio::task::yield_now().await;
+        }
         let closing = {
             let pool = pool.clone();
             tokio::spawn(async move { pool.shutdown(false).await })
