@@ -992,8 +992,10 @@ impl Lifecycle {
         let now = self.now;
         let saved_for_ever = self.has(Fault::SavedForEver);
         let last_words_count = self.has(Fault::LastWordsCountAsSaved);
-        let snapshot_saves = self.has(Fault::SnapshotCountsAsSaved);
-        let part_saves = self.has(Fault::PartCountsAsSaved);
+        let counts_as_saved = match &running.op {
+            Op::Restore(Saved::Part { .. }) => self.has(Fault::PartCountsAsSaved),
+            _ => self.has(Fault::SnapshotCountsAsSaved),
+        };
         let Some(session) = self.sessions.get_mut(&id) else { return };
         session.failures = 0;
         self.failing.remove(&id);
@@ -1012,12 +1014,14 @@ impl Lifecycle {
                 out.push(Effect::Notify { id, change: Change::Started });
                 return;
             }
-            Op::Start => {
+            Op::Start | Op::Thaw => {
                 // The row that says so is already durable.
                 row.unsaved = !saved_for_ever || row.backup.is_none();
                 row.last_used = now;
-                self.cannot_prepare = false;
-                out.push(Effect::Notify { id, change: Change::Started });
+                let started = running.op == Op::Start;
+                self.cannot_prepare &= !started;
+                let change = if started { Change::Started } else { Change::Thawed };
+                out.push(Effect::Notify { id, change });
                 return;
             }
             Op::Stop { .. } => {
@@ -1035,13 +1039,6 @@ impl Lifecycle {
                 row.stopped_at = now;
                 self.enter(id, Phase::Frozen);
                 Change::Frozen
-            }
-            Op::Thaw => {
-                // The row that says so is already durable.
-                row.unsaved = !saved_for_ever || row.backup.is_none();
-                row.last_used = now;
-                out.push(Effect::Notify { id, change: Change::Thawed });
-                return;
             }
             Op::Backup => {
                 if let Outcome::BackedUp(name) = outcome {
@@ -1068,8 +1065,7 @@ impl Lifecycle {
                         row.unsaved = false;
                         row.backup = Some(name.clone());
                     }
-                    Saved::Snapshot(_) => row.unsaved = !snapshot_saves,
-                    Saved::Part { .. } => row.unsaved = !part_saves,
+                    Saved::Snapshot(_) | Saved::Part { .. } => row.unsaved = !counts_as_saved,
                 }
                 row.stopped_at = now;
                 self.enter(id, Phase::Stopped);

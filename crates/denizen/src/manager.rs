@@ -468,13 +468,11 @@ impl MicroVmManager {
     /// The whole name of a backup.
     async fn named_or_latest(&self, session: Uuid, backup: Option<&str>) -> Result<String> {
         let pool = self.pool()?;
-        match backup {
-            Some(name) => pool.find_backup(session, name).await,
-            None => {
-                pool.backups()?;
-                pool.inspect(session)?.backup.ok_or(Error::NoBackup { session, name: None })
-            }
+        if let Some(name) = backup {
+            return pool.find_backup(session, name).await;
         }
+        pool.backups()?;
+        pool.inspect(session)?.backup.ok_or(Error::NoBackup { session, name: None })
     }
 
     /// Puts some files and folders of a session back as a backup (if none is named, the latest) has

@@ -83,7 +83,7 @@ pub(crate) fn put(
         match put_one(from, to, overlay, path) {
             Ok(moved) => done.push(moved),
             Err(problem) => {
-                done.into_iter().rev().for_each(undo);
+                done.iter().rev().for_each(undo);
                 return Err((path.clone(), problem));
             }
         }
@@ -180,7 +180,7 @@ impl Moved {
     }
 }
 
-fn undo(moved: Moved) {
+fn undo(moved: &Moved) {
     let undone = renameat_with(&moved.to, moved.name(), &moved.from, moved.name(), moved.how());
     if let Err(error) = undone {
         tracing::error!(path = ?moved.path, %error, "what was put back in part stays");

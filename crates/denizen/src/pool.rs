@@ -44,7 +44,7 @@ use crate::lifecycle::{
     WaiterId, Want,
 };
 use crate::name::{SessionName, SnapshotName};
-use crate::registry::{Facts, Registry, Write, phase_name};
+use crate::registry::{Facts, Registry, Remembered, Write, phase_name};
 use crate::snapshot::{Difference, Version};
 use crate::time::{Clock, PoolClock};
 use crate::volume::{Staged, Volumes};
@@ -316,35 +316,11 @@ impl Pool {
         let stray_names: Vec<Write> = stray_names.map(|(_, id)| Write::Forget(*id)).collect();
         registry.commit(&stray_names, &clock.save())?;
 
-        let on_disk = volumes.scan()?;
-        let orphans: Vec<_> = on_disk
-            .iter()
-            .filter(|id| !known.contains(id))
-            .filter_map(|id| match volumes.found(*id) {
-                Ok(found) => Some((*id, found)),
-                // Nothing is made of it, nor is it deleted.
-                Err(error) => {
-                    tracing::warn!(session = %id, %error, "a volume that nobody knows is left");
-                    None
-                }
-            })
-            .collect();
+        let orphans = unknown_to(&known, &volumes)?;
         let mut resumed = left_running(&remembered.rows, &orphans, &volumes, &*driver);
-        let backups = config.backup_destination.as_deref().map(|destination| {
-            let destination = config::backup_destination(destination)?;
-            let key = settings.backup_key.clone();
-            let key = key.unwrap_or_else(|| volumes.own().join("backup.key"));
-            let format = settings.backup_format;
-            Backups::new(
-                destination,
-                format,
-                key,
-                driver.owners(),
-                remembered.destination.as_deref(),
-            )
-        });
-        let backups = backups.transpose()?;
-        if backups.as_ref().is_some_and(|it| it.are_elsewhere(remembered.destination.as_deref())) {
+        let backups = backups_of(&config, &settings, &volumes, &*driver, &remembered)?;
+        let before = remembered.destination.as_deref();
+        if backups.as_ref().is_some_and(|backups| backups.are_elsewhere(before)) {
             // What was saved was saved at another destination, which may be gone for good.
             let moved = remembered.rows.iter_mut().filter(|row| row.backup.is_some());
             let moved = moved.map(|row| {
@@ -354,16 +330,9 @@ impl Pool {
             registry.commit(&moved.collect::<Vec<_>>(), &clock.save())?;
         }
         let rows = remembered.rows.into_iter().map(|row| {
-            let found = volumes.found(row.id).unwrap_or_else(|error| {
-                // Whoever wants it finds out, again and again.
-                tracing::warn!(session = %row.id, %error, "taken to be there");
-                Found::Whole
-            });
-            let found = match found {
-                Found::Whole if resumed.contains_key(&row.id) => Found::Running,
-                found => found,
-            };
-            (row, found)
+            let found = found_of(&row, &volumes);
+            let runs = found == Found::Whole && resumed.contains_key(&row.id);
+            (row, if runs { Found::Running } else { found })
         });
         let rows = rows.collect();
 
@@ -1267,6 +1236,44 @@ impl Pool {
         });
         self.changed.notify_waiters();
     }
+}
+
+/// What is there of a session's volume.
+fn found_of(row: &Row, volumes: &Volumes) -> Found {
+    volumes.found(row.id).unwrap_or_else(|error| {
+        // Whoever wants it finds out, again and again.
+        tracing::warn!(session = %row.id, %error, "taken to be there");
+        Found::Whole
+    })
+}
+
+/// The volumes on disk of which the registry does not know.
+fn unknown_to(known: &HashSet<Uuid>, volumes: &Volumes) -> Result<Vec<(Uuid, Found)>> {
+    let found = |id: Uuid| match volumes.found(id) {
+        Ok(found) => Some((id, found)),
+        // Nothing is made of it, nor is it deleted.
+        Err(error) => {
+            tracing::warn!(session = %id, %error, "a volume that nobody knows is left");
+            None
+        }
+    };
+    let unknown = volumes.scan()?.into_iter().filter(|id| !known.contains(id));
+    Ok(unknown.filter_map(found).collect())
+}
+
+fn backups_of(
+    config: &VmPoolRuntimeConfig,
+    settings: &Settings,
+    volumes: &Volumes,
+    driver: &dyn Driver,
+    remembered: &Remembered,
+) -> Result<Option<Backups>> {
+    let Some(destination) = config.backup_destination.as_deref() else { return Ok(None) };
+    let destination = config::backup_destination(destination)?;
+    let key = settings.backup_key.clone();
+    let key = key.unwrap_or_else(|| volumes.own().join("backup.key"));
+    let before = remembered.destination.as_deref();
+    Backups::new(destination, settings.backup_format, key, driver.owners(), before).map(Some)
 }
 
 fn policy(
