@@ -35,7 +35,7 @@ Examples:
     },
     /// Delete backups, also of sessions that are not known here; not the latest of one that is
     Rm {
-        /// Each by its name, or the beginning of it
+        /// Each by its name, or its first eight letters or more
         #[arg(required = true, value_name = "BACKUP")]
         backups: Vec<String>,
     },

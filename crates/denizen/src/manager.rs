@@ -422,8 +422,8 @@ impl MicroVmManager {
         blocking(move || pool.forget_backups(&retention, dry_run)).await
     }
 
-    /// Deletes a backup, also one of a session that is not known here, and gives it. The beginning
-    /// of its name will do, if no other begins with it. The room that it took in a repository is
+    /// Deletes a backup, also one of a session that is not known here, and gives it. The first eight
+    /// letters of its name will do, or more, if no other begins with them. The room that it took in a repository is
     /// given back as by [`MicroVmManager::forget_backups`]. Cancel-safe: what has begun goes on.
     ///
     /// # Errors

@@ -15,6 +15,8 @@ use crate::lifecycle::PoolTime;
 
 /// From one time to the next.
 const DAY: Duration = Duration::from_hours(24);
+/// How many letters of a backup's name are needed to delete it.
+const LEAST: usize = 8;
 /// From a failure to the next try.
 const AGAIN: Duration = Duration::from_hours(1);
 
@@ -111,7 +113,9 @@ impl Pool {
         let _alone = self.forget_due.lock();
         let backups = self.backups()?;
         let mut found = backups.list(None)?;
-        found.retain(|backup| backup.name.starts_with(name));
+        // A few letters may be another's only one by chance.
+        let enough = name.len() >= LEAST;
+        found.retain(|backup| backup.name == name || (enough && backup.name.starts_with(name)));
         if let Some(whole) = found.iter().position(|backup| backup.name == name) {
             found = vec![found.swap_remove(whole)];
         }
@@ -269,10 +273,12 @@ mod tests {
             assert!(matches!(error, Error::BackupNeeded { .. }), "{error}");
         }
         drop(reading);
-        let several = manager.delete_backup("").await.unwrap_err();
+        let several = manager.delete_backup(&all[2].name[..LEAST]).await.unwrap_err();
         assert!(matches!(several, Error::UnknownBackup { several: true, .. }), "{several}");
-        let none = manager.delete_backup("none").await.unwrap_err();
-        assert!(matches!(none, Error::UnknownBackup { several: false, .. }), "{none}");
+        for none in ["no such backup", &all[2].name[..LEAST - 1]] {
+            let none = manager.delete_backup(none).await.unwrap_err();
+            assert!(matches!(none, Error::UnknownBackup { several: false, .. }), "{none}");
+        }
         assert_eq!(manager.delete_backup(&all[2].name).await.unwrap(), all[2]);
         assert_eq!(manager.backups(id).await.unwrap(), all[..2]);
         // Nobody needs those of a session that is gone.

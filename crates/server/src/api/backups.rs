@@ -90,11 +90,11 @@ pub(crate) async fn forget(
     Ok(axum::Json(wire::backups(api.pool.forget_backups(&retention, dry_run).await?)))
 }
 
-/// Delete a backup, by its name or the beginning of it.
+/// Delete a backup, by its name or its first eight letters or more.
 ///
 /// The latest of a session that is known is refused.
 #[utoipa::path(delete, path = "/v1/backups/{backup}", tag = "backups",
-    params(("backup" = String, Path, description = "Its name, or the beginning of it")),
+    params(("backup" = String, Path, description = "Its name, or eight letters of it")),
     responses((status = 200, description = "What was deleted", body = Backup), Refused))]
 pub(crate) async fn delete(
     State(api): State<Api>,
