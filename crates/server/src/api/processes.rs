@@ -4,7 +4,7 @@ use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::{Duration, UNIX_EPOCH};
 
-use axum::body::{Body, Bytes};
+use axum::body::Body;
 use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::sse::{Event, KeepAlive, Sse};
@@ -26,7 +26,7 @@ use tokio_util::io::ReaderStream;
 use utoipa::IntoParams;
 
 use super::Api;
-use super::extract::{Json, Path, Query};
+use super::extract::{Bytes, Json, Path, Query};
 use super::refusal::{Answer, Refused};
 
 impl From<ConnectError> for Refused {
@@ -272,7 +272,7 @@ pub(crate) async fn input(
     State(api): State<Api>,
     Path((session, process)): Path<(String, String)>,
     Query(Last { eof }): Query<Last>,
-    bytes: Bytes,
+    Bytes(bytes): Bytes,
 ) -> Answer<StatusCode> {
     let job = find(&api, &session, &process)?;
     if !bytes.is_empty() {
