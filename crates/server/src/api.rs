@@ -78,7 +78,15 @@ impl Api {
                    processes and files can also be spoken to with envd's protocol, which is not \
                    described here.",
     license(name = "MIT", identifier = "MIT"),
-), components(schemas(files::View, files::WriteAs)), modifiers(&Bearer), security(("key" = [])))]
+), components(schemas(
+    // What only a query or the data of an event has.
+    files::View,
+    files::WriteAs,
+    denizen_api::Change,
+    denizen_api::Ended,
+    denizen_api::Event,
+    denizen_api::Output,
+)), modifiers(&Bearer), security(("key" = [])))]
 struct Description;
 
 /// How a client over TCP shows what lets it in. On the Unix socket nothing is needed.

@@ -19,6 +19,7 @@ use denizen_api::{Code, Entry, Folder, UPLOAD_OFFSET, Upload};
 use super::Api;
 use super::extract::session;
 use super::refusal::{Answer, Refused};
+use super::wire::{Binary, ServerSent};
 use crate::files::pass;
 
 /// What of an answer is passed on: it may come from whatever took the agent's place.
@@ -37,7 +38,7 @@ const PASSED: [HeaderName; 7] = [
 /// Without `as`, its content, of which `Range` asks for a part (`If-Range`, `If-None-Match` and
 /// `HEAD` as in RFC 9110). With `as`: `stat` is what there is at the path; `list` what is in a
 /// folder; `tar` a folder as an archive; `watch` what changes in a folder from now on, as
-/// server-sent events `change`, and `lost` where some are missing; `upload` how far an upload in
+/// server-sent events `change` (of a `Change`), and `lost` where some are missing; `upload` how far an upload in
 /// parts is. The path is the session's; below `~/` it begins in its volume.
 #[utoipa::path(get, path = "/v1/sessions/{session}/files/{*path}", tag = "files",
     params(("session" = String, Path, description = "Name or UUID"),
@@ -52,11 +53,11 @@ const PASSED: [HeaderName; 7] = [
         ("If-None-Match" = Option<String>, Header, description = "The tag of what is known already")),
     responses(
         (status = 200, description = "All of it", content(
-            (Vec<u8> = "application/octet-stream"),
+            (Binary = "application/octet-stream"),
             (Described = "application/json"),
-            (Vec<u8> = "application/x-tar"),
-            (denizen_api::Change = "text/event-stream"))),
-        (status = 206, description = "The part", content_type = "application/octet-stream", body = Vec<u8>),
+            (Binary = "application/x-tar"),
+            (ServerSent = "text/event-stream"))),
+        (status = 206, description = "The part", content_type = "application/octet-stream", body = Binary),
         (status = 304, description = "It is as it was"),
         Refused))]
 pub(crate) async fn read(State(api): State<Api>, request: Request) -> Answer<Response> {
@@ -102,7 +103,7 @@ pub(crate) enum Described {
         ("upload" = Option<String>, Query, description = "The name of an upload in parts: 1 to 64 letters, digits, `-` and `_`, as no other upload to that folder has"),
         ("Content-Range" = Option<String>, Header, description = "Which part of an upload this is")),
     request_body(description = "The content, or an archive", content(
-        (Vec<u8> = "application/octet-stream"), (Vec<u8> = "application/x-tar"))),
+        (Binary = "application/octet-stream"), (Binary = "application/x-tar"))),
     responses((status = 200, description = "It was there, and is this now", body = Entry),
         (status = 201, description = "It is new", body = Entry),
         (status = 202, description = "There is more to come", body = Upload), Refused))]
