@@ -133,6 +133,8 @@ fn a_command_is_streamed_and_goes_with_its_reader() {
     assert_eq!(end.2, json!({ "code": 3 }));
     let (_, end) = run(json!({ "command": ["sh", "-c", "kill -9 $$"] })).printed();
     assert_eq!(end.2, json!({ "code": 137, "signal": 9 }));
+    let never = json!({ "command": ["true"], "timeout_seconds": u64::MAX });
+    assert_eq!(run(never).printed().1.2, json!({ "code": 0 }));
     let slow = json!({ "command": ["sleep", "1000"], "timeout_seconds": 1 });
     let lost = run(slow).find_kind("lost");
     assert!(lost.2["detail"].as_str().unwrap().contains("timeout"), "{}", lost.2);
