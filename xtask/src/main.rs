@@ -1,9 +1,10 @@
 //! What a contributor runs: `cargo xtask test` installs what the tests need and runs all of
 //! them; `cargo xtask web` builds the dashboard, which the next `cargo build` embeds; `cargo xtask
 //! bench [SEED]` writes `docs/benchmarks.md`; `cargo xtask dist` packs denizen for those who install
-//! it.
+//! it; `cargo xtask contract` compares the HTTP API with its description, as `test` does too.
 
 mod bench;
+mod contract;
 mod dist;
 
 use std::path::{Path, PathBuf};
@@ -16,7 +17,8 @@ fn main() -> ExitCode {
         Some("web") => web(),
         Some("bench") => bench::run(args.next().as_deref()),
         Some("dist") => dist::make(),
-        _ => Err("usage: cargo xtask test | web | bench [SEED] | dist".to_owned()),
+        Some("contract") => contract::check(),
+        _ => Err("usage: cargo xtask test | web | bench [SEED] | dist | contract".to_owned()),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -146,6 +148,8 @@ fn test() -> Result<(), String> {
     run("cargo", &[&lint[..], &["--", "-D", "warnings"]].concat())?;
     run("cargo", &["test", "--workspace", "--doc", "--all-features"])?;
     run("cargo", &["nextest", "run", "--workspace", "--all-features"])?;
+    // With the program that the tests above were built with.
+    contract::check()?;
     if !has_npm {
         eprintln!("xtask: the dashboard was NOT tested: it is built with npm, which is not here");
         return Ok(());

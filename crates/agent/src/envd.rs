@@ -16,7 +16,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use axum::extract::Request;
 use axum::http::HeaderMap;
+use axum::routing::any;
 use connectrpc::ConnectError;
 use denizen_envd::filesystem::FilesystemExt;
 use denizen_envd::process::ProcessExt;
@@ -104,6 +106,24 @@ fn files<I: Instances>(instances: Arc<I>) -> axum::Router {
     http::router(instances).fallback_service(rpc.into_axum_service())
 }
 
+/// What [`crate::files`] serves, below [`crate::files::PREFIX`].
+fn own(workdir: PathBuf) -> axum::Router {
+    let answer = move |mut request: Request| {
+        let workdir = workdir.clone();
+        async move {
+            let all = request.uri().path_and_query().map_or("/", |it| it.as_str());
+            let rest = all.strip_prefix(crate::files::PREFIX).unwrap_or(all);
+            // A part of a URI that begins with a slash, as the route says, is one.
+            *request.uri_mut() = rest.parse().unwrap_or_default();
+            crate::files::answer(&workdir, request).await
+        }
+    };
+    let prefix = crate::files::PREFIX;
+    axum::Router::new()
+        .route(&format!("{prefix}/"), any(answer.clone()))
+        .route(&format!("{prefix}/{{*path}}"), any(answer))
+}
+
 /// Serves files from within an instance, over HTTP/2 on a connected socket, until that is
 /// closed: the files that this process sees, with the rights that it has.
 ///
@@ -125,9 +145,9 @@ pub async fn serve_files(socket: UnixStream, workdir: PathBuf) -> std::io::Resul
         explain: Arc::new(|_| None),
         started: Arc::new(|_| {}),
         lease: Arc::new(()),
-        workdir,
+        workdir: workdir.clone(),
     };
-    let router = files(Arc::new(Within(instance)));
+    let router = files(Arc::new(Within(instance))).merge(own(workdir));
     let service = hyper_util::service::TowerToHyperService::new(router);
     hyper::server::conn::http2::Builder::new(TokioExecutor::new())
         .serve_connection(TokioIo::new(socket), service)

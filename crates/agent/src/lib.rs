@@ -31,12 +31,16 @@ pub mod child;
 #[cfg(feature = "envd")]
 pub mod envd;
 mod error;
+#[cfg(feature = "envd")]
+pub mod files;
 pub mod init;
 mod message;
 pub mod output;
 mod program;
 mod sweep;
 mod tree;
+#[cfg(feature = "envd")]
+mod watch;
 
 pub use agent::Agent;
 pub use child::{Child, Exit, Scope, Spec, Stdin, Stdio};

@@ -5,7 +5,9 @@
 //! Times are seconds since 1970 with fractions, where nothing else is said. What is answered may
 //! get more fields: whoever reads it must not mind.
 
+mod access;
 mod event;
+mod file;
 mod problem;
 mod process;
 
@@ -17,7 +19,9 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use uuid::Uuid;
 
+pub use access::{Key, Keys, MadeKey, NewKey, NewToken, Scope, Token, Whoami};
 pub use event::Event;
+pub use file::{Change, ChangeKind, Entry, Folder, UPLOAD_OFFSET, Upload, UploadPlace, escape};
 pub use problem::{CONTENT_TYPE as PROBLEM, Code, Problem};
 pub use process::{
     Command, Ended, NewProcess, Output, OutputStream, Process, Processes, Signal, Size, Started,

@@ -51,7 +51,6 @@ macro_rules! codes {
     ($($(#[$doc:meta])+ $name:ident = $text:literal, $status:literal, $title:literal;)+) => {
         /// Why a request is refused, for programs. New ones may come.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-        #[cfg_attr(feature = "openapi", derive(ToSchema))]
         #[non_exhaustive]
         pub enum Code {
             $($(#[$doc])+ #[serde(rename = $text)] $name,)+
@@ -105,6 +104,8 @@ codes! {
     Unauthenticated = "unauthenticated", 401, "A key is needed";
     /// Who asks may not do this.
     Forbidden = "forbidden", 403, "The key does not allow this";
+    /// The session's own user may not do this.
+    NotPermitted = "not_permitted", 403, "The session's user may not do this";
     /// A web page of another site asks.
     BadOrigin = "bad_origin", 403, "Web pages of this origin may not ask";
     /// There is nothing at this path.
@@ -145,6 +146,22 @@ codes! {
     VolumeMissing = "volume_missing", 409, "The session's files are missing";
     /// The isolation does not have this.
     Isolation = "isolation", 409, "The isolation cannot do this";
+    /// What is there is a folder.
+    IsFolder = "is_folder", 409, "It is a folder";
+    /// What is there is no folder.
+    NotFolder = "not_folder", 409, "It is no folder";
+    /// What is there is neither a file nor a folder.
+    NotFile = "not_file", 409, "It is no regular file";
+    /// A folder that has something in it.
+    NotEmpty = "not_empty", 409, "The folder is not empty";
+    /// The two are on two file systems.
+    OtherDisk = "other_disk", 409, "It would be on another file system";
+    /// The upload is not at that place.
+    BadOffset = "bad_offset", 409, "The upload goes on elsewhere";
+    /// Another request has the upload.
+    Uploading = "uploading", 409, "The upload is being received";
+    /// The session was stopped before the request was answered.
+    Stopped = "stopped", 409, "The session was stopped";
     /// A request of the same idempotency key is being answered.
     Repeating = "repeating", 409, "The same request is being answered";
     /// The process cannot take this.
@@ -171,17 +188,38 @@ codes! {
     LargeHeaders = "large_headers", 431, "The headers are too large";
     /// Nothing answers at the session's port.
     Port = "port", 502, "The port cannot be reached";
+    /// What serves a session's files is gone.
+    NoAgent = "no_agent", 502, "The session's files cannot be served";
     /// There is no room for another session.
     AtCapacity = "at_capacity", 503, "The pool is at capacity";
     /// The daemon is about to end.
     ShuttingDown = "shutting_down", 503, "The daemon is shutting down";
     /// The daemon lives, and cannot do its work.
     NotReady = "not_ready", 503, "The daemon is not ready";
+    /// What serves a session's files does not answer.
+    NoAnswer = "no_answer", 504, "The session does not answer";
+    /// The session has come to one of its limits.
+    OverLimit = "over_limit", 507, "The session is at its limit";
     /// The disk, or the session's part of it, is full.
     NoSpace = "no_space", 507, "No space is left";
     /// All else.
     Failed = "failed", 500, "It has failed";
 }
+
+/// The codes as they are written, which a derived schema does not see.
+#[cfg(feature = "openapi")]
+impl utoipa::PartialSchema for Code {
+    fn schema() -> utoipa::openapi::RefOr<utoipa::openapi::Schema> {
+        utoipa::openapi::ObjectBuilder::new()
+            .schema_type(utoipa::openapi::schema::Type::String)
+            .description(Some("Why a request is refused, for programs. New ones may come."))
+            .enum_values(Some(Self::ALL.iter().map(|code| code.as_str())))
+            .into()
+    }
+}
+
+#[cfg(feature = "openapi")]
+impl ToSchema for Code {}
 
 impl fmt::Display for Code {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -1,14 +1,12 @@
 //! `denizen key`: through the daemon if one answers. Where none does, by the file itself: a daemon
 //! that is to be reached from elsewhere does not start before there is a key.
 
-use bytes::Bytes;
 use clap::{Subcommand, ValueEnum};
-use denizen_server::{Keys, NewKey, Scope};
-use http_body_util::{BodyExt, Full};
+use denizen_client::api::{Keys, MadeKey, NewKey, Scope};
+use denizen_server::KeyInfo;
 use jiff::{Span, SpanRelativeTo, Unit};
-use serde_json::json;
 
-use crate::client::{self, Client};
+use crate::client;
 use crate::config::Settings;
 use crate::{Failure, Result, show};
 
@@ -79,45 +77,33 @@ fn seconds(text: &str) -> std::result::Result<u64, String> {
 pub async fn run(settings: &Settings, verb: Verb, json: bool) -> Result<()> {
     let client = client::answering(settings).await?;
     let here = || {
-        let keys = Keys::open(&settings.state);
+        let keys = denizen_server::Keys::open(&settings.state);
         keys.map_err(|error| Failure::new(error.to_string()))
     };
     let failed = |error: denizen_server::KeysError| Failure::new(error.to_string());
     match verb {
         Verb::Create { name, scope, sessions, expires } => {
             let scope = Scope::from(scope);
+            let new = NewKey { name, scope, sessions, expires_in_seconds: expires };
             let made = if let Some(client) = client {
-                let new = json!({
-                    "name": name, "scope": scope, "sessions": sessions,
-                    "expires_in_seconds": expires,
-                });
-                let body = Full::new(Bytes::from(new.to_string()));
-                let body = body.map_err(|never| match never {}).boxed();
-                let header = Some(("content-type", "application/json"));
-                Client::body(client.request("POST", "/v1/keys", header, body).await?).await?
+                client.create_key(&new).await?
             } else {
-                let new = NewKey { name, scope, sessions, expires_in_seconds: expires };
                 let (info, key) = here()?.create(new).map_err(failed)?;
-                let mut made = show::value(&info)?;
-                made["key"] = key.into();
-                made
+                MadeKey { info: info.told(), key }
             };
-            show::made_key(&made, json)
+            show::made_key(&show::value(&made)?, json)
         }
         Verb::Ls => {
             let all = match client {
-                Some(client) => client.json("GET", "/v1/keys").await?,
-                None => json!({ "keys": show::value(here()?.list())? }),
+                Some(client) => client.keys().await?,
+                None => Keys { keys: here()?.list().into_iter().map(KeyInfo::told).collect() },
             };
-            show::keys(&all, json)
+            show::keys(&show::value(&all)?, json)
         }
         Verb::Revoke { ids } => {
             for id in ids {
                 match &client {
-                    Some(client) => {
-                        let path = format!("/v1/keys/{}", client::escape(&id));
-                        client.json("DELETE", &path).await?;
-                    }
+                    Some(client) => client.revoke_key(&id).await?,
                     None if here()?.revoke(&id).map_err(failed)? => {}
                     None => return Err(Failure::new(format!("there is no key {id}"))),
                 }

@@ -3,159 +3,11 @@
 
 mod common;
 
-use std::io::{BufRead, BufReader, Read, Write};
-use std::os::unix::net::UnixStream;
-use std::time::Duration;
+use std::io::{BufRead, BufReader, Read};
 
-use common::{User, text};
+use common::text;
+use common::wire::{Api, Followed, decode};
 use serde_json::{Value, json};
-
-/// What the daemon answers.
-struct Answer {
-    status: u16,
-    head: String,
-    body: Vec<u8>,
-}
-
-impl Answer {
-    fn json(&self) -> Value {
-        serde_json::from_slice(&self.body).unwrap_or_else(|_| panic!("{}", text(&self.body)))
-    }
-
-    fn header(&self, name: &str) -> Option<&str> {
-        self.head.lines().find_map(|line| {
-            let (found, value) = line.split_once(": ")?;
-            found.eq_ignore_ascii_case(name).then_some(value)
-        })
-    }
-
-    /// Refused as RFC 9457 has it.
-    fn refused(&self, status: u16, code: &str) -> String {
-        let problem = self.json();
-        assert_eq!(self.status, status, "{problem}");
-        assert_eq!(self.header("content-type"), Some("application/problem+json"));
-        assert_eq!((&problem["status"], &problem["code"]), (&json!(status), &json!(code)));
-        assert_eq!(problem["type"], json!(format!("urn:denizen:problem:{code}")));
-        problem["detail"].as_str().unwrap().to_owned()
-    }
-}
-
-/// A daemon that runs for one user.
-struct Api(User);
-
-impl Api {
-    fn new() -> Self {
-        let user = User::new();
-        user.json(&["ls"]);
-        Self(user)
-    }
-
-    fn send(&self, method: &str, path: &str, headers: &[&str], body: &[u8]) -> UnixStream {
-        let mut stream = UnixStream::connect(self.0.state.path().join("denizen.sock")).unwrap();
-        stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
-        let headers: String = headers.iter().map(|line| format!("{line}\r\n")).collect();
-        let length = body.len();
-        write!(
-            stream,
-            "{method} {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\
-             content-length: {length}\r\n{headers}\r\n"
-        )
-        .unwrap();
-        stream.write_all(body).unwrap();
-        stream
-    }
-
-    fn ask(&self, method: &str, path: &str, headers: &[&str], body: &[u8]) -> Answer {
-        let mut whole = Vec::new();
-        self.send(method, path, headers, body).read_to_end(&mut whole).unwrap();
-        let end = whole.windows(4).position(|four| four == b"\r\n\r\n").unwrap();
-        let head = text(&whole[..end]);
-        let status = head.split(' ').nth(1).unwrap().parse().unwrap();
-        Answer { status, head, body: whole[end + 4..].to_vec() }
-    }
-
-    fn get(&self, path: &str) -> Answer {
-        self.ask("GET", path, &[], &[])
-    }
-
-    fn post(&self, path: &str, body: &Value) -> Answer {
-        self.ask("POST", path, &["content-type: application/json"], body.to_string().as_bytes())
-    }
-
-    /// Follows server-sent events.
-    fn follow(&self, method: &str, path: &str, headers: &[&str], body: &Value) -> Followed {
-        let mut all = vec!["accept: text/event-stream", "content-type: application/json"];
-        all.extend(headers);
-        let body = if body.is_null() { String::new() } else { body.to_string() };
-        let mut lines = BufReader::new(self.send(method, path, &all, body.as_bytes())).lines();
-        let status = lines.next().unwrap().unwrap();
-        assert!(status.contains(" 200 "), "{status}");
-        Followed(Box::new(lines.map(Result::unwrap)))
-    }
-}
-
-/// Server-sent events, one by one.
-struct Followed(Box<dyn Iterator<Item = String>>);
-
-/// Kind, id and data.
-type Sent = (String, String, Value);
-
-impl Iterator for Followed {
-    type Item = Sent;
-
-    fn next(&mut self) -> Option<Sent> {
-        let mut event = Sent::default();
-        loop {
-            let line = self.0.next()?;
-            if let Some(kind) = line.strip_prefix("event: ") {
-                event.0 = kind.to_owned();
-            } else if let Some(id) = line.strip_prefix("id: ") {
-                event.1 = id.to_owned();
-            } else if let Some(data) = line.strip_prefix("data: ") {
-                event.2 = serde_json::from_str(data).unwrap();
-            } else if line.is_empty() && !event.0.is_empty() {
-                return Some(event);
-            }
-        }
-    }
-}
-
-impl Followed {
-    /// The next of a kind.
-    fn find_kind(&mut self, kind: &str) -> Sent {
-        self.find(|event| event.0 == kind).unwrap_or_else(|| panic!("no {kind}"))
-    }
-
-    /// All that is printed until the end, and the end.
-    fn printed(self) -> (String, Sent) {
-        let mut printed = Vec::new();
-        for event in self {
-            if event.0 == "output" {
-                printed.extend(decode(event.2["bytes"].as_str().unwrap()));
-            } else if event.0 == "exit" {
-                return (text(&printed), event);
-            }
-        }
-        panic!("it has no end: {}", text(&printed));
-    }
-}
-
-/// RFC 4648, 4.
-fn decode(base64: &str) -> Vec<u8> {
-    const DIGITS: &[u8] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    let digits = base64.bytes().filter(|byte| *byte != b'=');
-    let (mut bits, mut count, mut bytes) = (0u32, 0, Vec::new());
-    for digit in digits {
-        let value = DIGITS.iter().position(|known| *known == digit).unwrap();
-        bits = bits << 6 | u32::try_from(value).unwrap();
-        count += 6;
-        if count >= 8 {
-            count -= 8;
-            bytes.push((bits >> count).to_le_bytes()[0]);
-        }
-    }
-    bytes
-}
 
 #[test]
 fn sessions_are_made_listed_and_removed() {
@@ -281,6 +133,8 @@ fn a_command_is_streamed_and_goes_with_its_reader() {
     assert_eq!(end.2, json!({ "code": 3 }));
     let (_, end) = run(json!({ "command": ["sh", "-c", "kill -9 $$"] })).printed();
     assert_eq!(end.2, json!({ "code": 137, "signal": 9 }));
+    let never = json!({ "command": ["true"], "timeout_seconds": u64::MAX });
+    assert_eq!(run(never).printed().1.2, json!({ "code": 0 }));
     let slow = json!({ "command": ["sleep", "1000"], "timeout_seconds": 1 });
     let lost = run(slow).find_kind("lost");
     assert!(lost.2["detail"].as_str().unwrap().contains("timeout"), "{}", lost.2);
@@ -362,7 +216,7 @@ fn the_description_has_every_path_that_is_answered() {
     for (path, methods) in paths {
         for (method, operation) in methods.as_object().unwrap() {
             let responses = operation["responses"].as_object().unwrap();
-            let cannot_fail = ["/v1/health", "/healthz"].contains(&path.as_str());
+            let cannot_fail = path == "/healthz";
             assert!(responses.contains_key("4XX") || cannot_fail, "{method} {path}");
             assert!(operation["operationId"].is_string(), "{method} {path}");
             // The parts of the path are told, and the daemon answers there.
@@ -388,4 +242,6 @@ fn the_description_has_every_path_that_is_answered() {
     assert!(paths.contains_key("/v1/sessions/{session}/processes/{process}/output"));
     let problem = &described["components"]["schemas"]["Problem"];
     assert!(problem["properties"]["code"].is_object(), "{problem}");
+    let codes = described["components"]["schemas"]["Code"]["enum"].as_array().unwrap();
+    assert!(codes.contains(&json!("unknown_session")), "{codes:?}");
 }

@@ -4,7 +4,7 @@
 mod common;
 
 use common::{User, text};
-use denizen_client::api::{Code, NewSession, OutputStream, Size};
+use denizen_client::api::{Code, NewKey, NewSession, NewToken, OutputStream, Scope, Size};
 use denizen_client::{Client, Error, NewProcess, Run, RunEvent, Target};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
@@ -144,4 +144,105 @@ c.sendall(c.recv(100).upper())";
     port.read_to_end(&mut answer).await.unwrap();
     assert_eq!(answer, b"HELLO");
     assert_eq!(code(&client.port("a", 7071).await.err().unwrap()), Some(Code::Port));
+}
+
+/// A socket in front of the daemon's that cuts each connection after so many bytes of either
+/// direction.
+fn cutting(user: &User, limit: u64) -> Client {
+    let (before, behind) =
+        (user.state.path().join("cut.sock"), user.state.path().join("denizen.sock"));
+    let listener = tokio::net::UnixListener::bind(&before).unwrap();
+    tokio::spawn(async move {
+        loop {
+            let (client, _) = listener.accept().await.unwrap();
+            let daemon = tokio::net::UnixStream::connect(&behind).await.unwrap();
+            tokio::spawn(async move {
+                let (from_client, mut to_client) = client.into_split();
+                let (from_daemon, mut to_daemon) = daemon.into_split();
+                let (mut up, mut down) = (from_client.take(limit), from_daemon.take(limit));
+                // Whichever ends first ends both.
+                tokio::select! {
+                    _ = tokio::io::copy(&mut up, &mut to_daemon) => {}
+                    _ = tokio::io::copy(&mut down, &mut to_client) => {}
+                }
+            });
+        }
+    });
+    Client::new(Target::socket(before))
+}
+
+#[tokio::test]
+async fn files_come_and_go_over_connections_that_break() {
+    let user = User::new();
+    let client = client(&user);
+    client.ensure("a", None).await.unwrap();
+    let cut = cutting(&user, 1 << 20);
+    let content: Vec<u8> =
+        (0..1_500_000u32).flat_map(|it| it.to_le_bytes()[..3].to_vec()).collect();
+
+    let sent = cut.upload_file("a", "~/d/f", "one", std::io::Cursor::new(content.clone())).await;
+    assert_eq!(sent.unwrap().size, content.len() as u64);
+    let mut came = Vec::new();
+    let length = cut.download_file("a", "~/d/f", 0, &mut came).await.unwrap();
+    assert!(length == content.len() as u64 && came == content);
+    let mut rest = Vec::new();
+    client.download_file("a", "~/d/f", 4_000_000, &mut rest).await.unwrap();
+    assert!(rest == content[4_000_000..]);
+    assert_eq!(client.download_file("a", "~/d/f", 4_500_000, &mut rest).await.unwrap(), 0);
+    // In one piece, it does not come through.
+    let whole = cut.write_file("a", "~/d/g", std::io::Cursor::new(content)).await;
+    assert!(whole.is_err());
+    let gone = client.stat("a", "~/d/g").await.unwrap_err();
+    assert_eq!(code(&gone), Some(Code::NoFile), "{gone}");
+    let empty = client.upload_file("a", "~/d/empty", "two", std::io::Cursor::new(vec![])).await;
+    assert_eq!(empty.unwrap().size, 0);
+    let names: Vec<_> =
+        client.list("a", "~/d").await.unwrap().into_iter().map(|it| it.name).collect();
+    assert_eq!(names, ["empty", "f"]);
+}
+
+#[tokio::test]
+async fn folders_are_watched_moved_and_copied() {
+    let user = User::new();
+    let client = client(&user);
+    client.ensure("a", None).await.unwrap();
+    client.make_folder("a", "/volume/d/e").await.unwrap();
+    let mut changes = client.watch("a", "/volume/d", true).await.unwrap();
+    client.write_file("a", "/volume/d/e/a b%41", &b"x"[..]).await.unwrap();
+    while changes.next().await.unwrap().unwrap().path != "/volume/d/e/a b%41" {}
+    let moved = client.move_file("a", "/volume/d/e/a b%41", "/volume/d/é", false).await.unwrap();
+    assert_eq!(moved.path, "/volume/d/é");
+    while changes.next().await.unwrap().unwrap().path != "/volume/d/é" {}
+    let mut archive = Vec::new();
+    client.download_folder("a", "/volume/d", &mut archive).await.unwrap();
+    client.upload_folder("a", "/volume/copy", std::io::Cursor::new(archive)).await.unwrap();
+    assert_eq!(client.stat("a", "/volume/copy/é").await.unwrap().size, 1);
+    let full = client.remove_file("a", "/volume/copy", false).await.unwrap_err();
+    assert_eq!(code(&full), Some(Code::NotEmpty));
+    client.remove_file("a", "/volume/copy", true).await.unwrap();
+}
+
+#[tokio::test]
+async fn keys_and_tokens() {
+    let user = User::new();
+    let client = client(&user);
+    let who = client.whoami().await.unwrap();
+    assert_eq!((who.name.as_str(), who.scope), ("local", Scope::Admin));
+    let new = NewKey {
+        name: "ci".to_owned(),
+        scope: Scope::Read,
+        sessions: Some("ci-".to_owned()),
+        expires_in_seconds: Some(60),
+    };
+    let made = client.create_key(&new).await.unwrap();
+    assert!(made.key.starts_with("dk_") && made.info.expires_at.is_some());
+    assert_eq!(client.keys().await.unwrap().keys, [made.info.clone()]);
+    client.revoke_key(&made.info.id).await.unwrap();
+    let gone = client.revoke_key(&made.info.id).await.unwrap_err();
+    assert_eq!(code(&gone), Some(Code::UnknownKey));
+    let session = client.ensure("a", None).await.unwrap();
+    let asked = NewToken { expires_in_seconds: Some(60) };
+    let token = client.create_token("a", asked).await.unwrap();
+    assert!(token.session == session.id && token.token.starts_with("dt_"));
+    client.void_tokens("a").await.unwrap();
 }

@@ -20,6 +20,7 @@
 //! Each request has a connection of its own, so that one that takes long holds up no other. It
 //! never repeats a request by itself.
 
+mod files;
 mod stream;
 mod target;
 
@@ -39,12 +40,14 @@ use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 
 pub use denizen_api as api;
 pub use denizen_api::NewProcess;
+pub use files::Changes;
 pub use stream::{Events, Lines, Piece, Run, RunEvent};
 pub use target::{Stream, Target};
 
 use api::{
-    Backup, BackupReport, Difference, Forget, Health, Image, NewSession, Problem, Process,
-    Processes as ProcessList, Session, Sessions, Size, Snapshot, Started,
+    Backup, BackupReport, Difference, Forget, Health, Image, Keys, MadeKey, NewKey, NewSession,
+    NewToken, Problem, Process, Processes as ProcessList, Session, Sessions, Size, Snapshot,
+    Started, Token, Whoami,
 };
 
 /// The envd side of the daemon.
@@ -290,6 +293,56 @@ impl Client {
     pub async fn remove_image(&self, name: &str) -> Result<()> {
         let path = format!("/v1/images{}", query("name", Some(name.to_owned())));
         self.json("DELETE", &path).await.map(drop)
+    }
+
+    // ---- Access -------------------------------------------------------------------------
+
+    /// Who this client is to the daemon. Cancel-safe.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub async fn whoami(&self) -> Result<Whoami> {
+        self.get("/v1/whoami").await
+    }
+
+    /// The keys that there are. Cancel-safe.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub async fn keys(&self) -> Result<Keys> {
+        self.get("/v1/keys").await
+    }
+
+    /// Makes a key. Dropped, it may be made or not.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub async fn create_key(&self, new: &NewKey) -> Result<MadeKey> {
+        self.send("POST", "/v1/keys", None, new).await
+    }
+
+    /// Revokes a key, by its id: what is being done with it ends.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub async fn revoke_key(&self, id: &str) -> Result<()> {
+        self.json("DELETE", &format!("/v1/keys/{}", escape(id))).await.map(drop)
+    }
+
+    /// Makes a token for one session.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub async fn create_token(&self, session: &str, new: NewToken) -> Result<Token> {
+        self.send("POST", &path(session, "/tokens"), None, &new).await
+    }
+
+    /// Voids all tokens of a session.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub async fn void_tokens(&self, session: &str) -> Result<()> {
+        self.json("DELETE", &path(session, "/tokens")).await.map(drop)
     }
 
     // ---- Commands -----------------------------------------------------------------------

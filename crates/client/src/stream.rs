@@ -53,7 +53,7 @@ impl Lines {
 }
 
 /// Server-sent events, as much of them as the daemon uses.
-struct Sent {
+pub(crate) struct Sent {
     target: String,
     lines: Lines,
     /// Of the event that is being read.
@@ -63,14 +63,14 @@ struct Sent {
 }
 
 impl Sent {
-    fn new(target: String, response: Response<Incoming>) -> Self {
+    pub(crate) fn new(target: String, response: Response<Incoming>) -> Self {
         let (kind, id, data) = Default::default();
         Self { target, lines: Lines::new(response), kind, id, data }
     }
 
     /// The next one, with its kind and data; its id is `self.id`. Cancel-safe: what has been read
     /// of one is kept.
-    async fn next(&mut self) -> Result<Option<(String, serde_json::Value)>> {
+    pub(crate) async fn next(&mut self) -> Result<Option<(String, serde_json::Value)>> {
         while let Some(line) = self.lines.next().await? {
             if line.is_empty() {
                 let (kind, data) = (std::mem::take(&mut self.kind), std::mem::take(&mut self.data));
@@ -93,7 +93,7 @@ impl Sent {
         Ok(None)
     }
 
-    fn broken_off(&self) -> Error {
+    pub(crate) fn broken_off(&self) -> Error {
         Error::Gone { target: self.target.clone(), source: "the answer broke off".into() }
     }
 }

@@ -30,8 +30,8 @@ pub fn send(folder: PathBuf) -> impl Stream<Item = io::Result<Bytes>> + Send + S
 /// is replaced. Not cancel-safe: dropped, it leaves what has arrived.
 ///
 /// # Errors
-/// A stream that breaks off or is no tar archive, an entry that leads out of the folder, and
-/// what met making the files.
+/// A stream that breaks off or is no tar archive, an entry that leads out of the folder or is a
+/// device, and what met making the files.
 pub async fn receive(
     content: impl Stream<Item = io::Result<Bytes>> + Send + Unpin + 'static,
     folder: PathBuf,
@@ -96,9 +96,14 @@ fn unpack(input: impl Read, folder: &Path) -> io::Result<()> {
 }
 
 fn put<R: Read>(entry: &mut tar::Entry<'_, R>, folder: &Path) -> io::Result<()> {
-    if entry.unpack_in(folder)? {
+    let kind = entry.header().entry_type();
+    let why = if kind.is_block_special() || kind.is_character_special() {
+        "is a device"
+    } else if entry.unpack_in(folder)? {
         return Ok(());
-    }
+    } else {
+        "leads out of the folder"
+    };
     let name = String::from_utf8_lossy(&entry.path_bytes()).into_owned();
-    Err(io::Error::new(io::ErrorKind::InvalidData, format!("{name} leads out of the folder")))
+    Err(io::Error::new(io::ErrorKind::InvalidData, format!("{name} {why}")))
 }

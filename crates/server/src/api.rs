@@ -8,7 +8,8 @@
 mod backups;
 mod daemon;
 mod events;
-mod extract;
+pub(crate) mod extract;
+mod files;
 mod images;
 mod ports;
 mod processes;
@@ -28,15 +29,17 @@ use denizen_api::Code;
 use tokio::sync::Notify;
 use utoipa::OpenApi as _;
 use utoipa::openapi::OpenApi;
+use utoipa::openapi::security::{Http, HttpAuthScheme, SecurityScheme};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 pub(crate) use daemon::metrics_or_envd;
 pub(crate) use events::Recent;
-pub(crate) use refusal::Refused;
+pub(crate) use refusal::{Answer, Refused};
 use repeats::Repeats;
 
-use crate::lease::Leases;
+use crate::access::{Access, routes};
+use crate::lease::{Lease, Leases};
 
 /// What handlers have.
 #[derive(Clone)]
@@ -59,6 +62,13 @@ impl Api {
     ) -> Self {
         Self { pool, leases, stop, recent, repeats: Arc::default(), ready: Arc::default() }
     }
+
+    /// Shares the guard of a session that is there already; one that sleeps wakes. Cancel-safe.
+    async fn take_known(&self, session: &str) -> Answer<Arc<Lease>> {
+        let id = self.leases.find(session)?;
+        self.pool.inspect(id)?;
+        Ok(self.leases.take(id, None).await?)
+    }
 }
 
 #[derive(utoipa::OpenApi)]
@@ -68,8 +78,27 @@ impl Api {
                    processes and files can also be spoken to with envd's protocol, which is not \
                    described here.",
     license(name = "MIT", identifier = "MIT"),
-))]
+), components(schemas(
+    // What only a query or the data of an event has.
+    files::View,
+    files::WriteAs,
+    denizen_api::Change,
+    denizen_api::Ended,
+    denizen_api::Event,
+    denizen_api::Output,
+)), modifiers(&Bearer), security(("key" = [])))]
 struct Description;
+
+/// How a client over TCP shows what lets it in. On the Unix socket nothing is needed.
+struct Bearer;
+
+impl utoipa::Modify for Bearer {
+    fn modify(&self, description: &mut OpenApi) {
+        let bearer = SecurityScheme::Http(Http::new(HttpAuthScheme::Bearer));
+        let components = description.components.get_or_insert_default();
+        components.add_security_scheme("key", bearer);
+    }
+}
 
 /// All routes, and their description.
 fn described() -> OpenApiRouter<Api> {
@@ -105,24 +134,37 @@ fn described() -> OpenApiRouter<Api> {
         .routes(routes!(processes::signal))
         .routes(routes!(processes::resize))
         .routes(routes!(processes::log))
+        .routes(routes!(files::read, files::write, files::rename, files::remove))
         .routes(routes!(ports::connect))
+        .routes(routes!(ports::proxied))
 }
 
 /// The API as it is described to machines.
 pub fn description() -> OpenApi {
-    described().into_openapi()
+    let mut description = described().into_openapi();
+    description.merge(routes::described().into_openapi());
+    // What the router calls the rest of a path, is a part of it like any other elsewhere.
+    let paths = std::mem::take(&mut description.paths.paths);
+    description.paths.paths =
+        paths.into_iter().map(|(path, item)| (path.replace("{*", "{"), item)).collect();
+    description
 }
 
-pub(crate) fn router(api: Api) -> Router {
-    let (router, description) = described().split_for_parts();
-    router
-        .route(
-            "/v1/openapi.json",
-            axum::routing::get(move || std::future::ready(Json(description.clone()))),
-        )
+/// The API, with what is about access.
+pub(crate) fn router(api: Api, access: Arc<Access>) -> Router {
+    let description = description();
+    let machines = axum::routing::get(move || std::future::ready(Json(description.clone())));
+    let root = axum::routing::get(files::read).put(files::write).post(files::rename);
+    Router::from(described())
+        .route("/v1/openapi.json", machines)
+        // The rest of a path is not empty: the root of a session, and of what a port serves.
+        .route("/v1/sessions/{session}/files/", root.delete(files::remove))
+        .route("/v1/sessions/{session}/ports/{port}/", any(ports::proxy))
+        .route("/v1/sessions/{session}/ports/{port}/{*rest}", any(ports::proxy))
         .route("/v1/{*rest}", any(nothing))
-        .method_not_allowed_fallback(no_method)
         .with_state(api)
+        .merge(Router::from(routes::described()).with_state(access))
+        .method_not_allowed_fallback(no_method)
 }
 
 async fn nothing(uri: Uri) -> Refused {

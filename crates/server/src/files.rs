@@ -164,12 +164,19 @@ pub(crate) async fn forward(State(resolver): State<Arc<Resolver>>, request: Requ
     }
 }
 
-/// Finds the session's agent and passes the request to it, and its answer back.
 async fn hand_over(resolver: &Resolver, request: Request) -> Result<Response, ConnectError> {
-    let lease = resolver.lease(request.headers()).await?;
+    pass(resolver.lease(request.headers()).await?, request).await
+}
+
+/// Passes a request to the session's agent, and its answer back.
+pub(crate) async fn pass(lease: Arc<Lease>, request: Request) -> Result<Response, ConnectError> {
     let limits = lease.guard.limit_watch();
     let mut requests = lease.within.requests(&lease).await?;
-    let response = match ask(&mut requests, for_the_agent(request)?, PATIENCE).await {
+    let answer = tokio::select! {
+        answer = ask(&mut requests, for_the_agent(request)?, PATIENCE) => answer,
+        () = lease.ended() => Err(ConnectError::aborted("the session was stopped")),
+    };
+    let response = match answer {
         Err(error) if error.code == connectrpc::ErrorCode::DeadlineExceeded => {
             lease.within.give_up().await;
             return Err(error);
@@ -182,15 +189,10 @@ async fn hand_over(resolver: &Resolver, request: Request) -> Result<Response, Co
         }
         answer => answer?,
     };
-    // The session stays in use until the last byte is out.
     let (mut parts, body) = response.into_parts();
     parts.headers.remove("set-cookie");
     drop_hop_by_hop(&mut parts.headers);
-    let body = Body::new(body).into_data_stream().map(move |piece| {
-        let _ = &lease;
-        piece
-    });
-    Ok(Response::from_parts(parts, Body::from_stream(body)))
+    Ok(Response::from_parts(parts, Body::new(lease.hold(body))))
 }
 
 /// A request as the agent within gets it.
@@ -202,16 +204,31 @@ fn for_the_agent(request: Request) -> Result<Request, ConnectError> {
     })?;
     parts.version = axum::http::Version::HTTP_2;
     drop_hop_by_hop(&mut parts.headers);
-    // What lets a client in here is nothing for what runs within.
-    for name in ["authorization", "cookie", "proxy-authorization", "x-api-key", "x-access-token"] {
-        parts.headers.remove(name);
-    }
+    drop_credentials(&mut parts.headers);
+    // Which has no place in HTTP/2.
+    parts.headers.remove("host");
     Ok(Request::from_parts(parts, body))
 }
 
-/// What is about one connection only (RFC 9110, 7.6.1), and has no place in HTTP/2.
-fn drop_hop_by_hop(headers: &mut HeaderMap) {
-    for name in ["connection", "host", "keep-alive", "te", "transfer-encoding", "upgrade"] {
+/// What lets a client in here is nothing for what runs within.
+pub(crate) fn drop_credentials(headers: &mut HeaderMap) {
+    for name in ["authorization", "cookie", "proxy-authorization", "x-api-key", "x-access-token"] {
+        headers.remove(name);
+    }
+}
+
+/// What is about one connection only (RFC 9110, 7.6.1).
+pub(crate) fn drop_hop_by_hop(headers: &mut HeaderMap) {
+    let named: Vec<_> = headers
+        .get_all("connection")
+        .iter()
+        .filter_map(|names| names.to_str().ok())
+        .flat_map(|names| names.split(','))
+        .map(|name| name.trim().to_owned())
+        .collect();
+    let always =
+        ["connection", "keep-alive", "proxy-connection", "te", "transfer-encoding", "upgrade"];
+    for name in always.into_iter().chain(named.iter().map(String::as_str)) {
         headers.remove(name);
     }
 }

@@ -5,14 +5,20 @@
 //! the last of them is done, the guard is given back.
 
 use std::collections::HashMap;
+use std::pin::Pin;
 use std::sync::{Arc, Weak};
+use std::task::{Context, Poll};
 
+use axum::BoxError;
+use axum::body::Bytes;
 use axum::http::HeaderMap;
 use connectrpc::ConnectError;
 use denizen::{Error, Histogram, MicroVmManager, SessionName, VmExecutionGuard};
 use denizen_agent::envd::{Instance, Instances, Jobs, Watchers};
+use hyper::body::{Body, Frame, SizeHint};
 use parking_lot::Mutex;
 use tokio::time::Instant;
+use tokio_util::sync::{CancellationToken, DropGuard, WaitForCancellationFutureOwned};
 use uuid::Uuid;
 
 use crate::access::guard;
@@ -26,9 +32,37 @@ pub(crate) struct Lease {
     watchers: Arc<Watchers>,
     pub(crate) within: Arc<Within>,
     starts: Arc<Mutex<Histogram>>,
+    /// Cancelled when whoever has it is to give it back.
+    ended: CancellationToken,
 }
 
 impl Lease {
+    /// Ends when the session is stopped by force, or the daemon ends: whatever takes long has to
+    /// give the lease back then. Cancel-safe.
+    pub(crate) async fn ended(&self) {
+        self.ended.cancelled().await;
+    }
+
+    /// A body that keeps its session in use until its last byte is out, and breaks off when the
+    /// session is stopped by force; also if nobody reads it.
+    pub(crate) fn hold<B>(self: Arc<Self>, body: B) -> Held<B> {
+        let done = CancellationToken::new();
+        let ended = self.ended.clone();
+        let held = Held {
+            body,
+            ended: Box::pin(ended.clone().cancelled_owned()),
+            _done: done.clone().drop_guard(),
+        };
+        tokio::spawn(async move {
+            tokio::select! {
+                () = done.cancelled() => {}
+                () = ended.cancelled() => {}
+            }
+            drop(self);
+        });
+        held
+    }
+
     /// Where commands run and files are.
     pub(crate) fn instance(self: Arc<Self>) -> Result<Instance, Error> {
         let limits = self.guard.limit_watch();
@@ -53,6 +87,41 @@ struct Slot {
     jobs: Mutex<Option<Arc<Jobs>>>,
     watchers: Arc<Watchers>,
     within: Arc<Within>,
+    /// Of the lease that there is; after that was ended, of the next one.
+    ended: Mutex<CancellationToken>,
+}
+
+/// As [`Lease::hold`] makes it.
+pub(crate) struct Held<B> {
+    body: B,
+    ended: Pin<Box<WaitForCancellationFutureOwned>>,
+    _done: DropGuard,
+}
+
+impl<B> Body for Held<B>
+where
+    B: Body<Data = Bytes, Error: Into<BoxError>> + Unpin,
+{
+    type Data = Bytes;
+    type Error = BoxError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        if self.ended.as_mut().poll(context).is_ready() {
+            return Poll::Ready(Some(Err("the session was stopped".into())));
+        }
+        Pin::new(&mut self.body).poll_frame(context).map_err(Into::into)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
 }
 
 /// All leases of the daemon.
@@ -115,7 +184,8 @@ impl Leases {
         let jobs = slot.jobs.lock().get_or_insert_with(|| Arc::new(Jobs::new(logs))).clone();
         let watchers = slot.watchers.clone();
         let within = slot.within.clone();
-        let lease = Arc::new(Lease { guard, jobs, watchers, within, starts: self.starts.clone() });
+        let (starts, ended) = (self.starts.clone(), slot.ended.lock().clone());
+        let lease = Arc::new(Lease { guard, jobs, watchers, within, starts, ended });
         *shared = Arc::downgrade(&lease);
         drop(shared);
         self.forget_unused();
@@ -142,8 +212,8 @@ impl Leases {
         *self.last_use.lock() = Instant::now();
     }
 
-    /// Kills what was started in a session through the daemon. Its requests then give the guard
-    /// back on their own.
+    /// Kills what was started in a session through the daemon, and breaks off what is being read of
+    /// it or written to it. Its requests then give the guard back on their own.
     pub(crate) async fn kill(&self, id: Uuid) {
         let slot = self.slots.lock().get(&id).cloned();
         if let Some(slot) = slot {
@@ -179,6 +249,7 @@ impl Leases {
 impl Slot {
     async fn kill(&self, ending: Ending) {
         self.watchers.clear();
+        std::mem::take(&mut *self.ended.lock()).cancel();
         let jobs = self.jobs.lock().clone();
         match (jobs, ending) {
             (Some(jobs), Ending::Stop) => jobs.kill_all().await,

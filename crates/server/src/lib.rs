@@ -31,7 +31,7 @@ use tokio::task::JoinSet;
 
 use crate::access::tls::Tls;
 use crate::access::{Access, guard};
-pub use crate::access::{Certificate, Front, KeyInfo, Keys, KeysError, NewKey, Scope};
+pub use crate::access::{Certificate, Front, KeyInfo, Keys, KeysError};
 pub use crate::api::description;
 use crate::lease::Leases;
 use crate::listener::OwnListener;
@@ -192,8 +192,7 @@ impl Daemon {
         let api = api::Api::new(pool.clone(), leases.clone(), asked.clone(), recent);
         let own = axum::middleware::from_fn_with_state(api.clone(), api::metrics_or_envd);
         let envd = envd.layer(own);
-        let app = api::router(api)
-            .merge(access::routes::router().with_state(access.clone()))
+        let app = api::router(api, access.clone())
             .layer(DefaultBodyLimit::max(JSON))
             .merge(web::router())
             .merge(envd)

@@ -1,7 +1,7 @@
 //! `filesystem.Filesystem`: looks at files, moves and removes them, and tells of changes.
 //! Never follows a symlink when it removes, and never recurses through one.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 use std::fs::Metadata;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::Path;
@@ -11,18 +11,15 @@ use buffa_types::google::protobuf::Timestamp;
 use connectrpc::{
     ConnectError, Encodable, RequestContext, Response, ServiceRequest, ServiceResult, ServiceStream,
 };
+use denizen_api::ChangeKind;
 use denizen_envd::filesystem as wire;
 use denizen_envd::filesystem::__buffa::oneof;
 use futures::stream;
-use notify::event::{ModifyKind, RenameMode};
-use notify::{EventKind, RecommendedWatcher, RecursiveMode, Watcher as _};
 use parking_lot::Mutex;
-use tokio::sync::Notify;
 
 use super::{Instance, Instances, blocking, keepalive, refused};
+use crate::watch::{self, Missed};
 
-/// Most changes that wait for a client to ask for them.
-const MOST_EVENTS: usize = 16_384;
 /// Most watchers that an instance's clients have without a stream.
 const MOST_WATCHERS: usize = 64;
 /// Most entries of one listing: an answer has to fit into a message.
@@ -218,103 +215,37 @@ fn list(root: &Path, depth: u32) -> Result<Vec<wire::EntryInfo>, ConnectError> {
     Ok(entries)
 }
 
-/// A folder that is being watched. Changes wait in a bounded queue; when it runs over, the
-/// client is told that it missed some.
-struct Watch {
-    queue: Arc<Queue>,
-    /// Dropping it ends the watch.
-    _watcher: RecommendedWatcher,
-}
+type Watch = watch::Watch<wire::FilesystemEvent>;
 
-impl std::fmt::Debug for Watch {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Watch").finish_non_exhaustive()
+fn watch(root: &Path, recursive: bool, include_entry: bool) -> Result<Watch, ConnectError> {
+    let there = std::fs::metadata(root).map_err(|error| refused(root, &error))?;
+    if !there.is_dir() {
+        let text = format!("{}: only a folder can be watched", root.display());
+        return Err(ConnectError::invalid_argument(text));
     }
-}
-
-#[derive(Default)]
-struct Queue {
-    events: Mutex<Changes>,
-    more: Notify,
-}
-
-#[derive(Default)]
-struct Changes {
-    waiting: VecDeque<wire::FilesystemEvent>,
-    missed: bool,
-}
-
-impl Queue {
-    fn push(&self, event: wire::FilesystemEvent) {
-        let mut changes = self.events.lock();
-        if changes.waiting.len() < MOST_EVENTS {
-            changes.waiting.push_back(event);
-        } else {
-            changes.missed = true;
-        }
-        drop(changes);
-        self.more.notify_one();
-    }
-
-    fn pop(&self) -> Result<Option<wire::FilesystemEvent>, ConnectError> {
-        let mut changes = self.events.lock();
-        if changes.waiting.is_empty() && std::mem::take(&mut changes.missed) {
-            return Err(ConnectError::data_loss("too many changes at once: some were missed"));
-        }
-        Ok(changes.waiting.pop_front())
-    }
-}
-
-impl Watch {
-    fn new(root: &Path, recursive: bool, include_entry: bool) -> Result<Self, ConnectError> {
-        let there = std::fs::metadata(root).map_err(|error| refused(root, &error))?;
-        if !there.is_dir() {
-            let text = format!("{}: only a folder can be watched", root.display());
-            return Err(ConnectError::invalid_argument(text));
-        }
-        let queue = Arc::new(Queue::default());
-        let failed = |error: notify::Error| ConnectError::resource_exhausted(error.to_string());
-        let (changes, base) = (queue.clone(), root.to_owned());
-        let told = move |event: notify::Result<notify::Event>| match event {
-            Ok(event) if event.need_rescan() => changes.events.lock().missed = true,
-            Ok(event) => tell(&changes, &base, &event, include_entry),
-            Err(error) => {
-                tracing::debug!(%error, "a watch has missed something");
-                changes.events.lock().missed = true;
-            }
+    let base = root.to_owned();
+    let event = move |kind, path: &Path| {
+        let kind = match kind {
+            ChangeKind::Created => wire::EventType::EVENT_TYPE_CREATE,
+            ChangeKind::Renamed => wire::EventType::EVENT_TYPE_RENAME,
+            ChangeKind::Attributes => wire::EventType::EVENT_TYPE_CHMOD,
+            ChangeKind::Removed => wire::EventType::EVENT_TYPE_REMOVE,
+            _ => wire::EventType::EVENT_TYPE_WRITE,
         };
-        let mut watcher = notify::recommended_watcher(told).map_err(failed)?;
-        let mode = if recursive { RecursiveMode::Recursive } else { RecursiveMode::NonRecursive };
-        watcher.watch(root, mode).map_err(failed)?;
-        Ok(Self { queue, _watcher: watcher })
-    }
-}
-
-fn tell(queue: &Queue, base: &Path, event: &notify::Event, include_entry: bool) {
-    let kind = match event.kind {
-        EventKind::Create(_) | EventKind::Modify(ModifyKind::Name(RenameMode::To)) => {
-            wire::EventType::EVENT_TYPE_CREATE
-        }
-        EventKind::Modify(ModifyKind::Name(RenameMode::From)) => wire::EventType::EVENT_TYPE_RENAME,
-        EventKind::Modify(ModifyKind::Metadata(_)) => wire::EventType::EVENT_TYPE_CHMOD,
-        // Both names of a rename have been told of one by one.
-        EventKind::Modify(ModifyKind::Name(_)) => return,
-        EventKind::Modify(_) => wire::EventType::EVENT_TYPE_WRITE,
-        EventKind::Remove(_) => wire::EventType::EVENT_TYPE_REMOVE,
-        _ => return,
-    };
-    for path in &event.paths {
-        let name = path.strip_prefix(base).unwrap_or(path);
-        if name.as_os_str().is_empty() {
-            continue;
-        }
-        queue.push(wire::FilesystemEvent {
+        let name = path.strip_prefix(&base).unwrap_or(path);
+        wire::FilesystemEvent {
             name: name.to_string_lossy().into_owned(),
             r#type: kind.into(),
             entry: include_entry.then(|| entry(path).ok()).flatten().into(),
             ..Default::default()
-        });
-    }
+        }
+    };
+    let watch = Watch::new(root, recursive, event);
+    watch.map_err(|error| ConnectError::resource_exhausted(error.to_string()))
+}
+
+fn missed(_: Missed) -> ConnectError {
+    ConnectError::data_loss("too many changes at once: some were missed")
 }
 
 impl<I: Instances> wire::Filesystem for FilesystemService<I> {
@@ -391,25 +322,19 @@ impl<I: Instances> wire::Filesystem for FilesystemService<I> {
         let request = request.to_owned_message();
         let path = instance.resolve(&request.path);
         let watch =
-            blocking(move || Watch::new(&path, request.recursive, request.include_entry)).await?;
+            blocking(move || watch(&path, request.recursive, request.include_entry)).await?;
         let item =
             |event: Event| wire::WatchDirResponse { event: Some(event), ..Default::default() };
         let start = item(wire::watch_dir_response::StartEvent::default().into());
         // The instance stays in use as long as somebody watches.
         let changes = stream::unfold(Some((watch, instance)), move |state| async move {
             let (watch, instance) = state?;
-            loop {
-                match watch.queue.pop() {
-                    Ok(Some(event)) => {
-                        break Some((Ok(item(event.into())), Some((watch, instance))));
-                    }
-                    Ok(None) => {}
-                    Err(missed) => break Some((Err(missed), None)),
-                }
-                let more = watch.queue.more.notified();
-                if tokio::time::timeout(silence, more).await.is_err() {
+            match tokio::time::timeout(silence, watch.next()).await {
+                Ok(Ok(event)) => Some((Ok(item(event.into())), Some((watch, instance)))),
+                Ok(Err(some)) => Some((Err(missed(some)), None)),
+                Err(_) => {
                     let alive = wire::watch_dir_response::KeepAlive::default();
-                    break Some((Ok(item(alive.into())), Some((watch, instance))));
+                    Some((Ok(item(alive.into())), Some((watch, instance))))
                 }
             }
         });
@@ -426,7 +351,7 @@ impl<I: Instances> wire::Filesystem for FilesystemService<I> {
         let request = request.to_owned_message();
         let path = instance.resolve(&request.path);
         let watch =
-            blocking(move || Watch::new(&path, request.recursive, request.include_entry)).await?;
+            blocking(move || watch(&path, request.recursive, request.include_entry)).await?;
         let watcher_id = instance.watchers.add(watch)?;
         Response::ok(wire::CreateWatcherResponse { watcher_id, ..Default::default() })
     }
@@ -438,10 +363,10 @@ impl<I: Instances> wire::Filesystem for FilesystemService<I> {
     ) -> ServiceResult<impl Encodable<wire::GetWatcherEventsResponse> + Send + use<'a, I>> {
         let instance = self.instance(&context).await?;
         let id = request.to_owned_message().watcher_id;
-        let queue = instance.watchers.0.lock().watchers.get(&id).map(|watch| watch.queue.clone());
+        let queue = instance.watchers.0.lock().watchers.get(&id).map(Watch::queue);
         let queue = queue.ok_or_else(|| unknown(&id))?;
         let mut events = Vec::new();
-        while let Some(event) = queue.pop()? {
+        while let Some(event) = queue.pop().map_err(missed)? {
             events.push(event);
         }
         Response::ok(wire::GetWatcherEventsResponse { events, ..Default::default() })

@@ -3,7 +3,7 @@
 //! Own additions, which clients of envd do not ask for: `mode` sets a file's permission bits,
 //! and `format=tar` moves a whole folder ([`denizen_envd::folder`]).
 
-use std::fs::{File, OpenOptions, Permissions};
+use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -20,10 +20,10 @@ use connectrpc::{ConnectError, ErrorCode};
 use denizen_envd::{MODE, folder};
 use futures::{Stream, StreamExt, TryStreamExt};
 use serde::{Deserialize, Serialize};
-use tempfile::NamedTempFile;
-use tokio_util::io::{ReaderStream, StreamReader};
+use tokio_util::io::ReaderStream;
 
 use super::{Instance, Instances, blocking, refused};
+use crate::files::upload::{self, Failed};
 
 pub(super) fn router<I: Instances>(instances: Arc<I>) -> Router {
     Router::new()
@@ -196,46 +196,16 @@ fn uploaded(path: &Path, kind: &'static str) -> Uploaded {
     Uploaded { name, r#type: kind, path: path.to_string_lossy().into_owned() }
 }
 
-/// Writes beside the file and renames: an upload that breaks off leaves the old one whole.
 async fn receive(
-    body: impl Stream<Item = io::Result<Bytes>> + Send,
+    body: impl Stream<Item = io::Result<Bytes>> + Send + Unpin,
     path: &Path,
     mode: Option<u32>,
 ) -> Result<(), ConnectError> {
-    let target = path.to_owned();
-    let (partial, target) = blocking(move || prepare(target, mode)).await?;
-    let (file, partial) = partial.into_parts();
-    let mut file = tokio::fs::File::from_std(file);
-    let body = std::pin::pin!(body);
-    let mut body = StreamReader::new(body);
-    let copied = tokio::io::copy(&mut body, &mut file).await;
-    copied.map_err(|error| refused(path, &error))?;
-    file.sync_all().await.map_err(|error| refused(path, &error))?;
-    drop(file);
-    blocking(move || partial.persist(&target).map_err(|error| refused(&target, &error.error))).await
-}
-
-/// A file to write into, and the name it will have: that of the file itself if it is reached
-/// through a symlink.
-fn prepare(path: PathBuf, mode: Option<u32>) -> Result<(NamedTempFile, PathBuf), ConnectError> {
-    let path = std::fs::canonicalize(&path).unwrap_or(path);
-    let there = std::fs::metadata(&path).ok();
-    if there.as_ref().is_some_and(std::fs::Metadata::is_dir) {
-        let text = format!("{} is a folder", path.display());
-        return Err(ConnectError::invalid_argument(text));
+    match upload::receive(body, path, mode).await {
+        Ok(_) => Ok(()),
+        Err(Failed::Content(error)) => Err(refused(path, &error)),
+        Err(Failed::File(path, error)) => Err(refused(&path, &error)),
     }
-    let failed = |error: io::Error| refused(&path, &error);
-    let folder = path.parent().unwrap_or(&path);
-    std::fs::create_dir_all(folder).map_err(failed)?;
-    let mode = mode.or(there.map(|there| there.permissions().mode())).unwrap_or(0o644);
-    let partial = tempfile::Builder::new()
-        .prefix(".denizen-")
-        .suffix(".partial")
-        .tempfile_in(folder)
-        .map_err(failed)?;
-    let mode = Permissions::from_mode(mode & 0o7777);
-    partial.as_file().set_permissions(mode).map_err(failed)?;
-    Ok((partial, path))
 }
 
 async fn envs<I: Instances>(

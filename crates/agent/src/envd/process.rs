@@ -602,7 +602,8 @@ pub async fn start_foreground(
         job,
         events,
         keepalive: super::KEEPALIVE,
-        deadline: timeout.map(|timeout| Instant::now() + timeout),
+        // One that is further away than any clock goes is none.
+        deadline: timeout.and_then(|timeout| Instant::now().checked_add(timeout)),
         first: true,
         ended: false,
     };

@@ -1,6 +1,8 @@
 //! What tests of the program share: a user with a state folder of their own.
 #![allow(clippy::unwrap_used, dead_code, reason = "each test program uses a part of it")]
 
+pub mod wire;
+
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};

@@ -14,7 +14,7 @@ use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use axum::body::{Body, Bytes};
-use axum::extract::{FromRequestParts, MatchedPath, RawPathParams, Request, State};
+use axum::extract::{MatchedPath, Request, State};
 use axum::http::header::{
     ACCESS_CONTROL_ALLOW_HEADERS, ACCESS_CONTROL_ALLOW_METHODS, ACCESS_CONTROL_ALLOW_ORIGIN,
     ACCESS_CONTROL_EXPOSE_HEADERS, ACCESS_CONTROL_MAX_AGE, ACCESS_CONTROL_REQUEST_HEADERS,
@@ -26,17 +26,16 @@ use axum::http::uri::{Authority, PathAndQuery, Uri};
 use axum::http::{HeaderMap, HeaderValue, Method, StatusCode};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
-use denizen_api::Code;
+use denizen_api::{Code, Scope};
 use futures::StreamExt;
 use hyper::body::{Body as _, Frame, SizeHint};
 use jiff::Timestamp;
 
-use super::keys::Scope;
 use super::limits::{One, network};
 use super::rules::{self, Need, On};
 use super::{Access, Caller, Front, Peer};
 use crate::SESSION;
-use crate::api::Refused;
+use crate::api::{Refused, extract};
 
 /// The port at which clients of E2B reach envd in a sandbox.
 const ENVD_PORT: u16 = 49983;
@@ -45,6 +44,11 @@ const STANDSTILL: Duration = Duration::from_mins(1);
 /// What a page of a listed origin may read of an answer besides its body.
 const EXPOSED: HeaderValue =
     HeaderValue::from_static("content-range, etag, last-modified, location, retry-after");
+
+/// That a request was asked by the name of a session's port: what answers it has an origin of its
+/// own.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ByName;
 
 /// The session that a request for envd names.
 pub(crate) fn named(headers: &HeaderMap) -> Option<&str> {
@@ -72,6 +76,7 @@ pub(crate) fn by_path<B>(front: &Front, request: &mut axum::http::Request<B>) {
         let mut parts = std::mem::take(request.uri_mut()).into_parts();
         parts.path_and_query = Some(path);
         *request.uri_mut() = Uri::from_parts(parts).unwrap_or_default();
+        request.extensions_mut().insert(ByName);
     }
 }
 
@@ -177,7 +182,7 @@ pub(crate) async fn guard(
         Err(refused) => (refuse(refused.into(), &mut record), None),
         Ok(Some(origin)) if is_preflight(&parts) => (preflight(&parts), Some(origin)),
         Ok(origin) => {
-            let answer = match admit(&access, &mut parts, &mut record).await {
+            let answer = match admit(&access, &mut parts, &mut record) {
                 Ok(caller) => {
                     let request = Request::from_parts(parts, body);
                     pass(access, caller, request, next).await
@@ -216,11 +221,11 @@ fn refuse(no: No, record: &mut Record) -> Response {
 }
 
 /// Who asks, if they may ask for that.
-async fn admit(access: &Access, parts: &mut Parts, record: &mut Record) -> Result<Caller, No> {
+fn admit(access: &Access, parts: &mut Parts, record: &mut Record) -> Result<Caller, No> {
     let route = parts.extensions.get::<MatchedPath>().map(|path| path.as_str().to_owned());
     let route = route.or_else(|| rules::of_envd(parts.uri.path()).map(str::to_owned));
     let route = route.unwrap_or_default();
-    let session = session(parts, &route).await;
+    let session = session(parts, &route);
     let of_whole = route == "/metrics" && session.is_none();
     let rule = if of_whole { "/v1/metrics" } else { &route };
     let mut need = rules::need(&parts.method, rule);
@@ -265,13 +270,11 @@ async fn admit(access: &Access, parts: &mut Parts, record: &mut Record) -> Resul
 }
 
 /// The session that a request is about, as its handler will read it.
-async fn session(parts: &mut Parts, route: &str) -> Option<String> {
+fn session(parts: &Parts, route: &str) -> Option<String> {
     if !route.contains("{session}") {
         return named(&parts.headers).map(str::to_owned);
     }
-    let params = RawPathParams::from_request_parts(parts, &()).await.ok()?;
-    let session = params.iter().find(|(name, _)| *name == "session");
-    session.map(|(_, session)| session.to_owned())
+    extract::session(parts.uri.path()).map(|(session, _)| session.into_owned())
 }
 
 /// That a request is asked by a name of ours, and by which listed origin, if there is one.

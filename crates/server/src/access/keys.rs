@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use denizen_api::{Key, NewKey, Scope};
 use jiff::Timestamp;
 use parking_lot::{Mutex, RwLock};
 use serde::{Deserialize, Serialize};
@@ -29,45 +30,6 @@ const LONGEST: usize = 128;
 const MOST: usize = 10_000;
 /// The longest that a key with an expiry may live.
 const LONGEST_LIFE: Duration = Duration::from_hours(24 * 366 * 100);
-
-/// What a key allows. Each scope includes those before it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Scope {
-    /// To see what there is and what happens, but nothing of sessions' files.
-    Read,
-    /// To use sessions too: run commands, move files, start, stop, back up, restore, fork, remove.
-    Operate,
-    /// All: also keys, images, the deletion of backups, the daemon itself.
-    Admin,
-}
-
-impl Scope {
-    /// Its word.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Read => "read",
-            Self::Operate => "operate",
-            Self::Admin => "admin",
-        }
-    }
-}
-
-/// A key that is to be made.
-#[derive(Clone, Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct NewKey {
-    /// What it is for, in its maker's words: 1 to 128 bytes without control characters.
-    pub name: String,
-    /// What it allows.
-    pub scope: Scope,
-    /// Only for sessions whose names begin with this.
-    #[serde(default)]
-    pub sessions: Option<String>,
-    /// Seconds until it is void; never, if there are none.
-    #[serde(default)]
-    pub expires_in_seconds: Option<u64>,
-}
 
 /// What is told of a key.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -86,6 +48,22 @@ pub struct KeyInfo {
     pub expires_at: Option<Timestamp>,
     /// When it was last used; a daemon that was killed may have forgotten the last minutes.
     pub last_used_at: Option<Timestamp>,
+}
+
+impl KeyInfo {
+    /// In the words of the API.
+    pub fn told(self) -> Key {
+        let Self { id, name, scope, sessions, created_at, expires_at, last_used_at } = self;
+        Key {
+            id,
+            name,
+            scope,
+            sessions,
+            created_at: created_at.to_string(),
+            expires_at: expires_at.map(|at| at.to_string()),
+            last_used_at: last_used_at.map(|at| at.to_string()),
+        }
+    }
 }
 
 /// Why a key cannot be made, read or revoked.

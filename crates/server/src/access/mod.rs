@@ -20,12 +20,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use denizen::MicroVmManager;
-use denizen_api::Code;
+use denizen_api::{Code, Scope};
 use jiff::Timestamp;
 use uuid::Uuid;
 
 use self::audit::Audit;
-pub use self::keys::{KeyInfo, Keys, KeysError, NewKey, Scope};
+pub use self::keys::{KeyInfo, Keys, KeysError};
 use self::limits::{AtATime, Rate};
 pub use self::tls::Certificate;
 use self::tokens::Token;

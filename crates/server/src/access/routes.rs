@@ -3,27 +3,27 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::extract::{Path, State};
+use axum::Extension;
+use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
-use axum::routing::{delete, get, post};
-use axum::{Extension, Json, Router};
-use denizen_api::Code;
+use denizen_api::{Code, Keys, MadeKey, NewKey, NewToken, Token, Whoami};
 use jiff::Timestamp;
-use serde::Deserialize;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
 
-use super::{Access, Caller, Credential, KeysError, NewKey, Reach, tokens};
-use crate::api::Refused;
+use super::{Access, Caller, Credential, KeysError, Reach, tokens};
+use crate::api::extract::{Json, Path};
+use crate::api::{Answer, Refused};
 
-pub(crate) fn router() -> Router<Arc<Access>> {
-    Router::new()
-        .route("/v1/whoami", get(whoami))
-        .route("/v1/keys", get(list).post(create))
-        .route("/v1/keys/{id}", delete(revoke))
-        .route("/v1/sessions/{session}/tokens", post(token).delete(void_tokens))
+/// The routes, and their description.
+pub(crate) fn described() -> OpenApiRouter<Arc<Access>> {
+    OpenApiRouter::new()
+        .routes(routes!(whoami))
+        .routes(routes!(list, create))
+        .routes(routes!(revoke))
+        .routes(routes!(token, void_tokens))
 }
-
-type Answer<T> = Result<T, Refused>;
 
 impl From<KeysError> for Refused {
     fn from(error: KeysError) -> Self {
@@ -47,38 +47,47 @@ async fn changing<T: Send + 'static>(
     }
 }
 
-async fn whoami(Extension(caller): Extension<Caller>) -> Json<serde_json::Value> {
-    let id = match &caller.credential {
+/// Tell by which key or token this is asked, and what that allows.
+#[utoipa::path(get, path = "/v1/whoami", tag = "access",
+    responses((status = 200, body = Whoami), Refused))]
+async fn whoami(Extension(caller): Extension<Caller>) -> axum::Json<Whoami> {
+    let id = match caller.credential {
         Credential::Key(id) => Some(id),
         _ => None,
     };
-    let session = match &caller.reach {
-        Reach::One(session) => Some(session),
-        _ => None,
+    let (sessions, session) = match caller.reach {
+        Reach::All => (None, None),
+        Reach::Prefix(prefix) => (Some(prefix), None),
+        Reach::One(session) => (None, Some(session)),
     };
-    let sessions = match &caller.reach {
-        Reach::Prefix(prefix) => Some(prefix),
-        _ => None,
-    };
-    Json(serde_json::json!({
-        "id": id, "name": caller.name, "scope": caller.scope, "sessions": sessions,
-        "session": session, "expires_at": caller.expires,
-    }))
+    let expires_at = caller.expires.map(|at| at.to_string());
+    let Caller { name, scope, .. } = caller;
+    axum::Json(Whoami { id, name, scope, sessions, session, expires_at })
 }
 
-async fn list(State(access): State<Arc<Access>>) -> Json<serde_json::Value> {
-    Json(serde_json::json!({ "keys": access.keys.list() }))
+/// List keys.
+#[utoipa::path(get, path = "/v1/keys", tag = "access",
+    responses((status = 200, body = Keys), Refused))]
+async fn list(State(access): State<Arc<Access>>) -> axum::Json<Keys> {
+    let keys = access.keys.list().into_iter().map(super::KeyInfo::told).collect();
+    axum::Json(Keys { keys })
 }
 
-async fn create(State(access): State<Arc<Access>>, Json(new): Json<NewKey>) -> Answer<Response> {
+/// Make a key. It is told in this answer, and never again.
+#[utoipa::path(post, path = "/v1/keys", tag = "access", request_body = NewKey,
+    responses((status = 201, body = MadeKey), Refused))]
+async fn create(
+    State(access): State<Arc<Access>>,
+    Json(new): Json<NewKey>,
+) -> Answer<(StatusCode, axum::Json<MadeKey>)> {
     let (info, key) = changing(access, move |access| access.keys.create(new)).await?;
-    let told = serde_json::json!({
-        "id": info.id, "name": info.name, "scope": info.scope, "sessions": info.sessions,
-        "created_at": info.created_at, "expires_at": info.expires_at, "key": key,
-    });
-    Ok((StatusCode::CREATED, Json(told)).into_response())
+    Ok((StatusCode::CREATED, axum::Json(MadeKey { info: info.told(), key })))
 }
 
+/// Revoke a key: what is being done with it ends.
+#[utoipa::path(delete, path = "/v1/keys/{id}", tag = "access",
+    params(("id" = String, Path, description = "What names the key")),
+    responses((status = 204, description = "It is good for nothing"), Refused))]
 async fn revoke(State(access): State<Arc<Access>>, Path(id): Path<String>) -> Answer<StatusCode> {
     let wanted = id.clone();
     if changing(access, move |access| access.keys.revoke(&wanted)).await? {
@@ -87,13 +96,11 @@ async fn revoke(State(access): State<Arc<Access>>, Path(id): Path<String>) -> An
     Err(Refused::new(Code::UnknownKey, format!("there is no key {id}")))
 }
 
-#[derive(Default, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct NewToken {
-    expires_in_seconds: Option<u64>,
-}
-
-/// A token lives no longer than what it was asked for with.
+/// Make a token for one session, which lives no longer than what it is asked for with.
+#[utoipa::path(post, path = "/v1/sessions/{session}/tokens", tag = "access",
+    params(("session" = String, Path, description = "Name or UUID")),
+    request_body = Option<NewToken>,
+    responses((status = 201, body = Token), Refused))]
 async fn token(
     State(access): State<Arc<Access>>,
     Extension(caller): Extension<Caller>,
@@ -116,13 +123,14 @@ async fn token(
         Credential::Local { .. } | Credential::None => None,
     };
     let token = access.keys.token(session, issuer, expires);
-    let told = serde_json::json!({
-        "token": token, "session": session, "expires_at": expires,
-    });
-    Ok((StatusCode::CREATED, Json(told)).into_response())
+    let told = Token { token, session, expires_at: expires.to_string() };
+    Ok((StatusCode::CREATED, axum::Json(told)).into_response())
 }
 
-/// All tokens of a session, whoever has made them.
+/// Void all tokens of a session, whoever has made them.
+#[utoipa::path(delete, path = "/v1/sessions/{session}/tokens", tag = "access",
+    params(("session" = String, Path, description = "Name or UUID")),
+    responses((status = 204, description = "They are good for nothing"), Refused))]
 async fn void_tokens(
     State(access): State<Arc<Access>>,
     Path(session): Path<String>,

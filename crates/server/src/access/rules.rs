@@ -3,7 +3,7 @@
 
 use axum::http::Method;
 
-use super::keys::Scope;
+use denizen_api::Scope;
 
 /// What a route touches, which is what a caller that is limited to some sessions is judged by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,7 +76,9 @@ const RULES: &[(&str, &str, Need)] = &[
     ("POST", "/v1/sessions/{session}/tokens", Of(Operate, Session)),
     ("DELETE", "/v1/sessions/{session}/tokens", Of(Operate, Session)),
     ("*", "/v1/sessions/{session}/ports/{port}", Of(Operate, Session)),
+    ("*", "/v1/sessions/{session}/ports/{port}/", Of(Operate, Session)),
     ("*", "/v1/sessions/{session}/ports/{port}/{*rest}", Of(Operate, Session)),
+    ("*", "/v1/sessions/{session}/files/", Of(Operate, Session)),
     ("*", "/v1/sessions/{session}/files/{*path}", Of(Operate, Session)),
     ("GET", "/v1/sessions/{session}/processes", Of(Read, Session)),
     ("POST", "/v1/sessions/{session}/processes", Of(Operate, Session)),
@@ -176,11 +178,14 @@ mod tests {
         let processes =
             denizen_agent::envd::processes(Arc::new(crate::lease::Resolver(leases.clone())));
         let recent = crate::api::Recent::of(&pool).unwrap();
-        let api = crate::api::Api::new(pool.clone(), leases, Arc::default(), recent);
-        let api = crate::api::router(api);
+        let api = crate::api::Api::new(pool.clone(), leases.clone(), Arc::default(), recent);
+        let keys = super::super::Keys::open(folder.path()).unwrap();
+        let front = super::super::Front::default();
+        let access =
+            super::super::Access::new(pool.clone(), leases, keys, front, folder.path()).unwrap();
+        let api = crate::api::router(api, Arc::new(access));
         let mut all = Vec::new();
-        let (own, web) = (super::super::routes::router(), crate::web::router());
-        for routes in [routes(&api), routes(&own), routes(&web), routes(&envd)] {
+        for routes in [routes(&api), routes(&crate::web::router()), routes(&envd)] {
             assert!(routes.len() > 1, "{routes:?}");
             all.extend(routes);
         }

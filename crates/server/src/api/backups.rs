@@ -16,6 +16,7 @@ use utoipa::IntoParams;
 
 use super::extract::{Json, Path, Query};
 use super::refusal::{Answer, Refused};
+use super::wire::Binary;
 use super::{Api, wire};
 
 /// Back a session up now.
@@ -189,7 +190,7 @@ pub(crate) async fn restore(
 /// The number of bytes is told first, so that one that breaks off is seen to.
 #[utoipa::path(get, path = "/v1/sessions/{session}/export", tag = "backups",
     params(("session" = String, Path, description = "Name or UUID")),
-    responses((status = 200, content_type = "application/zstd", body = Vec<u8>), Refused))]
+    responses((status = 200, content_type = "application/zstd", body = Binary), Refused))]
 pub(crate) async fn export(
     State(api): State<Api>,
     Path(session): Path<String>,
@@ -208,7 +209,7 @@ pub(crate) async fn export(
 /// Make a new session of an archive: an exported one, a backup, or any tar.zst of a folder.
 #[utoipa::path(post, path = "/v1/sessions/{session}/import", tag = "backups",
     params(("session" = String, Path, description = "Name or UUID of the new session")),
-    request_body(content = Vec<u8>, content_type = "application/zstd"),
+    request_body(content = Binary, content_type = "application/zstd"),
     responses((status = 201, body = Session), Refused))]
 pub(crate) async fn import(
     State(api): State<Api>,

@@ -18,7 +18,7 @@ use crate::access::guard::named;
 
 /// Whether the daemon is there.
 #[utoipa::path(get, path = "/v1/health", tag = "daemon",
-    responses((status = 200, body = Health)))]
+    responses((status = 200, body = Health), Refused))]
 pub(crate) async fn health() -> axum::Json<Health> {
     let version = env!("CARGO_PKG_VERSION").to_owned();
     axum::Json(Health { version, pid: std::process::id() })

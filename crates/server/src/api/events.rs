@@ -123,7 +123,7 @@ impl Whose {
 /// one JSON object a line.
 #[utoipa::path(get, path = "/v1/events", tag = "events",
     params(Whose, ("Last-Event-ID" = Option<String>, Header, description = "The last one that was seen")),
-    responses((status = 200, content((denizen_api::Event = "text/event-stream"),
+    responses((status = 200, content((super::wire::ServerSent = "text/event-stream"),
         (denizen_api::Event = "application/x-ndjson"))), Refused))]
 pub(crate) async fn events(
     State(api): State<Api>,

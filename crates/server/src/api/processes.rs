@@ -4,7 +4,7 @@ use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::{Duration, UNIX_EPOCH};
 
-use axum::body::{Body, Bytes};
+use axum::body::Body;
 use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::sse::{Event, KeepAlive, Sse};
@@ -26,8 +26,9 @@ use tokio_util::io::ReaderStream;
 use utoipa::IntoParams;
 
 use super::Api;
-use super::extract::{Json, Path, Query};
+use super::extract::{Bytes, Json, Path, Query};
 use super::refusal::{Answer, Refused};
+use super::wire::{Binary, ServerSent};
 
 impl From<ConnectError> for Refused {
     fn from(error: ConnectError) -> Self {
@@ -98,12 +99,13 @@ pub(crate) async fn list(
 /// Run a command in a session, which is made if it is not there.
 ///
 /// With `detach` the answer says that it runs (201). Otherwise it is a stream of server-sent
-/// events: `started`, `output`, and at last `exit` or `lost`; when its reader goes, the command is
+/// events: `started` (of a `Started`), `output` (of an `Output`), and at last `exit` (of an `Ended`)
+/// or `lost` (of a `Problem`); when its reader goes, the command is
 /// killed with all that it has started.
 #[utoipa::path(post, path = "/v1/sessions/{session}/processes", tag = "processes",
     params(("session" = String, Path, description = "Name or UUID")),
     request_body = NewProcess,
-    responses((status = 200, content_type = "text/event-stream", body = Output),
+    responses((status = 200, content_type = "text/event-stream", body = ServerSent),
         (status = 201, body = Started), Refused))]
 pub(crate) async fn start(
     State(api): State<Api>,
@@ -215,14 +217,14 @@ struct Gap {
 
 /// Read what a command in the background prints, and has printed, as far back as that is kept.
 ///
-/// Server-sent events: `output`, each with an id by which a later request goes on
+/// Server-sent events: `output` (of an `Output`), each with an id by which a later request goes on
 /// (`Last-Event-ID`); `gap`, where something is not kept any more; at last `exit` or `lost`. What
 /// reads slowly misses some, and does not slow the command down.
 #[utoipa::path(get, path = "/v1/sessions/{session}/processes/{process}/output", tag = "processes",
     params(("session" = String, Path, description = "Name or UUID"),
         ("process" = String, Path, description = "Its number or its tag"), Place,
         ("Last-Event-ID" = Option<String>, Header, description = "The last one that was seen")),
-    responses((status = 200, content_type = "text/event-stream", body = Output), Refused))]
+    responses((status = 200, content_type = "text/event-stream", body = ServerSent), Refused))]
 pub(crate) async fn output(
     State(api): State<Api>,
     Path((session, process)): Path<(String, String)>,
@@ -266,13 +268,13 @@ pub(crate) struct Last {
 #[utoipa::path(post, path = "/v1/sessions/{session}/processes/{process}/input", tag = "processes",
     params(("session" = String, Path, description = "Name or UUID"),
         ("process" = String, Path, description = "Its number or its tag"), Last),
-    request_body(content = Vec<u8>, content_type = "application/octet-stream"),
+    request_body(content = Binary, content_type = "application/octet-stream"),
     responses((status = 204, description = "It is written"), Refused))]
 pub(crate) async fn input(
     State(api): State<Api>,
     Path((session, process)): Path<(String, String)>,
     Query(Last { eof }): Query<Last>,
-    bytes: Bytes,
+    Bytes(bytes): Bytes,
 ) -> Answer<StatusCode> {
     let job = find(&api, &session, &process)?;
     if !bytes.is_empty() {
@@ -322,7 +324,7 @@ pub(crate) async fn resize(
 #[utoipa::path(get, path = "/v1/sessions/{session}/logs/{job}", tag = "processes",
     params(("session" = String, Path, description = "Name or UUID"),
         ("job" = String, Path, description = "Its number or its tag")),
-    responses((status = 200, content_type = "application/octet-stream", body = Vec<u8>), Refused))]
+    responses((status = 200, content_type = "application/octet-stream", body = Binary), Refused))]
 pub(crate) async fn log(
     State(api): State<Api>,
     Path((session, job)): Path<(String, String)>,

@@ -4,6 +4,35 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use denizen_api as api;
 
+/// Bytes, as they are, in the description.
+pub(super) struct Binary;
+
+impl utoipa::PartialSchema for Binary {
+    fn schema() -> utoipa::openapi::RefOr<utoipa::openapi::Schema> {
+        utoipa::openapi::ObjectBuilder::new()
+            .schema_type(utoipa::openapi::schema::Type::String)
+            .format(Some(utoipa::openapi::SchemaFormat::KnownFormat(
+                utoipa::openapi::KnownFormat::Binary,
+            )))
+            .into()
+    }
+}
+
+impl utoipa::ToSchema for Binary {}
+
+/// A server-sent event, in the description.
+#[derive(utoipa::ToSchema)]
+#[allow(dead_code, reason = "it is only described here: axum writes them")]
+pub(super) struct ServerSent {
+    /// What kind of event it is, which says what its data is.
+    event: String,
+    /// Where a later request goes on, as `Last-Event-ID`.
+    #[schema(nullable = false)]
+    id: Option<String>,
+    /// JSON.
+    data: String,
+}
+
 fn seconds(at: SystemTime) -> f64 {
     match at.duration_since(UNIX_EPOCH) {
         Ok(since) => since.as_secs_f64(),
