@@ -12,9 +12,9 @@ use denizen::{Isolation, Sleep};
 use rustix::fs::{Access, XattrFlags};
 use serde_json::json;
 
-use crate::Result;
 use crate::config::Settings;
 use crate::range::Range;
+use crate::{Result, terminal};
 
 /// How long the attempt to run a command may take.
 const PATIENCE: Duration = Duration::from_mins(1);
@@ -118,11 +118,12 @@ fn to_json(finding: &Finding) -> serde_json::Value {
 }
 
 fn show(finding: &Finding) {
-    let mark = match finding.grade {
-        Grade::Fine => "ok  ",
-        Grade::Note => "note",
-        Grade::Fail => "FAIL",
+    let (mark, style) = match finding.grade {
+        Grade::Fine => ("ok  ", terminal::WELL),
+        Grade::Note => ("note", terminal::LACK),
+        Grade::Fail => ("FAIL", terminal::FAIL),
     };
+    let mark = terminal::styled(mark, style);
     println!("{mark}  {:<16}{}", finding.name, finding.what);
     if let Some(mend) = &finding.mend {
         println!("{:22}→ {mend}", "");

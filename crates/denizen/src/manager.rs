@@ -422,12 +422,30 @@ impl MicroVmManager {
         blocking(move || pool.forget_backups(&retention, dry_run)).await
     }
 
-    /// What [`Builder::retention`] was given.
+    /// What [`Builder::retention`] was given, or [`MicroVmManager::set_retention`] since.
     ///
     /// # Errors
     /// [`Error::Disabled`].
     pub fn retention(&self) -> Result<Retention> {
         Ok(self.pool()?.retention())
+    }
+
+    /// Changes which backups are kept, from the next time on at which others are deleted.
+    ///
+    /// # Errors
+    /// [`Error::Disabled`].
+    pub fn set_retention(&self, retention: Retention) -> Result<()> {
+        self.pool()?.set_retention(retention);
+        Ok(())
+    }
+
+    /// Changes what [`Builder::acquire_timeout`] was given, for callers from now on.
+    ///
+    /// # Errors
+    /// [`Error::Disabled`].
+    pub fn set_acquire_timeout(&self, limit: Option<Duration>) -> Result<()> {
+        self.pool()?.set_acquire_timeout(limit);
+        Ok(())
     }
 
     /// Makes every session of which there is a backup, and that is not known here, known as

@@ -28,12 +28,10 @@ pub struct Certificate {
 /// What tells that a file is another one.
 type Stamp = [Option<(SystemTime, u64, u64)>; 2];
 
-pub(crate) struct Tls {
-    files: Certificate,
-    state: Mutex<State>,
-}
+pub(crate) struct Tls(Mutex<State>);
 
 struct State {
+    files: Certificate,
     config: Arc<ServerConfig>,
     of: Stamp,
     looked: Instant,
@@ -42,16 +40,19 @@ struct State {
 impl Tls {
     /// Reads a certificate; the error says which file is why not.
     pub(crate) fn open(files: Certificate) -> Result<Arc<Self>, String> {
-        let of = stamp(&files);
-        let config = read(&files)?;
-        let state = Mutex::new(State { config, of, looked: Instant::now() });
-        Ok(Arc::new(Self { files, state }))
+        Ok(Arc::new(Self(Mutex::new(State::read(files)?))))
+    }
+
+    /// Goes on with these files; the error says which of them is why not.
+    pub(crate) fn reload(&self, files: Certificate) -> Result<(), String> {
+        *self.0.lock() = State::read(files)?;
+        Ok(())
     }
 
     /// What makes a connection one of TLS, with the certificate as it is now. Cancel-safe.
     pub(crate) async fn acceptor(self: &Arc<Self>) -> TlsAcceptor {
         let due = {
-            let mut state = self.state.lock();
+            let mut state = self.0.lock();
             let due = state.looked.elapsed() >= EVERY;
             if due {
                 state.looked = Instant::now();
@@ -63,24 +64,38 @@ impl Tls {
             // If it panics, the certificate is the old one.
             let _ = tokio::task::spawn_blocking(move || tls.look()).await;
         }
-        TlsAcceptor::from(self.state.lock().config.clone())
+        TlsAcceptor::from(self.0.lock().config.clone())
     }
 
     fn look(&self) {
-        let of = stamp(&self.files);
-        if self.state.lock().of == of {
+        let (files, of) = {
+            let state = self.0.lock();
+            (state.files.clone(), state.of)
+        };
+        let now = stamp(&files);
+        if now == of {
             return;
         }
-        let read = read(&self.files);
-        let mut state = self.state.lock();
-        state.of = of;
-        match read {
-            Ok(config) => {
+        let new = State::read(files);
+        let mut state = self.0.lock();
+        match new {
+            Ok(new) => {
                 tracing::info!("the certificate has changed");
-                state.config = config;
+                *state = new;
             }
-            Err(why) => tracing::warn!(why, "the new certificate is no good: the old one stays"),
+            Err(why) => {
+                state.of = now;
+                tracing::warn!(why, "the new certificate is no good: the old one stays");
+            }
         }
+    }
+}
+
+impl State {
+    fn read(files: Certificate) -> Result<Self, String> {
+        let of = stamp(&files);
+        let config = read(&files)?;
+        Ok(Self { files, config, of, looked: Instant::now() })
     }
 }
 
