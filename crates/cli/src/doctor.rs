@@ -3,6 +3,8 @@
 //! in a pool of its own on the same disk. It must never change anything but what it makes for
 //! that and removes again.
 
+mod service;
+
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -77,6 +79,7 @@ pub async fn run(settings: &Settings, range: &Range, as_json: bool) -> Result<i3
     let attempt = attempt(settings).await;
     let works = attempt.works();
     findings.extend([socket(&settings.socket), daemon(settings).await]);
+    findings.extend(service::findings(settings).await);
     findings.extend(file_system(&settings.pool.volume_root, works));
     if settings.isolation == Isolation::Sandbox {
         findings.extend([
