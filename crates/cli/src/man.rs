@@ -52,12 +52,19 @@ pub fn write(folder: &Path) -> Result<()> {
 fn page(name: &str, command: Command) -> std::io::Result<Vec<u8>> {
     // Once for each page is too often for what holds for all verbs.
     let is_program = command.get_name() == name;
+    let command = command.mut_subcommands(|verb| {
+        let is_help = verb.get_name() == "help";
+        verb.hide(is_help)
+    });
     let command = command.mut_args(|arg| {
         let is_setting = arg.get_help_heading() == Some("Settings");
         arg.hide(is_setting && !is_program)
     });
     let of_settings = "The settings that all verbs have are told in denizen(1).";
-    let man = Man::new(command.clone()).title(name).section("1");
+    let man = Man::new(command.clone())
+        .title(name)
+        .section("1")
+        .source(concat!("denizen ", env!("CARGO_PKG_VERSION")));
     let mut page = Vec::new();
     man.render_title(&mut page)?;
     man.render_name_section(&mut page)?;
