@@ -1,7 +1,7 @@
 //! What a contributor runs: `cargo xtask test` installs what the tests need and runs all of
 //! them; `cargo xtask web` builds the dashboard, which the next `cargo build` embeds; `cargo xtask
-//! bench [SEED]` writes `docs/benchmarks.md`; `cargo xtask dist` packs denizen for those who install
-//! it.
+//! bench [SEED]` writes `docs/benchmarks.md`; `cargo xtask dist [PROGRAM]` packs denizen for those who
+//! install it.
 
 mod bench;
 mod dist;
@@ -15,8 +15,8 @@ fn main() -> ExitCode {
         Some("test") => test(),
         Some("web") => web(),
         Some("bench") => bench::run(args.next().as_deref()),
-        Some("dist") => dist::make(),
-        _ => Err("usage: cargo xtask test | web | bench [SEED] | dist".to_owned()),
+        Some("dist") => dist::make(args.next().as_deref()),
+        _ => Err("usage: cargo xtask test | web | bench [SEED] | dist [PROGRAM]".to_owned()),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -57,7 +57,7 @@ fn is_there(program: &str) -> bool {
 }
 
 /// Programs that the tests run, with the Debian package that has each.
-const NEEDED: [(&str, &str); 23] = [
+const NEEDED: [(&str, &str); 26] = [
     ("sqlite3", "sqlite3"),
     ("tar", "tar"),
     ("zstd", "zstd"),
@@ -65,6 +65,9 @@ const NEEDED: [(&str, &str); 23] = [
     ("setpriv", "util-linux"),
     ("newuidmap", "uidmap"),
     ("dpkg-deb", "dpkg"),
+    ("dpkg-shlibdeps", "dpkg-dev"),
+    ("lintian", "lintian"),
+    ("systemd-analyze", "systemd"),
     ("hostname", "hostname"),
     ("mount", "mount"),
     ("script", "bsdutils"),
