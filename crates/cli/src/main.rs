@@ -105,6 +105,7 @@ enum Verb {
         /// Name or UUID
         session: String,
         /// Its root: the name of an image (`denizen image ls`)
+        #[arg(id = "root", value_name = "IMAGE")]
         image: Option<String>,
     },
     /// Start a session, which is made if need be
@@ -222,7 +223,7 @@ Examples:
             default_value = "127.0.0.1:0",
             hide_default_value = true
         )]
-        listen: std::net::SocketAddr,
+        on: std::net::SocketAddr,
     },
     /// Bring, list and remove images: root file systems for new sessions (`--image`)
     Image {
@@ -257,6 +258,7 @@ Examples:
     /// Print a completion script for a shell
     Completions {
         /// Which shell
+        #[arg(id = "for", value_name = "SHELL")]
         shell: clap_complete::Shell,
     },
 }
@@ -467,8 +469,8 @@ async fn ask(
                 }
             }
         }
-        Verb::Port { session, port, listen } => {
-            port::run(client, &session, port, listen, json).await?;
+        Verb::Port { session, port, on } => {
+            port::run(client, &session, port, on, json).await?;
         }
         Verb::Image { verb } => image::run(client, verb, json).await?,
         Verb::Cp { from, to } => copy::run(client, &from, &to).await?,
@@ -505,4 +507,27 @@ fn agent() -> Result<()> {
 /// The daemon's log, when it was started in the background.
 fn log_file(settings: &config::Settings) -> PathBuf {
     settings.state.join("daemon.log")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// clap knows arguments by their ids: one of a verb that is called as a setting would be taken
+    /// for that setting, and reach the daemon.
+    #[test]
+    fn no_argument_of_a_verb_is_taken_for_a_setting() {
+        let program = Cli::command();
+        let settings: Vec<_> = program.get_arguments().map(|arg| arg.get_id().clone()).collect();
+        let mut verbs: Vec<_> = program.get_subcommands().collect();
+        assert!(settings.len() > 40 && verbs.len() > 25);
+        while let Some(verb) = verbs.pop() {
+            for arg in verb.get_arguments() {
+                let id = arg.get_id();
+                assert!(!settings.contains(id), "{id} of {}", verb.get_name());
+            }
+            verbs.extend(verb.get_subcommands());
+        }
+        Cli::command().debug_assert();
+    }
 }

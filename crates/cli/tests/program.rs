@@ -822,6 +822,18 @@ fn every_verb_has_a_manual_page_and_exit_codes_are_told_alike() {
 }
 
 #[test]
+fn shells_can_complete_verbs() {
+    let user = User::new();
+    for (shell, part) in
+        [("bash", "complete -F"), ("zsh", "#compdef denizen"), ("fish", "complete")]
+    {
+        let script = user.run(&["completions", shell]);
+        let script = text(&script.stdout);
+        assert!(script.contains(part) && script.contains("snapshots"), "{shell}: {script}");
+    }
+}
+
+#[test]
 fn shutdown_waits_for_the_daemons_end() {
     let user = User::new();
     user.exec("a", "true");
