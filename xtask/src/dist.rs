@@ -13,9 +13,9 @@ const MAINTAINER: &str = "denizen maintainers <denizen-rs@users.noreply.github.c
 /// What the package says of itself: in a line, then in more.
 const DESCRIPTION: [&str; 4] = [
     "persistent, isolated computers for agent sessions",
-    "Each session is a place to run commands that is still there next time: files, installed",
-    "packages, running processes. It is put to sleep when nobody uses it, backed up, and comes",
-    "back with the next command.",
+    "Each session is a place to run commands that is still there next time: files,",
+    "installed packages, running processes. It is put to sleep when nobody uses it,",
+    "backed up, and comes back with the next command.",
 ];
 
 /// Packs a program that was built, or builds it.
@@ -35,6 +35,8 @@ fn build() -> Result<PathBuf, String> {
         String::from_utf8_lossy(&it.stdout).lines().any(|installed| installed == target)
     });
     let mut build = vec!["build", "--release", "--locked", "--package", "denizen-cli"];
+    // As Debian wants its programs.
+    build.extend(["--config", "profile.release.strip=true"]);
     let mut folder = root().join("target");
     if is_there {
         build.extend(["--target", &target]);
@@ -160,10 +162,15 @@ fn pack(program: &Path, folder: &Path, epoch: u64) -> Result<(), String> {
         ("packaging/alerts.yml", "usr/share/doc/denizen/alerts.yml"),
         ("packaging/grafana-dashboard.json", "usr/share/doc/denizen/grafana-dashboard.json"),
         ("docs/operations.md", "usr/share/doc/denizen/operations.md"),
-        ("LICENSE-MIT", "usr/share/doc/denizen/copyright"),
     ] {
         tree.put(to, &read(from)?, 0o644)?;
     }
+    let license = String::from_utf8_lossy(&read("LICENSE-MIT")?).into_owned();
+    let license = format!(
+        "Copyright: those who have written it, {}\n\n{license}",
+        env!("CARGO_PKG_REPOSITORY")
+    );
+    tree.put("usr/share/doc/denizen/copyright", license.as_bytes(), 0o644)?;
     tree.put_compressed("usr/share/doc/denizen/NEWS", &read("CHANGELOG.md")?)?;
     let name = format!("denizen-{version}-{architecture}");
     let tarball = format!("{}/{name}.tar.gz", folder.display());
