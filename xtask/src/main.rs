@@ -1,7 +1,7 @@
 //! What a contributor runs: `cargo xtask test` installs what the tests need and runs all of
 //! them; `cargo xtask web` builds the dashboard, which the next `cargo build` embeds; `cargo xtask
-//! bench [SEED]` writes `docs/benchmarks.md`; `cargo xtask dist` packs denizen for those who install
-//! it; `cargo xtask contract` compares the HTTP API with its description, as `test` does too.
+//! bench [SEED]` writes `docs/benchmarks.md`; `cargo xtask dist [PROGRAM]` packs denizen for those who
+//! install it; `cargo xtask contract` compares the HTTP API with its description, as `test` does too.
 
 mod bench;
 mod contract;
@@ -12,14 +12,16 @@ use std::process::{Command, ExitCode};
 
 fn main() -> ExitCode {
     let mut args = std::env::args().skip(1);
-    let result = match args.next().as_deref() {
-        Some("test") => test(),
-        Some("web") => web(),
-        Some("bench") => bench::run(args.next().as_deref()),
-        Some("dist") => dist::make(),
-        Some("contract") => contract::check(),
-        _ => Err("usage: cargo xtask test | web | bench [SEED] | dist | contract".to_owned()),
-    };
+    let result =
+        match args.next().as_deref() {
+            Some("test") => test(),
+            Some("web") => web(),
+            Some("bench") => bench::run(args.next().as_deref()),
+            Some("dist") => dist::make(args.next().as_deref()),
+            Some("contract") => contract::check(),
+            _ => Err("usage: cargo xtask test | web | bench [SEED] | dist [PROGRAM] | contract"
+                .to_owned()),
+        };
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(problem) => {
@@ -59,7 +61,7 @@ fn is_there(program: &str) -> bool {
 }
 
 /// Programs that the tests run, with the Debian package that has each.
-const NEEDED: [(&str, &str); 23] = [
+const NEEDED: [(&str, &str); 26] = [
     ("sqlite3", "sqlite3"),
     ("tar", "tar"),
     ("zstd", "zstd"),
@@ -67,6 +69,9 @@ const NEEDED: [(&str, &str); 23] = [
     ("setpriv", "util-linux"),
     ("newuidmap", "uidmap"),
     ("dpkg-deb", "dpkg"),
+    ("dpkg-shlibdeps", "dpkg-dev"),
+    ("lintian", "lintian"),
+    ("systemd-analyze", "systemd"),
     ("hostname", "hostname"),
     ("mount", "mount"),
     ("script", "bsdutils"),

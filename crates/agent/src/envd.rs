@@ -26,7 +26,7 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::net::UnixStream;
 
 pub use filesystem::{FilesystemService, Watchers};
-pub use process::{Job, JobInfo, Jobs, ProcessService, start_detached, start_foreground};
+pub use process::{Job, JobInfo, Jobs, KeptLogs, ProcessService, start_detached, start_foreground};
 pub use tail::Piece;
 
 use crate::{Agent, Exit};
@@ -140,7 +140,7 @@ pub async fn serve_files(socket: UnixStream, workdir: PathBuf) -> std::io::Resul
     let instance = Instance {
         agent: Agent::new(),
         env: std::env::vars().collect(),
-        jobs: Arc::new(Jobs::new(workdir.join("."))),
+        jobs: Arc::new(Jobs::new(workdir.join("."), KeptLogs::default())),
         watchers: Arc::default(),
         explain: Arc::new(|_| None),
         started: Arc::new(|_| {}),

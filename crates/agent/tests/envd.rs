@@ -13,7 +13,7 @@ use axum::body::{Body, to_bytes};
 use axum::http::{HeaderMap, Request, StatusCode};
 use connectrpc::ConnectError;
 use denizen_agent::Agent;
-use denizen_agent::envd::{Instance, Instances, Jobs, router};
+use denizen_agent::envd::{Instance, Instances, Jobs, KeptLogs, router};
 use serde_json::{Value, json};
 use tower::ServiceExt;
 
@@ -39,7 +39,7 @@ impl Place {
             agent: Agent::new(),
             workdir,
             env: BTreeMap::from([("PATH".to_owned(), "/usr/bin:/bin".to_owned())]),
-            jobs: Arc::new(Jobs::new(folder.path().join("logs"))),
+            jobs: Arc::new(Jobs::new(folder.path().join("logs"), KeptLogs::default())),
             watchers: Arc::default(),
             explain: Arc::new(|_| None),
             started: Arc::new(|_| {}),

@@ -162,6 +162,11 @@ pub async fn backup(client: &Client, session: &str, json: bool) -> Result<()> {
 }
 
 impl Source {
+    /// Whose it is.
+    pub fn session(&self) -> &str {
+        &self.session
+    }
+
     /// The path of what is done with it.
     fn path(&self, what: &str) -> String {
         let Self { session, backup, at, snapshot } = self;

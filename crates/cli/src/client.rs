@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use denizen_client::Target;
 use denizen_client::api::Difference;
 use rustix::fs::{MemfdFlags, memfd_create};
+use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
 
 pub use denizen_client::{Client, Lines, Processes, empty, escape, path, query};
@@ -33,8 +34,28 @@ pub const TAKEN: &str = "taken";
 
 impl From<denizen_client::Error> for Failure {
     fn from(error: denizen_client::Error) -> Self {
-        Self::new(error.to_string())
+        match &error {
+            denizen_client::Error::Refused(problem) => Self {
+                code: crate::FAILED,
+                message: error.to_string(),
+                refusal: Some(problem.code),
+            },
+            _ => Self::new(error.to_string()),
+        }
     }
+}
+
+/// The sessions that are called much like those that there are not, in a sentence.
+pub async fn suggestion(client: &Client, wanted: &[&str]) -> Option<String> {
+    let known = client.sessions().await.ok()?;
+    let names: Vec<_> = known.iter().filter_map(|session| session.name.as_deref()).collect();
+    let unknown = wanted.iter().filter(|name| !names.contains(name));
+    let alike = unknown.filter_map(|wanted| {
+        let alike = names.iter().map(|name| (strsim::jaro_winkler(wanted, name), name));
+        alike.filter(|(how, _)| *how > 0.8).max_by(|one, other| one.0.total_cmp(&other.0))
+    });
+    let alike: Vec<_> = alike.map(|(_, name)| format!("'{name}'")).collect();
+    (!alike.is_empty()).then(|| format!("did you mean {}?", alike.join(", ")))
 }
 
 /// Where the settings say, with the key in the variable `DENIZEN_API_KEY`. That is no flag, nor in
@@ -78,14 +99,24 @@ pub async fn answering(settings: &Settings) -> Result<Option<Client>> {
     Ok((!gone).then_some(client))
 }
 
-/// Stops the daemon, if there is one.
+/// Stops the daemon, if there is one, and waits until one on this machine has ended.
 pub async fn shutdown(settings: &Settings) -> Result<()> {
     let Some(client) = answering(settings).await? else { return Ok(()) };
+    // It has an end when the daemon's process has.
+    let held = match client.target().path() {
+        Some(socket) => UnixStream::connect(socket).await.ok(),
+        None => None,
+    };
     match client.shutdown().await {
         // Gone before it could answer.
-        Err(_) if client.target().connect().await.is_err() => Ok(()),
-        answer => Ok(answer?),
+        Err(_) if client.target().connect().await.is_err() => {}
+        answer => answer?,
     }
+    if let Some(mut held) = held {
+        // An error is an end too.
+        let _ = held.read(&mut [0]).await;
+    }
+    Ok(())
 }
 
 /// What differs between two states, as they are named on a command line.
@@ -191,7 +222,7 @@ fn try_daemon(settings: &Settings) -> Result<Started> {
     // It is told all that is in force here, and nothing else: our flags and variables are in it.
     daemon.args(["--config", "/proc/self/fd/0"]);
     for (name, _) in std::env::vars_os() {
-        if name.as_encoded_bytes().starts_with(b"DENIZEN_") && name != "DENIZEN_LOG" {
+        if name.as_encoded_bytes().starts_with(b"DENIZEN_") {
             daemon.env_remove(name);
         }
     }

@@ -316,11 +316,11 @@ fn refused(error: &ConnectError) -> Failure {
 }
 
 /// Our terminal without line editing, echo and signals of its own; put right when dropped.
-struct RawTerminal(Termios);
+pub struct RawTerminal(Termios);
 
 impl RawTerminal {
     /// None if standard input is no terminal.
-    fn enter() -> Result<Option<Self>> {
+    pub fn enter() -> Result<Option<Self>> {
         let stdin = std::io::stdin();
         if !stdin.is_terminal() {
             return Ok(None);

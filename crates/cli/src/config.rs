@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use clap::Args;
 use denizen::{BackupFormat, Isolation, Limits, Network, Retention, Rule, Sleep, VmPoolConfig};
-use denizen_server::{Certificate, Front};
+use denizen_server::{Certificate, Front, Habits, KeptLogs};
 use serde::{Deserialize, Serialize};
 
 use crate::{Failure, Result};
@@ -182,6 +182,33 @@ pub struct Options {
         hide_short_help = true
     )]
     linger_seconds: Option<u64>,
+    /// Seconds that commands in the foreground may go on when the daemon is sent SIGTERM, as by a
+    /// service manager that stops or restarts it [default: 10]
+    #[arg(
+        long,
+        global = true,
+        env = "DENIZEN_GRACE_SECONDS",
+        value_name = "SECONDS",
+        hide_short_help = true
+    )]
+    grace_seconds: Option<u64>,
+    /// What is kept of what a session's detached commands print, as a TOML inline table: commands,
+    /// bytes [default: of the last 100, 64 MiB]
+    #[arg(long, global = true, env = "DENIZEN_LOGS", value_name = "TABLE", hide_short_help = true)]
+    logs: Option<Toml<KeptLogs>>,
+    /// How many full files of the audit log are kept, of 8 MiB each [default: 8]
+    #[arg(
+        long,
+        global = true,
+        env = "DENIZEN_AUDIT_FILES",
+        value_name = "N",
+        hide_short_help = true
+    )]
+    audit_files: Option<u32>,
+    /// What the daemon's log tells: error, warn, info, debug or trace, also for parts of it, as in
+    /// info,denizen::pool=debug [default: info]
+    #[arg(long, global = true, env = "DENIZEN_LOG", value_name = "FILTER", hide_short_help = true)]
+    log: Option<String>,
     /// The folder that holds all sessions
     #[arg(
         long,
@@ -361,6 +388,10 @@ struct FileConfig {
     background_is_use: Option<bool>,
     limits: Option<Limits>,
     linger_seconds: Option<u64>,
+    grace_seconds: Option<u64>,
+    logs: Option<KeptLogs>,
+    audit_files: Option<u32>,
+    log: Option<String>,
     backup_format: Option<BackupFormat>,
     backup_key: Option<PathBuf>,
     retention: Option<Retention>,
@@ -404,6 +435,15 @@ pub struct Settings {
     /// How long sandboxes go on without a daemon.
     #[serde(rename = "linger_seconds", serialize_with = "seconds")]
     pub linger: Duration,
+    /// How long commands in the foreground go on when the daemon is to leave.
+    #[serde(rename = "grace_seconds", serialize_with = "seconds")]
+    pub grace: Duration,
+    /// How much is kept of what detached commands print.
+    pub logs: KeptLogs,
+    /// How much is kept of the audit log.
+    pub audit_files: u32,
+    /// What the daemon's log tells.
+    pub log: String,
     /// How far sessions are kept from this machine.
     pub isolation: Isolation,
     /// How many sandboxes are kept ready for sessions to come.
@@ -438,17 +478,37 @@ fn seconds<S: serde::Serializer>(
     serializer.serialize_u64(duration.as_secs())
 }
 
-/// Puts the settings together.
-pub fn load(options: &Options) -> Result<Settings> {
-    let file = options.config.clone().or_else(default_file);
+/// Where settings are taken from, now and when they are read anew.
+#[derive(Clone, Debug)]
+pub struct Sources {
+    options: Options,
+    /// Who the user is. It is asked for once: where a daemon has a range of user ids, it looks
+    /// like root to itself later on.
+    is_root: bool,
+}
+
+impl Sources {
+    /// The options, the files and folders of who runs the program.
+    pub fn new(options: Options) -> Self {
+        Self { options, is_root: rustix::process::geteuid().is_root() }
+    }
+
+    /// Puts the settings together.
+    pub fn load(&self) -> Result<Settings> {
+        load(&self.options, self.is_root)
+    }
+}
+
+fn load(options: &Options, is_root: bool) -> Result<Settings> {
+    let file = options.config.clone().or_else(|| default_file(is_root));
     let given: FileConfig = match &file {
         Some(path) => read(path, options.config.is_some())?,
         None => FileConfig::default(),
     };
-    let state = options.state.clone().or(given.state).map_or_else(default_state, Ok)?;
+    let state = options.state.clone().or(given.state).map_or_else(|| default_state(is_root), Ok)?;
     let state = absolute(&state)?;
 
-    let cache = options.cache.clone().or(given.cache).map_or_else(default_cache, Ok)?;
+    let cache = options.cache.clone().or(given.cache).map_or_else(|| default_cache(is_root), Ok)?;
 
     // The program's own defaults, where they differ from the library's.
     let bash = Path::new("/bin/bash");
@@ -494,6 +554,8 @@ pub fn load(options: &Options) -> Result<Settings> {
     let socket = options.socket.clone().or(given.socket);
     let wait = options.acquire_timeout_seconds.or(given.acquire_timeout_seconds).unwrap_or(30);
     let linger = options.linger_seconds.or(given.linger_seconds).unwrap_or(300);
+    let grace = options.grace_seconds.or(given.grace_seconds).unwrap_or(10);
+    let logs = options.logs.clone().map(|Toml(it)| it).or(given.logs).unwrap_or_default();
     Ok(Settings {
         socket: absolute(&socket.unwrap_or_else(|| state.join("denizen.sock")))?,
         url: options.url.clone().or(given.url).filter(|url| !url.is_empty()),
@@ -513,6 +575,10 @@ pub fn load(options: &Options) -> Result<Settings> {
         metrics_public: options.metrics_public.or(given.metrics_public).unwrap_or(false),
         acquire_timeout: Duration::from_secs(wait),
         linger: Duration::from_secs(linger),
+        grace: Duration::from_secs(grace),
+        logs,
+        audit_files: options.audit_files.or(given.audit_files).unwrap_or(8),
+        log: options.log.clone().or(given.log).unwrap_or_else(|| "info".to_owned()),
         isolation: options.isolation.or(given.isolation).unwrap_or(Isolation::Sandbox),
         spares: options.spares.or(given.spares).unwrap_or(2),
         image: options.image.clone().or(given.image),
@@ -570,12 +636,75 @@ impl Settings {
         })
     }
 
+    /// What the daemon goes by.
+    pub fn habits(&self, idle_exit: Option<Duration>) -> Habits {
+        Habits { idle_exit, grace: self.grace, logs: self.logs, audit_files: self.audit_files }
+    }
+
+    /// Takes over what `new` has otherwise and a daemon that runs can change. What it cannot
+    /// stays as it is.
+    pub fn renew(&mut self, new: &Settings) -> Result<Renewed> {
+        let mut renewed = Renewed::default();
+        // One is not changed without the other.
+        let has_tls = |it: &Self| it.tls_certificate.is_some() && it.tls_key.is_some();
+        let keeps_tls = has_tls(self) && has_tls(new);
+        for name in differences(&self.to_table()?, &new.to_table()?) {
+            match name.as_str() {
+                "log" => self.log.clone_from(&new.log),
+                "hosts" => self.hosts.clone_from(&new.hosts),
+                "domain" => self.domain.clone_from(&new.domain),
+                "origins" => self.origins.clone_from(&new.origins),
+                "metrics_public" => self.metrics_public = new.metrics_public,
+                "retention" => self.retention = new.retention,
+                "acquire_timeout_seconds" => self.acquire_timeout = new.acquire_timeout,
+                "tls_certificate" if keeps_tls => {
+                    self.tls_certificate.clone_from(&new.tls_certificate);
+                }
+                "tls_key" if keeps_tls => self.tls_key.clone_from(&new.tls_key),
+                _ => {
+                    renewed.not_taken.push(name);
+                    continue;
+                }
+            }
+            renewed.taken.push(name);
+        }
+        Ok(renewed)
+    }
+
+    fn to_table(&self) -> Result<toml::Table> {
+        toml::Table::try_from(self).map_err(|error| {
+            Failure::new(format!("the configuration cannot be written down: {error}"))
+        })
+    }
+
     /// The settings as a configuration file that leads to the same ones.
     pub fn to_toml(&self) -> Result<String> {
         toml::to_string(self).map_err(|error| {
             Failure::new(format!("the configuration cannot be written down: {error}"))
         })
     }
+}
+
+/// Names of settings that have changed.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Renewed {
+    /// They hold from now on.
+    pub taken: Vec<String>,
+    /// They need a new daemon.
+    pub not_taken: Vec<String>,
+}
+
+/// The names of what is not the same in both; those of the pool as `pool.max_vms`.
+fn differences(one: &toml::Table, other: &toml::Table) -> Vec<String> {
+    let names: std::collections::BTreeSet<_> = one.keys().chain(other.keys()).collect();
+    let changed = names.into_iter().filter(|name| one.get(*name) != other.get(*name));
+    let named = changed.flat_map(|name| match (one.get(name), other.get(name)) {
+        (Some(toml::Value::Table(one)), Some(toml::Value::Table(other))) if name == "pool" => {
+            differences(one, other).into_iter().map(|field| format!("{name}.{field}")).collect()
+        }
+        _ => vec![name.clone()],
+    });
+    named.collect()
 }
 
 /// Where backups go: a folder, or what begins as an address does.
@@ -599,37 +728,39 @@ fn read(path: &Path, must_exist: bool) -> Result<FileConfig> {
     }
 }
 
-fn is_root() -> bool {
-    rustix::process::geteuid().is_root()
-}
-
 /// An absolute path from the environment, as the XDG Base Directory Specification has it.
 fn from_env(name: &str) -> Option<PathBuf> {
     std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute())
 }
 
-fn default_file() -> Option<PathBuf> {
-    if is_root() {
+fn default_file(is_root: bool) -> Option<PathBuf> {
+    if is_root {
         return Some(PathBuf::from("/etc/denizen/config.toml"));
     }
     let folder = from_env("XDG_CONFIG_HOME").or_else(|| Some(from_env("HOME")?.join(".config")));
     Some(folder?.join("denizen/config.toml"))
 }
 
-fn default_state() -> Result<PathBuf> {
-    default_folder("XDG_STATE_HOME", "/var/lib/denizen", ".local/state", "DENIZEN_STATE")
+fn default_state(is_root: bool) -> Result<PathBuf> {
+    default_folder(is_root, "XDG_STATE_HOME", "/var/lib/denizen", ".local/state", "DENIZEN_STATE")
 }
 
-fn default_cache() -> Result<PathBuf> {
-    default_folder("XDG_CACHE_HOME", "/var/cache/denizen", ".cache", "DENIZEN_CACHE")
+fn default_cache(is_root: bool) -> Result<PathBuf> {
+    default_folder(is_root, "XDG_CACHE_HOME", "/var/cache/denizen", ".cache", "DENIZEN_CACHE")
 }
 
 /// A folder for denizen's files: where the environment says, root's, or below the home.
-fn default_folder(xdg: &str, of_root: &str, below_home: &str, ours: &str) -> Result<PathBuf> {
+fn default_folder(
+    is_root: bool,
+    xdg: &str,
+    of_root: &str,
+    below_home: &str,
+    ours: &str,
+) -> Result<PathBuf> {
     if let Some(folder) = from_env(xdg) {
         return Ok(folder.join("denizen"));
     }
-    if is_root() {
+    if is_root {
         return Ok(PathBuf::from(of_root));
     }
     let home = from_env("HOME").ok_or_else(|| {

@@ -16,6 +16,7 @@ use tempfile::TempPath;
 use tokio_util::io::{ReaderStream, StreamReader};
 
 use crate::client::{Client, empty, escape};
+use crate::progress::Moved;
 use crate::{Failure, Result};
 
 /// Copies in or out: one side is SESSION:PATH.
@@ -28,7 +29,7 @@ pub async fn run(client: &Client, from: &str, to: &str) -> Result<()> {
 }
 
 /// A name with a colon is a session's unless it has a slash before it, as scp(1) has it.
-fn remote(name: &str) -> Option<(&str, &str)> {
+pub fn remote(name: &str) -> Option<(&str, &str)> {
     name.split_once(':').filter(|(session, _)| !session.contains('/'))
 }
 
@@ -70,13 +71,18 @@ async fn copy_in(client: &Client, from: &Path, session: &str, to: &str) -> Resul
     let target = if into_folder { format!("{base}/{name}") } else { to.to_owned() };
     let target = escape(&target);
     let (uri, body) = if metadata.is_dir() {
-        let pieces = folder::send(from.to_owned()).map_ok(Frame::data);
+        let mut moved = Moved::of(None);
+        let pieces = folder::send(from.to_owned()).inspect_ok(move |piece| moved.on(piece.len()));
+        let pieces = pieces.map_ok(Frame::data);
         let body = BodyExt::boxed(StreamBody::new(pieces));
         (format!("/files?path={target}&format=tar"), body)
     } else if metadata.is_file() {
         let mode = metadata.permissions().mode() & 0o7777;
         let file = tokio::fs::File::open(from).await.map_err(failed(from))?;
-        let body = BodyExt::boxed(StreamBody::new(ReaderStream::new(file).map_ok(Frame::data)));
+        let mut moved = Moved::of(Some(metadata.len()));
+        let pieces = ReaderStream::with_capacity(file, 256 << 10);
+        let pieces = pieces.inspect_ok(move |piece| moved.on(piece.len())).map_ok(Frame::data);
+        let body = BodyExt::boxed(StreamBody::new(pieces));
         (format!("/files?path={target}&mode={mode}"), body)
     } else {
         return Err(Failure::new(format!("{} is no file and no folder", from.display())));
@@ -98,13 +104,19 @@ async fn copy_out(client: &Client, session: &str, from: &str, to: &Path) -> Resu
     if is_folder(client, session, from).await? == Some(true) {
         let uri = format!("{uri}&format=tar");
         let response = client.request("GET", &uri, Some((SESSION, session)), empty()).await?;
+        let mut moved = Moved::of(None);
         let content = response.into_body().into_data_stream().map_err(std::io::Error::other);
+        let content = content.inspect_ok(move |piece| moved.on(piece.len()));
         return folder::receive(content, to.clone()).await.map_err(failed(&to));
     }
     let response = client.request("GET", &uri, Some((SESSION, session)), empty()).await?;
     let mode = response.headers().get(MODE);
     let mode = mode.and_then(|mode| mode.to_str().ok()?.parse::<u32>().ok()).unwrap_or(0o644);
+    let total = response.headers().get("content-length");
+    let total = total.and_then(|total| total.to_str().ok()?.parse().ok());
+    let mut moved = Moved::of(total);
     let content = response.into_body().into_data_stream().map_err(std::io::Error::other);
+    let content = content.inspect_ok(move |piece| moved.on(piece.len()));
     let mut content = StreamReader::new(content);
     let (file, partial) = partial_beside(&to)?;
     let mut file = tokio::fs::File::from_std(file);

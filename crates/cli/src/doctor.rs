@@ -3,6 +3,8 @@
 //! in a pool of its own on the same disk. It must never change anything but what it makes for
 //! that and removes again.
 
+mod service;
+
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -12,9 +14,9 @@ use denizen::{Isolation, Sleep};
 use rustix::fs::{Access, XattrFlags};
 use serde_json::json;
 
-use crate::Result;
 use crate::config::Settings;
 use crate::range::Range;
+use crate::{Result, terminal};
 
 /// How long the attempt to run a command may take.
 const PATIENCE: Duration = Duration::from_mins(1);
@@ -77,6 +79,7 @@ pub async fn run(settings: &Settings, range: &Range, as_json: bool) -> Result<i3
     let attempt = attempt(settings).await;
     let works = attempt.works();
     findings.extend([socket(&settings.socket), daemon(settings).await]);
+    findings.extend(service::findings(settings).await);
     findings.extend(file_system(&settings.pool.volume_root, works));
     if settings.isolation == Isolation::Sandbox {
         findings.extend([
@@ -118,11 +121,12 @@ fn to_json(finding: &Finding) -> serde_json::Value {
 }
 
 fn show(finding: &Finding) {
-    let mark = match finding.grade {
-        Grade::Fine => "ok  ",
-        Grade::Note => "note",
-        Grade::Fail => "FAIL",
+    let (mark, style) = match finding.grade {
+        Grade::Fine => ("ok  ", terminal::WELL),
+        Grade::Note => ("note", terminal::LACK),
+        Grade::Fail => ("FAIL", terminal::FAIL),
     };
+    let mark = terminal::styled(mark, style);
     println!("{mark}  {:<16}{}", finding.name, finding.what);
     if let Some(mend) = &finding.mend {
         println!("{:22}→ {mend}", "");

@@ -33,7 +33,7 @@ pub enum Verb {
         #[arg(long)]
         name: Option<String>,
         /// Which one, if there are several
-        #[arg(long)]
+        #[arg(long = "which", id = "which", value_name = "IMAGE")]
         image: Option<String>,
     },
     /// List images

@@ -7,24 +7,30 @@ mod command;
 mod config;
 mod copy;
 mod doctor;
+mod handed;
 mod image;
 mod key;
 mod log;
+mod man;
 mod moving;
 mod notify;
 mod port;
 mod progress;
 mod range;
+mod serve;
 mod show;
+mod terminal;
+mod top;
 
-use std::io::Write;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
+use denizen_client::api::Code;
+use denizen_server::Handed;
 
-use crate::config::Options;
+use crate::config::{Options, Sources};
 use crate::range::Range;
 
 /// denizen's own failures, as env(1) and docker have them.
@@ -41,8 +47,8 @@ const FAILED: u8 = 125;
   denizen ls
 
 Exit codes: that of the command for exec and shell (128 and the signal's number if a signal
-ended it); 125 if denizen itself failed, 126 if the command cannot be executed, 127 if it was
-not found."
+ended it); 124 if its --timeout was over, 125 if denizen itself failed, 126 if the command cannot
+be executed, 127 if it was not found. 1 if doctor or `backups verify` has found something wrong."
 )]
 struct Cli {
     #[command(flatten)]
@@ -72,6 +78,8 @@ enum Verb {
         /// Name or UUID
         session: String,
     },
+    /// Show what sessions use of the machine: on a terminal until q is pressed
+    Top,
     /// Follow what happens, to one session or to all
     Events {
         /// Name or UUID
@@ -97,6 +105,7 @@ enum Verb {
         /// Name or UUID
         session: String,
         /// Its root: the name of an image (`denizen image ls`)
+        #[arg(id = "root", value_name = "IMAGE")]
         image: Option<String>,
     },
     /// Start a session, which is made if need be
@@ -228,7 +237,7 @@ Examples:
             default_value = "127.0.0.1:0",
             hide_default_value = true
         )]
-        listen: std::net::SocketAddr,
+        on: std::net::SocketAddr,
     },
     /// Bring, list and remove images: root file systems for new sessions (`--image`)
     Image {
@@ -241,31 +250,61 @@ Examples:
         verb: key::Verb,
     },
     /// Run the daemon in the foreground
-    Serve {
-        /// Leave after this many seconds in which nothing ran
-        #[arg(long, value_name = "SECONDS")]
-        idle_exit: Option<u64>,
-        /// Say on standard output when the daemon can be reached, then be silent
-        #[arg(long, hide = true)]
-        background: bool,
-    },
+    Serve(serve::Serve),
     /// Serve the files of this sandbox on standard input, which is a socket; denizen's own
     #[command(hide = true)]
     Agent,
     /// Make a user namespace and hold it until standard input ends; denizen's own
     #[command(hide = true)]
     Namespace,
-    /// Stop the daemon
+    /// Stop the daemon, and wait for its end
     Shutdown,
     /// Check what this machine offers
     Doctor,
     /// Print the configuration in force
     Config,
+    /// Write manual pages into a folder
+    #[command(hide = true)]
+    Man {
+        /// The folder
+        folder: PathBuf,
+    },
     /// Print a completion script for a shell
     Completions {
         /// Which shell
+        #[arg(id = "for", value_name = "SHELL")]
         shell: clap_complete::Shell,
     },
+}
+
+impl Verb {
+    /// The sessions that it is about, which have to be there.
+    fn sessions(&self) -> Vec<&str> {
+        match self {
+            Self::Inspect { session }
+            | Self::Logs { session, .. }
+            | Self::Stop { session, .. }
+            | Self::Backup { session }
+            | Self::Backups { session: Some(session), .. }
+            | Self::Export { session, .. }
+            | Self::Snapshot { session, .. }
+            | Self::Snapshots { session }
+            | Self::Port { session, .. } => vec![session],
+            Self::Restore { source, .. } | Self::Fork(source) => vec![source.session()],
+            Self::Rm { sessions, .. } => sessions.iter().map(String::as_str).collect(),
+            Self::Diff { from, to } => {
+                let states = std::iter::once(from).chain(to);
+                states
+                    .map(|state| state.split_once(':').map_or(state.as_str(), |it| it.0))
+                    .collect()
+            }
+            Self::Cp { from, to } => {
+                let states = [from, to].into_iter().filter_map(|it| copy::remote(it));
+                states.map(|(session, _)| session).collect()
+            }
+            _ => Vec::new(),
+        }
+    }
 }
 
 /// A failure with the exit code it leads to.
@@ -274,15 +313,17 @@ Examples:
 pub struct Failure {
     code: u8,
     message: String,
+    /// What the daemon calls it, if it was that which refused.
+    refusal: Option<Code>,
 }
 
 impl Failure {
     fn new(message: impl Into<String>) -> Self {
-        Self { code: FAILED, message: message.into() }
+        Self::with_code(FAILED, message)
     }
 
     fn with_code(code: u8, message: impl Into<String>) -> Self {
-        Self { code, message: message.into() }
+        Self { code, message: message.into(), refusal: None }
     }
 }
 
@@ -310,21 +351,25 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: Cli) -> Result<i32> {
-    match &cli.verb {
+    match cli.verb {
         Verb::Completions { shell } => {
-            clap_complete::generate(*shell, &mut Cli::command(), "denizen", &mut std::io::stdout());
+            clap_complete::generate(shell, &mut Cli::command(), "denizen", &mut std::io::stdout());
             return Ok(0);
         }
         Verb::Config => {
-            show::config(&config::load(&cli.options)?, cli.json)?;
+            show::config(&Sources::new(cli.options).load()?, cli.json)?;
             return Ok(0);
         }
+        Verb::Man { folder } => return man::write(&folder).map(|()| 0),
         Verb::Agent => return agent().map(|()| 0),
         Verb::Namespace => return range::helper().map(|()| 0),
         _ => {}
     }
-    let settings = config::load(&cli.options)?;
-    let serving = matches!(cli.verb, Verb::Serve { .. });
+    let sources = Sources::new(cli.options.clone());
+    let settings = sources.load()?;
+    let serving = matches!(cli.verb, Verb::Serve(_));
+    // Before anything is started that would have it too.
+    let handed = if serving { handed::take()? } else { Handed::default() };
     // All paths are known, and there is no other thread yet. The doctor tries what the daemon
     // does, as who the daemon is.
     let range = if serving || matches!(cli.verb, Verb::Doctor) {
@@ -338,7 +383,13 @@ fn run(cli: Cli) -> Result<i32> {
         tokio::runtime::Builder::new_current_thread().enable_all().build()
     };
     let runtime = runtime.map_err(|error| Failure::new(format!("cannot start: {error}")))?;
-    let code = runtime.block_on(act(cli, settings, range));
+    let code = match cli.verb {
+        Verb::Serve(serve) => {
+            let served = serve::run(serve, sources, settings, range, handed);
+            runtime.block_on(served).map(|()| 0)
+        }
+        _ => runtime.block_on(act(cli, settings, range)),
+    };
     // A thread may hang in a read of the terminal for ever.
     runtime.shutdown_background();
     code
@@ -346,9 +397,6 @@ fn run(cli: Cli) -> Result<i32> {
 
 async fn act(cli: Cli, settings: config::Settings, range: Range) -> Result<i32> {
     let json = cli.json;
-    if let Verb::Serve { idle_exit, background } = cli.verb {
-        return serve(settings, range, idle_exit, background).await.map(|()| 0);
-    }
     if let Verb::Doctor = cli.verb {
         return doctor::run(&settings, &range, json).await;
     }
@@ -359,9 +407,30 @@ async fn act(cli: Cli, settings: config::Settings, range: Range) -> Result<i32> 
         return key::run(&settings, verb, json).await.map(|()| 0);
     }
     let client = client::connect(&settings).await?;
-    match cli.verb {
-        Verb::Exec(exec) => return command::exec(&client, exec, json).await,
-        Verb::Shell { session } => return command::shell(&client, &settings, session).await,
+    let wanted: Vec<String> = cli.verb.sessions().into_iter().map(str::to_owned).collect();
+    let mut done = ask(&client, &settings, cli.verb, json).await;
+    if let Err(failure) = &mut done
+        && failure.refusal == Some(Code::UnknownSession)
+    {
+        let wanted: Vec<_> = wanted.iter().map(String::as_str).collect();
+        let hint = client::suggestion(&client, &wanted).await;
+        let hint = hint.unwrap_or_else(|| "`denizen ls` lists those that there are".to_owned());
+        failure.message.push_str(&format!(": {hint}"));
+    }
+    done
+}
+
+/// Has the daemon do what a verb says.
+async fn ask(
+    client: &client::Client,
+    settings: &config::Settings,
+    verb: Verb,
+    json: bool,
+) -> Result<i32> {
+    match verb {
+        Verb::Exec(exec) => return command::exec(client, exec, json).await,
+        Verb::Shell { session } => return command::shell(client, settings, session).await,
+        Verb::Top => top::run(client, json).await?,
         Verb::Ls => show::sessions(&show::value(client.sessions().await?)?, json)?,
         Verb::Inspect { session } => {
             show::session(&show::value(client.session(&session).await?)?, json)?;
@@ -387,17 +456,17 @@ async fn act(cli: Cli, settings: config::Settings, range: Range) -> Result<i32> 
             let started = client.ensure(&session, None).await?;
             show::session(&show::value(started)?, json)?;
         }
-        Verb::Backup { session } => backups::backup(&client, &session, json).await?,
+        Verb::Backup { session } => backups::backup(client, &session, json).await?,
         Verb::Backups { session, verb } => {
-            return backups::run(&client, session.as_deref(), verb, json).await;
+            return backups::run(client, session.as_deref(), verb, json).await;
         }
-        Verb::Recover => backups::recover(&client, json).await?,
+        Verb::Recover => backups::recover(client, json).await?,
         Verb::Restore { source, paths } => {
-            backups::restore(&client, source, &paths, json).await?;
+            backups::restore(client, source, &paths, json).await?;
         }
-        Verb::Fork(source) => backups::fork(&client, source, json).await?,
-        Verb::Export { session, output } => moving::export(&client, &session, output).await?,
-        Verb::Import { session, file } => moving::import(&client, &session, file, json).await?,
+        Verb::Fork(source) => backups::fork(client, source, json).await?,
+        Verb::Export { session, output } => moving::export(client, &session, output).await?,
+        Verb::Import { session, file } => moving::import(client, &session, file, json).await?,
         Verb::Snapshot { session, name } => {
             client.snapshot(&session, &name).await?;
         }
@@ -405,7 +474,7 @@ async fn act(cli: Cli, settings: config::Settings, range: Range) -> Result<i32> 
             show::snapshots(&show::value(client.snapshots(&session).await?)?, json)?;
         }
         Verb::Diff { from, to } => {
-            let found = client::diff(&client, &from, to.as_deref()).await?;
+            let found = client::diff(client, &from, to.as_deref()).await?;
             show::differences(&show::value(found)?, json)?;
         }
         Verb::Rm { sessions, force, snapshot } => {
@@ -416,18 +485,19 @@ async fn act(cli: Cli, settings: config::Settings, range: Range) -> Result<i32> 
                 }
             }
         }
-        Verb::Port { session, port, listen } => {
-            port::run(&client, &session, port, listen, json).await?;
+        Verb::Port { session, port, on } => {
+            port::run(client, &session, port, on, json).await?;
         }
-        Verb::Image { verb } => image::run(&client, verb, json).await?,
-        Verb::Cp { from, to } => copy::run(&client, &from, &to).await?,
+        Verb::Image { verb } => image::run(client, verb, json).await?,
+        Verb::Cp { from, to } => copy::run(client, &from, &to).await?,
         Verb::Key { .. }
-        | Verb::Serve { .. }
+        | Verb::Serve(_)
         | Verb::Agent
         | Verb::Namespace
         | Verb::Shutdown
         | Verb::Doctor
         | Verb::Config
+        | Verb::Man { .. }
         | Verb::Completions { .. } => {}
     }
     Ok(0)
@@ -450,112 +520,30 @@ fn agent() -> Result<()> {
     })
 }
 
-async fn serve(
-    settings: config::Settings,
-    range: Range,
-    idle_exit: Option<u64>,
-    background: bool,
-) -> Result<()> {
-    use denizen_server::{Daemon, Ending, KeysError, ServeError};
-    use tokio::signal::unix::{SignalKind, signal};
-    tracing_subscriber::fmt()
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
-        .with_env_filter(
-            tracing_subscriber::EnvFilter::try_from_env("DENIZEN_LOG")
-                .unwrap_or_else(|_| "info".into()),
-        )
-        .init();
-    match &range {
-        Range::NotNeeded => {}
-        Range::Has { first, count } => {
-            tracing::info!(first, count, "sandboxes have a range of user ids");
-        }
-        Range::Lacks(lack) => tracing::info!(
-            why = lack.what(),
-            "sandboxes have one user id; `denizen doctor` tells how they get more"
-        ),
-    }
-    let failed = |error: &dyn std::fmt::Display| Failure::new(error.to_string());
-    settings.pool.validate().map_err(|error| failed(&error))?;
-    let program = std::env::current_exe().map_err(|error| failed(&error))?;
-    // Whoever started it may be gone: that is no reason to end.
-    let tell = |word: &str| {
-        if background {
-            let _ = writeln!(std::io::stdout(), "{word}");
-        }
-    };
-    if background {
-        tokio::spawn(log::keep_short(log_file(&settings)));
-    }
-    let front = settings.front()?;
-    let mut builder = denizen::MicroVmManager::builder((&settings.pool).into());
-    builder = builder.network(settings.network());
-    if let Some(image) = settings.image {
-        builder = builder.image(image);
-    }
-    let pool = builder
-        .agent_program(program)
-        .cache(settings.cache)
-        .isolation(settings.isolation)
-        .sleep(settings.sleep)
-        .background_is_use(settings.background_is_use)
-        .limits(settings.limits)
-        .linger(settings.linger)
-        .acquire_timeout(settings.acquire_timeout)
-        .spares(settings.spares)
-        .backup_format(settings.backup_format)
-        .backup_key(settings.backup_key)
-        .retention(settings.retention)
-        .build()
-        .map_err(|error| {
-            use denizen::{Error, RegistryError};
-            if let Error::Registry(RegistryError::Locked { .. }) = error.kind() {
-                tell(client::TAKEN);
-            }
-            failed(&error)
-        })?;
-    let idle_exit = idle_exit.map(std::time::Duration::from_secs);
-    let daemon = Daemon::bind(pool.clone(), &settings.socket, &settings.state, front, idle_exit);
-    let daemon = match daemon {
-        Ok(daemon) => daemon,
-        Err(error) => {
-            if let ServeError::Taken { .. } | ServeError::Keys(KeysError::Taken { .. }) = error {
-                tell(client::TAKEN);
-            }
-            // What it has found running is no worse for it.
-            pool.leave().await.map_err(|error| failed(&error))?;
-            return Err(failed(&error));
-        }
-    };
-    drop(pool);
-    let mut terminate = signal(SignalKind::terminate()).map_err(|error| failed(&error))?;
-    let mut interrupt = signal(SignalKind::interrupt()).map_err(|error| failed(&error))?;
-    tell(client::READY);
-    if !background {
-        eprintln!("denizen listens on {}", settings.socket.display());
-        for address in daemon.addresses() {
-            eprintln!("denizen listens on {address}");
-        }
-        // One in the background is nobody's service, whatever its caller is.
-        notify::tell("READY=1");
-    }
-    let stop = async move {
-        let ending = tokio::select! {
-            // What a service manager sends, also when it starts the daemon anew.
-            _ = terminate.recv() => Ending::Leave,
-            // Somebody at a terminal.
-            _ = interrupt.recv() => Ending::Stop,
-        };
-        if !background {
-            notify::tell("STOPPING=1");
-        }
-        ending
-    };
-    daemon.serve(stop).await.map_err(|error| failed(&error))
-}
-
 /// The daemon's log, when it was started in the background.
 fn log_file(settings: &config::Settings) -> PathBuf {
     settings.state.join("daemon.log")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// clap knows arguments by their ids: one of a verb that is called as a setting would be taken
+    /// for that setting, and reach the daemon.
+    #[test]
+    fn no_argument_of_a_verb_is_taken_for_a_setting() {
+        let program = Cli::command();
+        let settings: Vec<_> = program.get_arguments().map(|arg| arg.get_id().clone()).collect();
+        let mut verbs: Vec<_> = program.get_subcommands().collect();
+        assert!(settings.len() > 40 && verbs.len() > 25);
+        while let Some(verb) = verbs.pop() {
+            for arg in verb.get_arguments() {
+                let id = arg.get_id();
+                assert!(!settings.contains(id), "{id} of {}", verb.get_name());
+            }
+            verbs.extend(verb.get_subcommands());
+        }
+        Cli::command().debug_assert();
+    }
 }

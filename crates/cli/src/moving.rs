@@ -12,7 +12,7 @@ use tokio_util::io::ReaderStream;
 
 use crate::client::{Client, empty, path};
 use crate::copy::{failed, partial_beside};
-use crate::progress::Bar;
+use crate::progress::Moved;
 use crate::{Failure, Result, show};
 
 /// Standard input or output, by the name that other programs have for them.
@@ -99,26 +99,4 @@ async fn upload(
     let kind = Some(("content-type", "application/zstd"));
     let response = client.request("POST", &path(session, "/import"), kind, body).await?;
     show::session(&Client::body(response).await?, json)
-}
-
-/// How much has been moved, and of how much if that is known.
-struct Moved {
-    bytes: u64,
-    total: Option<u64>,
-    bar: Bar,
-}
-
-impl Moved {
-    fn of(total: Option<u64>) -> Self {
-        Self { bytes: 0, total, bar: Bar::default() }
-    }
-
-    fn on(&mut self, bytes: usize) {
-        self.bytes += bytes as u64;
-        let Self { bytes, total, bar } = self;
-        bar.show(|| match total {
-            Some(total) => format!("{} of {} MiB", *bytes >> 20, *total >> 20),
-            None => format!("{} MiB", *bytes >> 20),
-        });
-    }
 }

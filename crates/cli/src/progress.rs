@@ -105,3 +105,27 @@ pub fn said(event: &Value) -> String {
     }
     line
 }
+
+/// How much has been moved, and of how much if that is known.
+pub struct Moved {
+    bytes: u64,
+    total: Option<u64>,
+    bar: Bar,
+}
+
+impl Moved {
+    /// Nothing yet, of so much if that is known.
+    pub fn of(total: Option<u64>) -> Self {
+        Self { bytes: 0, total, bar: Bar::default() }
+    }
+
+    /// So much more.
+    pub fn on(&mut self, bytes: usize) {
+        self.bytes += bytes as u64;
+        let Self { bytes, total, bar } = self;
+        bar.show(|| match total {
+            Some(total) => format!("{} of {} MiB", *bytes >> 20, *total >> 20),
+            None => format!("{} MiB", *bytes >> 20),
+        });
+    }
+}

@@ -5,7 +5,7 @@ use std::io::Write;
 use serde_json::Value;
 
 use crate::config::Settings;
-use crate::{Failure, Result, backups, progress};
+use crate::{Failure, Result, backups, progress, terminal};
 
 /// Prints, or says that nobody reads.
 fn print(text: &str) -> Result<()> {
@@ -76,12 +76,26 @@ pub fn session(value: &Value, as_json: bool) -> Result<()> {
             "last_used" | "unsaved_since" => age(value),
             name if name.ends_with("_at") => age(value),
             "backup_size" | "backup_added" => size(value),
+            "usage" => used(value),
             name if name.starts_with("disk_") => size(value),
             _ => text(value),
         };
         lines.push_str(&format!("{:<17}{shown}\n", name.replace('_', " ")));
     }
     print(&lines)
+}
+
+/// What a session uses, in a line.
+fn used(usage: &Value) -> String {
+    let parts = [
+        usage["memory_bytes"].as_u64().map(|it| format!("{} of memory", bytes(it))),
+        usage["cpu_microseconds"]
+            .as_u64()
+            .map(|it| format!("{} of processor time", span(it / 1_000_000))),
+        usage["processes"].as_u64().map(|it| format!("{it} processes")),
+    ];
+    let parts: Vec<_> = parts.into_iter().flatten().collect();
+    if parts.is_empty() { "not known".to_owned() } else { parts.join(", ") }
 }
 
 /// A key that was made: alone on standard output, where a script takes it from.
@@ -276,7 +290,44 @@ pub fn event(line: &str, session: Option<&str>, as_json: bool) -> Result<()> {
     print(&format!("{}  {who}  {what}{more}\n", time(&value["at"])))
 }
 
+/// The heads of what sessions use.
+pub const USAGE: [&str; 6] = ["NAME", "STATE", "CPU", "MEMORY", "PROCESSES", "DISK"];
+
+/// What a session uses; `share` is how much of a processor.
+pub fn usage_row(session: &Value, share: Option<f64>) -> [String; 6] {
+    let used = &session["usage"];
+    let or_none = |shown: Option<String>| shown.unwrap_or_else(|| "-".to_owned());
+    [
+        text(if session["name"].is_string() { &session["name"] } else { &session["id"] }),
+        text(&session["state"]),
+        or_none(share.map(|share| format!("{share:.1} %"))),
+        or_none(used["memory_bytes"].as_u64().map(bytes)),
+        or_none(used["processes"].as_u64().map(|count| count.to_string())),
+        or_none(session["disk_used"].as_u64().map(bytes)),
+    ]
+}
+
+/// What sessions use and have used: of the processor, the time.
+pub fn usage(value: &Value, as_json: bool) -> Result<()> {
+    if as_json {
+        return json(value);
+    }
+    let rows = value.as_array().into_iter().flatten().map(|session| {
+        let mut row = usage_row(session, None);
+        if let Some(used) = session["usage"]["cpu_microseconds"].as_u64() {
+            row[2] = format!("{}.{:02} s", used / 1_000_000, used / 10_000 % 100);
+        }
+        row
+    });
+    table(USAGE, rows)
+}
+
 fn table<const N: usize>(heads: [&str; N], rows: impl Iterator<Item = [String; N]>) -> Result<()> {
+    print(&lines(heads, rows))
+}
+
+/// A table, as wide as the terminal at most.
+pub fn lines<const N: usize>(heads: [&str; N], rows: impl Iterator<Item = [String; N]>) -> String {
     let rows: Vec<_> = std::iter::once(heads.map(str::to_owned)).chain(rows).collect();
     let mut widths = [0; N];
     for row in &rows {
@@ -284,16 +335,23 @@ fn table<const N: usize>(heads: [&str; N], rows: impl Iterator<Item = [String; N
             *width = cell.chars().count().max(*width);
         }
     }
+    if let Some(room) = terminal::columns() {
+        terminal::fit(&mut widths, room);
+    }
     let mut lines = String::new();
-    for row in &rows {
-        let mut line = String::new();
-        for (width, cell) in widths.iter().zip(row) {
-            line.push_str(&format!("{cell:<width$}  "));
+    for (place, row) in rows.iter().enumerate() {
+        let cells: Vec<_> =
+            widths.iter().zip(row).map(|(width, cell)| terminal::cell(cell, *width)).collect();
+        let line = cells.join("  ");
+        let line = line.trim_end();
+        if place == 0 {
+            lines.push_str(&terminal::styled(line, terminal::HEAD));
+        } else {
+            lines.push_str(line);
         }
-        lines.push_str(line.trim_end());
         lines.push('\n');
     }
-    print(&lines)
+    lines
 }
 
 /// Bytes, as people read them.

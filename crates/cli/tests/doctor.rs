@@ -162,3 +162,78 @@ fn a_session_of_another_denizen() {
     assert!(within(&["shutdown"]).status.success());
     assert!(user.run(&["rm", "--force", "outer"]).status.success());
 }
+
+/// What the program finds with these settings.
+fn with(user: &User, settings: &[&str]) -> (Option<i32>, Value) {
+    let output = user.run(&[settings, &["--isolation", "host", "--json", "doctor"]].concat());
+    let all = serde_json::from_slice(&output.stdout);
+    (output.status.code(), all.unwrap_or_else(|_| panic!("{output:?}")))
+}
+
+#[test]
+fn how_others_get_in() {
+    let user = User::new();
+    let (_, all) = with(&user, &[]);
+    assert_eq!(grade(&all, "listener"), "none", "nobody is to get in: {all:#}");
+    let (code, all) = with(&user, &["--listen", "127.0.0.1:0"]);
+    assert_eq!(code, Some(1), "{all:#}");
+    assert_eq!(grade(&all, "listener"), "fine", "{all:#}");
+    assert_eq!(grade(&all, "keys"), "fail", "{all:#}");
+    assert_eq!(grade(&all, "tls"), "fine", "{all:#}");
+    assert!(!user.state.path().join("keys.lock").exists(), "nothing is made");
+    assert!(user.run(&["key", "create", "a"]).status.success());
+    // With a daemon that has it, and one that has not.
+    for serve in [false, true] {
+        let (code, all) = with(&user, &["--listen", "0.0.0.0:0"]);
+        assert_eq!(code, Some(1), "{all:#}");
+        assert_eq!(grade(&all, "listener"), "fail", "no TLS: {all:#}");
+        assert_eq!(grade(&all, "keys"), "fine", "{all:#}");
+        if !serve {
+            user.run(&["--isolation", "host", "ls"]);
+        }
+    }
+    let path = |name: &str| user.state.path().join(name).to_str().unwrap().to_owned();
+    let (certificate, key) = (path("cert.pem"), path("key.pem"));
+    for (days, expected) in [("90", "fine"), ("3", "note")] {
+        let mut make = Command::new("openssl");
+        make.args(["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"]);
+        make.args(["-nodes", "-subj", "/CN=test", "-days", days, "-keyout", &key]);
+        assert!(make.args(["-out", &certificate]).output().unwrap().status.success());
+        let tls = ["--tls-certificate", &certificate, "--tls-key", &key];
+        let (code, all) = with(&user, &[&tls[..], &["--listen", "127.0.0.1:0"]].concat());
+        assert_eq!(code, Some(0), "{all:#}");
+        assert_eq!(grade(&all, "tls"), expected, "{all:#}");
+    }
+    std::fs::write(&key, "none").unwrap();
+    let tls = ["--tls-certificate", &certificate, "--tls-key", &key, "--listen", "127.0.0.1:0"];
+    assert_eq!(grade(&with(&user, &tls).1, "tls"), "fail");
+}
+
+#[test]
+fn an_address_that_is_taken() {
+    let user = User::new();
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap().to_string();
+    let (code, all) = with(&user, &["--listen", &address]);
+    assert_eq!(code, Some(1), "{all:#}");
+    assert_eq!(grade(&all, "listener"), "fail", "{all:#}");
+}
+
+#[test]
+fn a_destination_that_cannot_be_written() {
+    if !is_root() {
+        return;
+    }
+    let user = User::new();
+    let mount = "mkdir -p \"$POOL/../backups\" && mount -t tmpfs -o ro none \"$POOL/../backups\"";
+    let (code, all) = doctor(&user, &["-m"], mount);
+    assert_eq!(code, Some(1), "{all:#}");
+    let failing = |check| grade(&all, check) == "fail";
+    assert!(failing("backups") || failing("configuration"), "{all:#}");
+    // One that is nearly full.
+    let user = User::new();
+    let mount = mount.replace("-o ro", "-o size=1m");
+    let (code, all) = doctor(&user, &["-m"], &mount);
+    assert_eq!(code, Some(0), "{all:#}");
+    assert_eq!(grade(&all, "backups"), "note", "{all:#}");
+}

@@ -1,12 +1,11 @@
-//! What who runs the daemon goes by: whether it lives, whether it is ready, what it measures, and
-//! what it tells its service manager.
+//! What who runs the daemon goes by: whether it lives, whether it is ready, and what it measures.
 #![allow(clippy::unwrap_used)]
 
 mod common;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read, Write};
-use std::os::unix::net::{UnixDatagram, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
@@ -193,26 +192,4 @@ fn what_is_shown_and_alerted_on_is_measured() {
     let hidden: Vec<_> = families.keys().filter(|it| it.starts_with("denizen_")).collect();
     let hidden: Vec<_> = hidden.into_iter().filter(|it| !shown.contains(*it)).collect();
     assert!(hidden.is_empty(), "not shown: {hidden:?}");
-}
-
-#[test]
-fn the_service_manager_is_told() {
-    let user = User::new();
-    let place = user.state.path().join("notify");
-    let manager = UnixDatagram::bind(&place).unwrap();
-    manager.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
-    let told = || {
-        let mut word = [0; 64];
-        let length = manager.recv(&mut word).unwrap();
-        common::text(&word[..length])
-    };
-    let mut serve = user.denizen(&["--isolation", "host", "serve"]);
-    let mut daemon = serve.env("NOTIFY_SOCKET", &place).spawn().unwrap();
-    assert_eq!(told(), "READY=1");
-    // It is.
-    assert_eq!(get(&user, "/readyz", "").0, 200);
-    let pid = rustix::process::Pid::from_child(&daemon);
-    rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
-    assert_eq!(told(), "STOPPING=1");
-    assert!(daemon.wait().unwrap().success());
 }

@@ -755,3 +755,121 @@ fn a_port_of_a_session_is_reached_by_one_of_this_machine() {
     forward.wait().unwrap();
     assert!(user.run(&["stop", "--force", "a"]).status.success());
 }
+
+#[test]
+fn a_mistyped_session_is_guessed_at() {
+    let user = User::new();
+    user.exec("demo", "true");
+    user.exec("other", "true");
+    for args in [&["inspect", "demoo"][..], &["stop", "dmeo"], &["cp", "deno:x", "/tmp/never"]] {
+        let refused = user.run(args);
+        assert_eq!(refused.status.code(), Some(125), "{refused:?}");
+        let said = text(&refused.stderr);
+        assert!(said.contains("did you mean 'demo'?"), "{args:?}: {said}");
+    }
+    let refused = text(&user.run(&["inspect", "zzz"]).stderr);
+    assert!(refused.contains("denizen ls") && !refused.contains("did you mean"), "{refused}");
+    // And verbs.
+    assert!(text(&user.run(&["inpsect", "demo"]).stderr).contains("'inspect'"));
+}
+
+/// What a line prints on a terminal of so many columns.
+fn on_terminal(user: &User, columns: u16, line: &str, keys: &[u8]) -> String {
+    let line = format!("stty cols {columns} rows 12; exec {line}");
+    let mut script = Command::new("script");
+    script.args(["-qec", &line, "/dev/null"]).env("DENIZEN", env!("CARGO_BIN_EXE_denizen"));
+    script.env("DENIZEN_STATE", user.state.path()).env("DENIZEN_CACHE", CACHE);
+    script.env_remove("NO_COLOR").env("TERM", "xterm").stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut child = script.spawn().unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    stdin.write_all(keys).unwrap();
+    let output = child.wait_with_output().unwrap();
+    drop(stdin);
+    text(&output.stdout)
+}
+
+#[test]
+fn tables_fit_their_terminal_and_are_whole_in_a_pipe() {
+    let user = User::new();
+    let name = "a-session-with-a-name-that-is-rather-long";
+    user.exec(name, "true");
+    let piped = text(&user.run(&["ls"]).stdout);
+    assert!(piped.contains(name) && !piped.contains('\u{1b}'), "{piped}");
+    assert!(piped.lines().all(|line| line.len() > 70), "{piped}");
+    let shown = on_terminal(&user, 60, "\"$DENIZEN\" ls", b"");
+    let lines: Vec<_> = shown.lines().map(|line| line.trim_end()).collect();
+    assert!(lines[0].starts_with("\u{1b}[1mNAME") && lines[0].ends_with("\u{1b}[0m"), "{shown}");
+    assert!(lines[1].contains('…') && lines[1].chars().count() <= 60, "{shown}");
+    let plain = on_terminal(&user, 60, "env NO_COLOR=1 \"$DENIZEN\" ls", b"");
+    assert!(!plain.contains('\u{1b}'), "{plain}");
+    let mut forced = user.denizen(&["ls"]);
+    let forced = forced.env("CLICOLOR_FORCE", "1").env_remove("NO_COLOR").output().unwrap();
+    assert!(text(&forced.stdout).starts_with("\u{1b}[1mNAME"));
+}
+
+#[test]
+fn top_is_a_picture_on_a_terminal_and_a_table_in_a_pipe() {
+    let user = User::new();
+    user.exec("demo", "true");
+    let piped = text(&user.run(&["top"]).stdout);
+    assert!(piped.starts_with("NAME  STATE ") && piped.contains("\ndemo  active"), "{piped}");
+    assert_eq!(user.json(&["top"])[0]["name"], "demo");
+    // It is there at once, and gone with a key; the terminal is as it was.
+    let shown = on_terminal(&user, 80, "sh -c '\"$DENIZEN\" top; stty -a'", b"xq");
+    let (before, after) = shown.split_once("\u{1b}[?1049l").unwrap();
+    assert!(before.contains("\u{1b}[?1049h") && after.contains(" icanon"), "{shown}");
+}
+
+#[test]
+fn every_verb_has_a_manual_page_and_exit_codes_are_told_alike() {
+    let user = User::new();
+    let pages = user.state.path().join("man");
+    assert!(user.run(&["man", pages.to_str().unwrap()]).status.success());
+    let read = |name: &str| std::fs::read_to_string(pages.join(format!("{name}.1"))).unwrap();
+    let help = text(&user.run(&["--help"]).stdout);
+    let verbs = help.split_once("Commands:").unwrap().1.split_once("Options:").unwrap().0;
+    let verbs = verbs.lines().filter(|line| line.starts_with("  ") && !line.starts_with("   "));
+    let verbs: Vec<_> = verbs.filter_map(|line| line.split_whitespace().next()).collect();
+    assert!(verbs.len() > 25, "{verbs:?}");
+    for verb in verbs.into_iter().filter(|verb| *verb != "help") {
+        let page = read(&format!("denizen-{verb}"));
+        assert!(page.contains(".SH SYNOPSIS") && page.contains("SEE ALSO"), "{verb}");
+    }
+    assert!(read("denizen-image-pull").contains("registry"));
+    let whole = read("denizen");
+    let codes = whole.split_once("EXIT STATUS").unwrap().1;
+    let readme = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../README.md");
+    let readme = std::fs::read_to_string(readme).unwrap();
+    for code in ["124", "125", "126", "127"] {
+        assert!(codes.contains(&format!("\\fB{code}\\fR")), "{codes}");
+        assert!(help.contains(code) && readme.contains(&format!("| {code} |")), "{code}");
+    }
+    if let Ok(checked) =
+        Command::new("man").args(["--warnings", "-l"]).arg(pages.join("denizen.1")).output()
+    {
+        assert_eq!(text(&checked.stderr), "");
+    }
+}
+
+#[test]
+fn shells_can_complete_verbs() {
+    let user = User::new();
+    for (shell, part) in
+        [("bash", "complete -F"), ("zsh", "#compdef denizen"), ("fish", "complete")]
+    {
+        let script = user.run(&["completions", shell]);
+        let script = text(&script.stdout);
+        assert!(script.contains(part) && script.contains("snapshots"), "{shell}: {script}");
+    }
+}
+
+#[test]
+fn shutdown_waits_for_the_daemons_end() {
+    let user = User::new();
+    user.exec("a", "true");
+    let pid = user.daemon_pid().unwrap();
+    assert!(user.run(&["shutdown"]).status.success());
+    // One that nobody has reaped yet has no command line.
+    let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    assert!(line.is_empty(), "{}", text(&line));
+}

@@ -423,8 +423,8 @@ impl MicroVmManager {
     }
 
     /// Deletes a backup, also one of a session that is not known here, and gives it. The first eight
-    /// letters of its name will do, or more, if no other begins with them. The room that it took in a repository is
-    /// given back as by [`MicroVmManager::forget_backups`]. Cancel-safe: what has begun goes on.
+    /// letters of its name will do, or more, if no other begins with them. The room that it took in
+    /// a repository is given back as by [`MicroVmManager::forget_backups`]. Cancel-safe: what has begun goes on.
     ///
     /// # Errors
     /// [`Error::UnknownBackup`]; [`Error::BackupNeeded`] if it is the latest of a session known
@@ -434,12 +434,30 @@ impl MicroVmManager {
         blocking(move || pool.delete_backup(&name)).await
     }
 
-    /// What [`Builder::retention`] was given.
+    /// What [`Builder::retention`] was given, or [`MicroVmManager::set_retention`] since.
     ///
     /// # Errors
     /// [`Error::Disabled`].
     pub fn retention(&self) -> Result<Retention> {
         Ok(self.pool()?.retention())
+    }
+
+    /// Changes which backups are kept, from the next time on at which others are deleted.
+    ///
+    /// # Errors
+    /// [`Error::Disabled`].
+    pub fn set_retention(&self, retention: Retention) -> Result<()> {
+        self.pool()?.set_retention(retention);
+        Ok(())
+    }
+
+    /// Changes what [`Builder::acquire_timeout`] was given, for callers from now on.
+    ///
+    /// # Errors
+    /// [`Error::Disabled`].
+    pub fn set_acquire_timeout(&self, limit: Option<Duration>) -> Result<()> {
+        self.pool()?.set_acquire_timeout(limit);
+        Ok(())
     }
 
     /// Makes every session of which there is a backup, and that is not known here, known as

@@ -76,6 +76,19 @@ pub(crate) struct Settings {
     pub(crate) retention: Retention,
 }
 
+/// What begins as the settings have it, and may change.
+#[derive(Debug)]
+struct Changing {
+    acquire_timeout: Option<Duration>,
+    retention: Retention,
+}
+
+impl Changing {
+    fn of(settings: &Settings) -> Self {
+        Self { acquire_timeout: settings.acquire_timeout, retention: settings.retention }
+    }
+}
+
 /// A session's place in this process.
 #[derive(Debug)]
 pub(crate) struct Place {
@@ -277,6 +290,7 @@ pub(crate) struct Pool {
     /// Who receives an archive.
     imports: tokio::sync::Semaphore,
     figures: Mutex<Figures>,
+    changing: Mutex<Changing>,
 }
 
 impl Drop for Pool {
@@ -366,6 +380,7 @@ impl Pool {
             watching: 0,
         };
         let pool = Arc::new(Self {
+            changing: Mutex::new(Changing::of(&settings)),
             watch: driver.disk_limit().map(Watch::new),
             driver,
             config,
@@ -399,7 +414,7 @@ impl Pool {
             tasks.spawn(watch::run(Arc::downgrade(&pool)));
         }
         tasks.spawn(tell_denials(Arc::downgrade(&pool), denied));
-        if pool.forgets() {
+        if pool.backups.is_some() {
             tasks.spawn(forgetting::run(Arc::downgrade(&pool)));
         }
         Ok((pool, Tasks(tasks)))
@@ -657,7 +672,7 @@ impl Pool {
 
     /// Asks for something that may take a place in the pool. Cancel-safe as [`Pool::ask`].
     async fn ask_in_time(self: &Arc<Self>, id: Uuid, want: impl FnOnce(bool) -> Want) -> Answer {
-        let timeout = self.settings.acquire_timeout;
+        let timeout = self.changing.lock().acquire_timeout;
         let answer = self.ask(id, want(timeout.is_some()));
         match timeout {
             None => answer.await,
@@ -666,6 +681,10 @@ impl Pool {
                 Err(_) => Err(self.waited_too_long(id, limit)),
             },
         }
+    }
+
+    pub(crate) fn set_acquire_timeout(&self, limit: Option<Duration>) {
+        self.changing.lock().acquire_timeout = limit;
     }
 
     fn waited_too_long(&self, session: Uuid, waited: Duration) -> Error {

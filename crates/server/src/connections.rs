@@ -130,7 +130,7 @@ async fn serve(
         let begun = begun.clone();
         service_fn(move |mut request: Request<Incoming>| {
             begun.notify_one();
-            guard::by_path(&access.front, &mut request);
+            guard::by_path(&access.front(), &mut request);
             request.extensions_mut().insert(peer.clone());
             app.call(request)
         })

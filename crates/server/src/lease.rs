@@ -6,15 +6,17 @@
 
 use std::collections::HashMap;
 use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use axum::BoxError;
 use axum::body::Bytes;
 use axum::http::HeaderMap;
 use connectrpc::ConnectError;
 use denizen::{Error, Histogram, MicroVmManager, SessionName, VmExecutionGuard};
-use denizen_agent::envd::{Instance, Instances, Jobs, Watchers};
+use denizen_agent::envd::{Instance, Instances, Jobs, KeptLogs, Watchers};
 use hyper::body::{Body, Frame, SizeHint};
 use parking_lot::Mutex;
 use tokio::time::Instant;
@@ -133,13 +135,19 @@ pub(crate) struct Leases {
     acquires: Mutex<Histogram>,
     /// How long it took to start commands.
     starts: Arc<Mutex<Histogram>>,
+    /// Whether nobody is given a session any more who has none.
+    closed: AtomicBool,
+    logs: KeptLogs,
 }
 
+/// How often it is looked whether commands still run, when the daemon waits for their end.
+const LOOK: Duration = Duration::from_millis(20);
+
 impl Leases {
-    pub(crate) fn new(pool: Arc<MicroVmManager>) -> Self {
+    pub(crate) fn new(pool: Arc<MicroVmManager>, logs: KeptLogs) -> Self {
         let last_use = Mutex::new(Instant::now());
-        let (slots, acquires, starts) = Default::default();
-        Self { pool, slots, last_use, acquires, starts }
+        let (slots, acquires, starts, closed) = Default::default();
+        Self { pool, slots, last_use, acquires, starts, closed, logs }
     }
 
     /// The session of that name or UUID, if it is known.
@@ -174,6 +182,9 @@ impl Leases {
             }
             return Ok(lease);
         }
+        if self.closed.load(Ordering::Relaxed) {
+            return Err(Error::ShuttingDown);
+        }
         let begun = Instant::now();
         let guard = match image {
             Some(image) => self.pool.acquire_with_image(id, image).await?,
@@ -181,7 +192,8 @@ impl Leases {
         };
         self.acquires.lock().count(begun.elapsed());
         let logs = self.pool.session_folder(id)?.join("logs");
-        let jobs = slot.jobs.lock().get_or_insert_with(|| Arc::new(Jobs::new(logs))).clone();
+        let new = || Arc::new(Jobs::new(logs, self.logs));
+        let jobs = slot.jobs.lock().get_or_insert_with(new).clone();
         let watchers = slot.watchers.clone();
         let within = slot.within.clone();
         let (starts, ended) = (self.starts.clone(), slot.ended.lock().clone());
@@ -229,6 +241,22 @@ impl Leases {
         }
     }
 
+    /// From now on, only who uses a session may go on to.
+    pub(crate) fn close(&self) {
+        self.closed.store(true, Ordering::Relaxed);
+    }
+
+    /// Ends when nothing runs in the foreground. Cancel-safe.
+    pub(crate) async fn foreground_ends(&self) {
+        let mut look = tokio::time::interval(LOOK);
+        loop {
+            look.tick().await;
+            if !self.slots.lock().values().any(|slot| slot.has_foreground()) {
+                return;
+            }
+        }
+    }
+
     /// Whether any command is being run or any guard is held.
     pub(crate) fn any(&self) -> bool {
         self.slots.lock().values().any(|slot| slot.is_used())
@@ -256,6 +284,10 @@ impl Slot {
             (Some(jobs), Ending::Leave) => jobs.kill_foreground().await,
             (None, _) => {}
         }
+    }
+
+    fn has_foreground(&self) -> bool {
+        self.jobs.lock().as_ref().is_some_and(|jobs| jobs.have_foreground())
     }
 
     fn is_used(&self) -> bool {

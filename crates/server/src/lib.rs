@@ -26,9 +26,12 @@ use axum::extract::DefaultBodyLimit;
 use axum::routing::any;
 use denizen::{Isolation, MicroVmManager};
 use denizen_agent::envd;
+pub use denizen_agent::envd::KeptLogs;
+use futures::{Stream, StreamExt};
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 
+use crate::access::audit::Audit;
 use crate::access::tls::Tls;
 use crate::access::{Access, guard};
 pub use crate::access::{Certificate, Front, KeyInfo, Keys, KeysError};
@@ -103,6 +106,40 @@ pub enum Ending {
     Leave,
 }
 
+/// Where a daemon is reached on its machine, and what it has there.
+#[derive(Debug)]
+pub struct Place {
+    /// Its socket, unless one is handed over.
+    pub socket: PathBuf,
+    /// The folder with the keys and the audit log.
+    pub state: PathBuf,
+    /// What a service manager has opened.
+    pub handed: Handed,
+}
+
+/// Listeners that somebody has opened for the daemon. They are used in the place of its own, and
+/// what holds for those holds for them.
+#[derive(Debug, Default)]
+pub struct Handed {
+    /// In the place of the socket.
+    pub socket: Option<std::os::unix::net::UnixListener>,
+    /// Beside the addresses of [`Front::listen`], or in the place of those that are the same.
+    pub tcp: Vec<std::net::TcpListener>,
+}
+
+/// What a daemon goes by, beside its [`Front`].
+#[derive(Clone, Copy, Debug)]
+pub struct Habits {
+    /// It ends after so long without anything to do, if ever.
+    pub idle_exit: Option<Duration>,
+    /// How long commands in the foreground may go on when it is to leave ([`Ending::Leave`]).
+    pub grace: Duration,
+    /// What is kept of what detached commands print.
+    pub logs: KeptLogs,
+    /// How many full files of the audit log are kept, of 8 MiB each.
+    pub audit_files: u32,
+}
+
 /// A daemon that has not begun to serve.
 pub struct Daemon {
     pool: Arc<MicroVmManager>,
@@ -111,36 +148,62 @@ pub struct Daemon {
     tls: Option<Arc<Tls>>,
     access: Arc<Access>,
     leases: Arc<Leases>,
-    idle_exit: Option<Duration>,
+    habits: Habits,
+}
+
+/// A hold on a daemon that serves, for who runs it.
+#[derive(Clone)]
+pub struct Control {
+    access: Arc<Access>,
+    tls: Option<Arc<Tls>>,
+}
+
+impl Control {
+    /// Changes how the daemon is reached, for connections and requests from now on: all of
+    /// [`Front`] but where it listens and whether it speaks TLS.
+    ///
+    /// # Errors
+    /// [`ServeError::Tls`]; then all is as it was.
+    pub fn set_front(&self, front: Front) -> Result<(), ServeError> {
+        if let (Some(tls), Some(files)) = (&self.tls, front.certificate.clone()) {
+            tls.reload(files).map_err(ServeError::Tls)?;
+        }
+        self.access.set_front(front);
+        Ok(())
+    }
 }
 
 impl Daemon {
     /// Binds the socket, mode 0600, replacing one that nobody answers on, and what else there is
-    /// to listen on. `state` is the folder with the keys.
+    /// to listen on; or takes what was handed over.
     ///
     /// # Errors
     /// [`ServeError`]; then the socket is gone again.
     pub fn bind(
         pool: Arc<MicroVmManager>,
-        socket: &Path,
-        state: &Path,
+        place: Place,
         front: Front,
-        idle_exit: Option<Duration>,
+        habits: Habits,
     ) -> Result<Self, ServeError> {
+        let Place { socket, state, handed } = place;
         // First, so that a second daemon is told of the first one rather than of what it has.
-        let listener = OwnListener::bind(socket)?;
-        Self::behind(listener, pool, state, front, idle_exit).inspect_err(|_| {
-            // Another daemon replaces it, if it stays.
-            let _ = std::fs::remove_file(socket);
-        })
+        let listener = match handed.socket {
+            Some(handed) => OwnListener::handed(handed)
+                .map_err(|source| ServeError::Socket { path: socket, source })?,
+            None => OwnListener::bind(&socket)?,
+        };
+        // Another daemon replaces it, if it stays.
+        let remove = listener.remover();
+        Self::behind(listener, handed.tcp, pool, &state, front, habits).inspect_err(|_| remove())
     }
 
     fn behind(
         listener: OwnListener,
+        handed: Vec<std::net::TcpListener>,
         pool: Arc<MicroVmManager>,
         state: &Path,
         front: Front,
-        idle_exit: Option<Duration>,
+        habits: Habits,
     ) -> Result<Self, ServeError> {
         let keys = Keys::open(state)?;
         let lack = if !keys.list().iter().any(|key| keys.is_good(&key.id)) {
@@ -150,19 +213,42 @@ impl Daemon {
         } else {
             None
         };
+        let handed: Vec<_> = handed
+            .into_iter()
+            .filter_map(|listener| Some((listener.local_addr().ok()?, listener)))
+            .collect();
+        let all = || handed.iter().map(|(address, _)| address).chain(&front.listen);
         let is_open = |address: &&SocketAddr| !address.ip().to_canonical().is_loopback();
         if let (Some(address), Some(lack), false) =
-            (front.listen.iter().find(is_open), lack, front.insecure_listen)
+            (all().find(is_open), lack, front.insecure_listen)
         {
             return Err(ServeError::Insecure { address: *address, lack });
         }
+        let bound =
+            front.listen.iter().filter(|address| handed.iter().all(|(it, _)| it != *address));
+        let bound = bound.map(|address| Ok((*address, listen(*address)?)));
+        let bound = bound.collect::<Result<Vec<_>, ServeError>>()?;
         let tls = front.certificate.clone().map(Tls::open).transpose().map_err(ServeError::Tls)?;
-        let remote = front.listen.iter().map(|address| listen(*address));
+        let remote = handed.into_iter().chain(bound).map(|(address, listener)| {
+            let listener =
+                listener.set_nonblocking(true).and_then(|()| TcpListener::from_std(listener));
+            listener.map_err(|source| ServeError::Address { address, source })
+        });
         let remote = remote.collect::<Result<_, _>>()?;
-        let leases = Arc::new(Leases::new(pool.clone()));
-        let access = Access::new(pool.clone(), leases.clone(), keys, front, state);
-        let access = Arc::new(access.map_err(ServeError::Audit)?);
-        Ok(Self { pool, listener, remote, tls, access, leases, idle_exit })
+        let leases = Arc::new(Leases::new(pool.clone(), habits.logs));
+        let audit = Audit::open(state, habits.audit_files).map_err(ServeError::Audit)?;
+        let access = Arc::new(Access::new(pool.clone(), leases.clone(), keys, front, audit));
+        Ok(Self { pool, listener, remote, tls, access, leases, habits })
+    }
+
+    /// For changes while it serves.
+    pub fn control(&self) -> Control {
+        Control { access: self.access.clone(), tls: self.tls.clone() }
+    }
+
+    /// The file of its socket.
+    pub fn socket(&self) -> Option<PathBuf> {
+        self.listener.place()
     }
 
     /// Where it listens on TCP: the addresses that it was given, with the ports that it got.
@@ -170,16 +256,22 @@ impl Daemon {
         self.remote.iter().filter_map(|listener| listener.local_addr().ok()).collect()
     }
 
-    /// Serves until `stop` is ready, somebody asks over the API, or the daemon has been idle
+    /// Serves until `stop` has something, somebody asks over the API, or the daemon has been idle
     /// for long enough; then ends what runs, unless `stop` says otherwise, and closes the pool.
+    /// `ending` is told when that begins. What `stop` has next ends all without more patience.
     ///
     /// Not cancel-safe: dropped, it leaves the socket file behind and the pool open.
     ///
     /// # Errors
     /// [`ServeError`].
-    pub async fn serve(self, stop: impl Future<Output = Ending> + Send) -> Result<(), ServeError> {
-        let Self { pool, listener, remote, tls, access, leases, idle_exit } = self;
-        let path = listener.path().to_owned();
+    pub async fn serve(
+        self,
+        mut stop: impl Stream<Item = Ending> + Send + Unpin,
+        ending: impl FnOnce(),
+    ) -> Result<(), ServeError> {
+        let tell = ending;
+        let Self { pool, listener, remote, tls, access, leases, habits } = self;
+        let remove = listener.remover();
         let asked = Arc::new(tokio::sync::Notify::new());
         let resolver = Arc::new(lease::Resolver(leases.clone()));
         let envd = match pool.isolation()? {
@@ -205,7 +297,7 @@ impl Daemon {
         servers.spawn(connections::local(listener, app));
         servers.spawn(access::remember_use(access.clone()));
         let ending = tokio::select! {
-            ending = stop => {
+            Some(ending) = stop.next() => {
                 tracing::info!(?ending, "asked to stop");
                 ending
             }
@@ -213,14 +305,24 @@ impl Daemon {
                 tracing::info!("asked to stop by a client");
                 Ending::Stop
             }
-            () = idle(&pool, &leases, idle_exit) => {
+            () = idle(&pool, &leases, habits.idle_exit) => {
                 tracing::info!("nothing to do: leaving");
                 Ending::Stop
             }
         };
+        tell();
         // Nobody new; then nothing that runs in the foreground; then the pool.
         servers.shutdown().await;
-        let _ = std::fs::remove_file(&path);
+        remove();
+        leases.close();
+        let mut ending = ending;
+        if ending == Ending::Leave {
+            tokio::select! {
+                () = leases.foreground_ends() => {}
+                () = tokio::time::sleep(habits.grace) => tracing::info!("no more time for commands"),
+                Some(sooner) = stop.next() => ending = sooner,
+            }
+        }
         leases.kill_all(ending).await;
         access.keys.remember_use();
         drop(leases);
@@ -232,12 +334,9 @@ impl Daemon {
     }
 }
 
-fn listen(address: SocketAddr) -> Result<TcpListener, ServeError> {
-    let failed = |source| ServeError::Address { address, source };
+fn listen(address: SocketAddr) -> Result<std::net::TcpListener, ServeError> {
     // Rust's own sets SO_REUSEADDR, so that a restart finds its port free.
-    let listener = std::net::TcpListener::bind(address).map_err(failed)?;
-    listener.set_nonblocking(true).map_err(failed)?;
-    TcpListener::from_std(listener).map_err(failed)
+    std::net::TcpListener::bind(address).map_err(|source| ServeError::Address { address, source })
 }
 
 /// Ends when nothing has been in use for `limit` and all is saved that can be.

@@ -14,7 +14,8 @@ use crate::ServeError;
 
 pub(crate) struct OwnListener {
     listener: UnixListener,
-    path: PathBuf,
+    /// The socket's file, if it is ours to delete.
+    path: Option<PathBuf>,
 }
 
 impl OwnListener {
@@ -30,7 +31,13 @@ impl OwnListener {
             Err(_) => std::fs::remove_file(path).map_err(failed)?,
         }
         let listener = Self::listen(path).map_err(failed)?;
-        Ok(Self { listener, path: path.to_owned() })
+        Ok(Self { listener, path: Some(path.to_owned()) })
+    }
+
+    /// One that somebody else has opened, and will open again.
+    pub(crate) fn handed(listener: std::os::unix::net::UnixListener) -> io::Result<Self> {
+        listener.set_nonblocking(true)?;
+        Ok(Self { listener: UnixListener::from_std(listener)?, path: None })
     }
 
     fn listen(path: &Path) -> io::Result<UnixListener> {
@@ -45,8 +52,20 @@ impl OwnListener {
         UnixListener::from_std(std::os::unix::net::UnixListener::from(socket))
     }
 
-    pub(crate) fn path(&self) -> &Path {
-        &self.path
+    /// Where it is reached.
+    pub(crate) fn place(&self) -> Option<PathBuf> {
+        Some(self.listener.local_addr().ok()?.as_pathname()?.to_owned())
+    }
+
+    /// What deletes its file, if that is ours to delete.
+    pub(crate) fn remover(&self) -> impl FnOnce() + use<> {
+        let path = self.path.clone();
+        move || {
+            if let Some(path) = path {
+                // It may be gone already, with all of the folder.
+                let _ = std::fs::remove_file(path);
+            }
+        }
     }
 }
 

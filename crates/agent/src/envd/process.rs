@@ -30,6 +30,23 @@ const BACKLOG: usize = 4;
 /// Bytes of a detached command's log before it is rotated; one older file is kept.
 const LOG_BYTES: u64 = 8 * 1024 * 1024;
 
+/// How much of what detached commands have printed is kept for a session. The logs that were
+/// written last stay; those of commands that run always do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct KeptLogs {
+    /// Of so many commands.
+    pub commands: usize,
+    /// So many bytes.
+    pub bytes: u64,
+}
+
+impl Default for KeptLogs {
+    fn default() -> Self {
+        Self { commands: 100, bytes: 64 * 1024 * 1024 }
+    }
+}
+
 /// How many commands that have ended in the background are told of, and for how long.
 const ENDED: usize = 8;
 const ENDED_FOR: Duration = Duration::from_mins(10);
@@ -41,6 +58,9 @@ pub struct Jobs {
     /// Of those in the background, oldest first.
     ended: Mutex<VecDeque<(Instant, Arc<Job>)>>,
     logs: PathBuf,
+    kept: KeptLogs,
+    /// Names of the logs that are being written, each as often as it is.
+    logging: Mutex<Vec<String>>,
 }
 
 /// A command.
@@ -90,14 +110,20 @@ enum Event {
 
 impl Jobs {
     /// No commands yet. Detached ones will be logged in the folder, which is made when the
-    /// first of them starts.
-    pub fn new(logs: impl Into<PathBuf>) -> Self {
-        Self { running: Mutex::default(), ended: Mutex::default(), logs: logs.into() }
+    /// first of them starts, and of which so much is kept.
+    pub fn new(logs: impl Into<PathBuf>, kept: KeptLogs) -> Self {
+        let (running, ended, logging) = Default::default();
+        Self { running, ended, logs: logs.into(), kept, logging }
     }
 
     /// Whether nothing runs.
     pub fn is_empty(&self) -> bool {
         self.running.lock().is_empty()
+    }
+
+    /// Whether anything runs whose end somebody waits for.
+    pub fn have_foreground(&self) -> bool {
+        self.running.lock().values().any(|job| job.foreground)
     }
 
     /// Whether any is told of that has ended.
@@ -131,8 +157,49 @@ impl Jobs {
         if job.is_empty() || job.contains(['/', '\0']) {
             return Vec::new();
         }
-        let files = [logs.join(format!("{job}.log.1")), logs.join(format!("{job}.log"))];
-        files.into_iter().filter(|file| file.exists()).collect()
+        log_files(logs, job).into_iter().filter(|file| file.exists()).collect()
+    }
+
+    /// Deletes the oldest logs beyond what is kept.
+    fn tidy_logs(&self) {
+        if let Err(error) = self.try_tidy_logs() {
+            tracing::warn!(folder = %self.logs.display(), %error, "old logs stay");
+        }
+    }
+
+    fn try_tidy_logs(&self) -> std::io::Result<()> {
+        let mut all: HashMap<String, OldLog> = HashMap::new();
+        for file in std::fs::read_dir(&self.logs)? {
+            let file = file?;
+            let Ok(name) = file.file_name().into_string() else { continue };
+            let of = name.strip_suffix(".log").or_else(|| name.strip_suffix(".log.1"));
+            // One that was just deleted by somebody else is none to delete.
+            let (Some(of), Ok(known)) = (of, file.metadata()) else { continue };
+            let log = all.entry(of.to_owned()).or_default();
+            log.written = log.written.max(known.modified().ok());
+            log.bytes += known.len();
+        }
+        let mut newest_first: Vec<_> = all.into_iter().collect();
+        let running = self.logging.lock().clone();
+        newest_first
+            .sort_by_key(|(name, log)| (!running.contains(name), std::cmp::Reverse(log.written)));
+        let mut bytes = 0;
+        for (place, (name, log)) in newest_first.into_iter().enumerate() {
+            bytes += log.bytes;
+            let is_kept = place < self.kept.commands && bytes <= self.kept.bytes;
+            if is_kept || running.contains(&name) {
+                continue;
+            }
+            for file in log_files(&self.logs, &name) {
+                match std::fs::remove_file(file) {
+                    Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                        return Err(error);
+                    }
+                    _ => {}
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Kills all that runs in the foreground or was started through this service.
@@ -305,7 +372,7 @@ async fn start(
     let tag = request.tag.filter(|tag| !tag.is_empty());
     let log = (mode == Mode::Detached).then(|| {
         let name = tag.clone().unwrap_or_else(|| pid.to_string());
-        Log::open(&instance.jobs.logs, &name)
+        Log::open(&instance.jobs, &name)
     });
     // Without its log it is not wanted: dropping it here kills it.
     let log = log.transpose().map_err(|error| {
@@ -438,32 +505,64 @@ fn refused(error: &Error) -> ConnectError {
 /// Two files at most: what is written now, and what was before.
 #[derive(Debug)]
 struct Log {
-    path: PathBuf,
+    jobs: Arc<Jobs>,
+    name: String,
     file: File,
     written: u64,
 }
 
 impl Log {
-    fn open(folder: &Path, name: &str) -> std::io::Result<Self> {
+    fn open(jobs: &Arc<Jobs>, name: &str) -> std::io::Result<Self> {
         if name.contains(['/', '\0']) {
             return Err(std::io::Error::other("a detached command's tag cannot contain /"));
         }
-        std::fs::create_dir_all(folder)?;
-        let path = folder.join(format!("{name}.log"));
-        let file = OpenOptions::new().create(true).write(true).truncate(true).open(&path)?;
-        Ok(Self { path, file, written: 0 })
+        std::fs::create_dir_all(&jobs.logs)?;
+        let [before, now] = log_files(&jobs.logs, name);
+        let file = OpenOptions::new().create(true).write(true).truncate(true).open(now)?;
+        // What another command of that name has printed is not this one's.
+        match std::fs::remove_file(before) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        jobs.logging.lock().push(name.to_owned());
+        let log = Self { jobs: jobs.clone(), name: name.to_owned(), file, written: 0 };
+        jobs.tidy_logs();
+        Ok(log)
     }
 
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<()> {
         if self.written >= LOG_BYTES {
-            std::fs::rename(&self.path, self.path.with_extension("log.1"))?;
-            self.file = File::create(&self.path)?;
+            let [before, now] = log_files(&self.jobs.logs, &self.name);
+            std::fs::rename(&now, before)?;
+            self.file = File::create(now)?;
             self.written = 0;
+            self.jobs.tidy_logs();
         }
         self.file.write_all(bytes)?;
         self.written += bytes.len() as u64;
         Ok(())
     }
+}
+
+impl Drop for Log {
+    fn drop(&mut self) {
+        let mut logging = self.jobs.logging.lock();
+        if let Some(at) = logging.iter().position(|name| *name == self.name) {
+            logging.swap_remove(at);
+        }
+    }
+}
+
+/// The files of a log: what was before, and what is written now.
+fn log_files(folder: &Path, name: &str) -> [PathBuf; 2] {
+    ["log.1", "log"].map(|end| folder.join(format!("{name}.{end}")))
+}
+
+/// A log of those in the folder.
+#[derive(Default)]
+struct OldLog {
+    written: Option<SystemTime>,
+    bytes: u64,
 }
 
 /// Kills the command when the stream that holds this is dropped before its end.
@@ -788,5 +887,65 @@ impl<I: Instances> wire::Process for ProcessService<I> {
         let job = self.job(&context, request.process.as_option()).await?;
         job.close_stdin().await?;
         Response::ok(wire::CloseStdinResponse::default())
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn names(folder: &Path) -> Vec<String> {
+        let all = std::fs::read_dir(folder).unwrap();
+        let all = all.map(|it| it.unwrap().file_name().into_string().unwrap());
+        let mut all: Vec<_> = all.collect();
+        all.sort();
+        all
+    }
+
+    /// Has a log been written so many seconds after 1970.
+    fn write(jobs: &Arc<Jobs>, name: &str, bytes: &[u8], at: u64) -> Log {
+        let mut log = Log::open(jobs, name).unwrap();
+        log.write(bytes).unwrap();
+        log.file.set_modified(SystemTime::UNIX_EPOCH + Duration::from_secs(at)).unwrap();
+        log
+    }
+
+    #[test]
+    fn the_oldest_logs_go_and_those_that_are_written_stay() {
+        let folder = tempfile::tempdir().unwrap();
+        let kept = KeptLogs { commands: 3, bytes: 1000 };
+        let jobs = Arc::new(Jobs::new(folder.path(), kept));
+        let running = write(&jobs, "running", b"x", 1);
+        for (name, at) in [("a", 2), ("b.log.1", 3), ("c", 4)] {
+            drop(write(&jobs, name, b"y", at));
+        }
+        // What is nobody's log is not touched.
+        std::fs::write(folder.path().join("other"), "").unwrap();
+        drop(write(&jobs, "d", b"z", 5));
+        assert_eq!(names(folder.path()), ["c.log", "d.log", "other", "running.log"]);
+        // Too many bytes: of a command that ended, then of one that runs.
+        drop(write(&jobs, "large", &[b'x'; 999], 6));
+        let last = write(&jobs, "last", &[b'x'; 2000], 7);
+        jobs.tidy_logs();
+        assert_eq!(names(folder.path()), ["last.log", "other", "running.log"]);
+        drop((running, last));
+        jobs.tidy_logs();
+        assert_eq!(names(folder.path()), ["other"]);
+    }
+
+    #[test]
+    fn a_log_has_two_files_at_most_and_a_new_one_of_its_name_begins_anew() {
+        let folder = tempfile::tempdir().unwrap();
+        let jobs = Arc::new(Jobs::new(folder.path(), KeptLogs::default()));
+        let mut log = Log::open(&jobs, "a").unwrap();
+        for _ in 0..3 {
+            log.write(&vec![b'x'; usize::try_from(LOG_BYTES).unwrap()]).unwrap();
+        }
+        assert_eq!(names(folder.path()), ["a.log", "a.log.1"]);
+        drop(log);
+        drop(write(&jobs, "a", b"new", 1));
+        let [_, now] = log_files(folder.path(), "a");
+        assert_eq!(Jobs::log(folder.path(), "a"), [now]);
     }
 }

@@ -45,7 +45,11 @@ pub(super) async fn run(pool: Weak<Pool>) {
 
 impl Pool {
     pub(crate) fn retention(&self) -> Retention {
-        self.settings.retention
+        self.changing.lock().retention
+    }
+
+    pub(crate) fn set_retention(&self, retention: Retention) {
+        self.changing.lock().retention = retention;
     }
 
     /// Whether anything is forgotten without somebody asking for it.

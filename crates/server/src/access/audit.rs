@@ -16,13 +16,13 @@ use serde::Serialize;
 
 /// A file that is larger is put aside, in bytes.
 const LARGE: u64 = 8 << 20;
-/// How many of these are kept.
-const KEPT: u32 = 8;
 
 /// The log.
 pub(crate) struct Audit {
     path: PathBuf,
     large: u64,
+    /// How many files are kept that were put aside.
+    kept: u32,
     open: Mutex<Open>,
 }
 
@@ -33,14 +33,14 @@ struct Open {
 }
 
 impl Audit {
-    /// Goes on with the log of a state folder.
-    pub(crate) fn open(state: &Path) -> std::io::Result<Self> {
-        Self::of(state.join("audit.log"), LARGE)
+    /// Goes on with the log of a state folder, of which so many full files are kept.
+    pub(crate) fn open(state: &Path, kept: u32) -> std::io::Result<Self> {
+        Self::of(state.join("audit.log"), LARGE, kept)
     }
 
-    fn of(path: PathBuf, large: u64) -> std::io::Result<Self> {
+    fn of(path: PathBuf, large: u64, kept: u32) -> std::io::Result<Self> {
         let (file, size) = append(&path)?;
-        Ok(Self { path, large, open: Mutex::new(Open { file, size, failed: false }) })
+        Ok(Self { path, large, kept, open: Mutex::new(Open { file, size, failed: false }) })
     }
 
     /// Writes a line. That it cannot be written is told in the daemon's log, once, and holds
@@ -60,11 +60,15 @@ impl Audit {
     fn append(&self, open: &mut Open, line: &str) -> std::io::Result<()> {
         if open.size >= self.large {
             let aside = |n: u32| self.path.with_extension(format!("log.{n}"));
-            for n in (1..KEPT).rev() {
+            for n in (1..self.kept).rev() {
                 // There need not be so many.
                 let _ = std::fs::rename(aside(n), aside(n + 1));
             }
-            std::fs::rename(&self.path, aside(1))?;
+            if self.kept > 0 {
+                std::fs::rename(&self.path, aside(1))?;
+            } else {
+                std::fs::remove_file(&self.path)?;
+            }
             (open.file, open.size) = append(&self.path)?;
         }
         // In one call, so that a line is whole.
@@ -105,7 +109,7 @@ mod tests {
     #[test]
     fn no_name_makes_a_line_or_moves_a_cursor() {
         let folder = tempfile::tempdir().unwrap();
-        let audit = Audit::open(folder.path()).unwrap();
+        let audit = Audit::open(folder.path(), 8).unwrap();
         let names = [
             "a\n{\"who\":\"admin\"}",
             "\r",
@@ -135,17 +139,19 @@ mod tests {
 
     #[test]
     fn what_is_kept_has_an_end() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("audit.log");
         let line = serde_json::json!({ "n": "x".repeat(90) });
-        for _ in 0..3 {
-            // Also over restarts.
-            let audit = Audit::of(path.clone(), 1000).unwrap();
-            (0..100).for_each(|_| audit.write(&line));
+        for kept in [0, 1, 8] {
+            let folder = tempfile::tempdir().unwrap();
+            let path = folder.path().join("audit.log");
+            for _ in 0..3 {
+                // Also over restarts.
+                let audit = Audit::of(path.clone(), 1000, kept).unwrap();
+                (0..100).for_each(|_| audit.write(&line));
+            }
+            let files = std::fs::read_dir(folder.path()).unwrap().map(|it| it.unwrap());
+            let sizes: Vec<_> = files.map(|it| it.metadata().unwrap().len()).collect();
+            assert_eq!(sizes.len(), kept as usize + 1);
+            assert!(sizes.iter().all(|size| *size < 1200), "{sizes:?}");
         }
-        let files = std::fs::read_dir(folder.path()).unwrap().map(|it| it.unwrap());
-        let sizes: Vec<_> = files.map(|it| it.metadata().unwrap().len()).collect();
-        assert_eq!(sizes.len(), KEPT as usize + 1);
-        assert!(sizes.iter().all(|size| *size < 1200), "{sizes:?}");
     }
 }

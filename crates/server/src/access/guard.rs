@@ -178,7 +178,7 @@ pub(crate) async fn guard(
 ) -> Response {
     let (mut parts, body) = request.into_parts();
     let mut record = Record::begin(access.clone(), &parts);
-    let (answer, origin) = match from_where(&access.front, &parts) {
+    let (answer, origin) = match from_where(&access.front(), &parts) {
         Err(refused) => (refuse(refused.into(), &mut record), None),
         Ok(Some(origin)) if is_preflight(&parts) => (preflight(&parts), Some(origin)),
         Ok(origin) => {
@@ -229,7 +229,7 @@ fn admit(access: &Access, parts: &mut Parts, record: &mut Record) -> Result<Call
     let of_whole = route == "/metrics" && session.is_none();
     let rule = if of_whole { "/v1/metrics" } else { &route };
     let mut need = rules::need(&parts.method, rule);
-    if rule == "/v1/metrics" && access.front.metrics_public {
+    if rule == "/v1/metrics" && access.front().metrics_public {
         need = Need::Nothing;
     }
     record.need = Some(need);

@@ -5,7 +5,7 @@
 //! decide by itself who may call it; where its answer depends on the caller's reach (a list, a
 //! stream of events), or its session is not in the path, it asks the [`Caller`].
 
-mod audit;
+pub(crate) mod audit;
 pub(crate) mod guard;
 mod keys;
 pub(crate) mod limits;
@@ -15,13 +15,13 @@ pub(crate) mod tls;
 mod tokens;
 
 use std::net::{IpAddr, SocketAddr};
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use denizen::MicroVmManager;
 use denizen_api::{Code, Scope};
 use jiff::Timestamp;
+use parking_lot::RwLock;
 use uuid::Uuid;
 
 use self::audit::Audit;
@@ -213,7 +213,7 @@ pub(crate) struct Access {
     pub(crate) pool: Arc<MicroVmManager>,
     pub(crate) leases: Arc<Leases>,
     pub(crate) keys: Keys,
-    pub(crate) front: Front,
+    front: RwLock<Arc<Front>>,
     audit: Audit,
     requests: Rate<String>,
     at_a_time: Arc<AtATime<String>>,
@@ -221,29 +221,35 @@ pub(crate) struct Access {
 }
 
 impl Access {
-    /// With the audit log in the folder `state`.
-    ///
-    /// # Errors
-    /// That it cannot be written.
     pub(crate) fn new(
         pool: Arc<MicroVmManager>,
         leases: Arc<Leases>,
         keys: Keys,
         front: Front,
-        state: &Path,
-    ) -> std::io::Result<Self> {
+        audit: Audit,
+    ) -> Self {
         let [a_second, at_once] = REQUESTS;
         let [refused_a_second, refused_at_once] = REFUSALS;
-        Ok(Self {
+        Self {
             pool,
             leases,
             keys,
-            front,
-            audit: Audit::open(state)?,
+            front: RwLock::new(Arc::new(front)),
+            audit,
             requests: Rate::new(a_second, at_once),
             at_a_time: AtATime::new(OPEN),
             refusals: Rate::new(refused_a_second, refused_at_once),
-        })
+        }
+    }
+
+    /// How the daemon is reached, as it is now.
+    pub(crate) fn front(&self) -> Arc<Front> {
+        self.front.read().clone()
+    }
+
+    /// Changes how the daemon is reached, for requests from now on.
+    pub(crate) fn set_front(&self, front: Front) {
+        *self.front.write() = Arc::new(front);
     }
 
     /// Who has this key or token, if it is good.

@@ -139,6 +139,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
+    use crate::KeptLogs;
     use crate::lease::Leases;
 
     /// Method and path of every route, as axum writes a router down for debugging.
@@ -173,7 +174,7 @@ mod tests {
         };
         let pool = denizen::MicroVmManager::builder((&config).into());
         let pool = pool.isolation(denizen::Isolation::Host).build().unwrap();
-        let leases = Arc::new(Leases::new(pool.clone()));
+        let leases = Arc::new(Leases::new(pool.clone(), KeptLogs::default()));
         let envd = denizen_agent::envd::router(Arc::new(crate::lease::Resolver(leases.clone())));
         let processes =
             denizen_agent::envd::processes(Arc::new(crate::lease::Resolver(leases.clone())));
