@@ -77,11 +77,24 @@ pub fn session(value: &Value, as_json: bool) -> Result<()> {
             name if name.ends_with("_at") => age(value),
             "backup_size" | "backup_added" => size(value),
             name if name.starts_with("disk_") => size(value),
+            "usage" => usage(value),
             _ => text(value),
         };
         lines.push_str(&format!("{:<17}{shown}\n", name.replace('_', " ")));
     }
     print(&lines)
+}
+
+/// What a session uses, in a line; nothing of what cannot be measured.
+fn usage(value: &Value) -> String {
+    let memory = value["memory_bytes"].as_u64().map(|it| format!("{} of memory", bytes(it)));
+    let cpu = value["cpu_microseconds"].as_u64();
+    let cpu = cpu.map(|it| format!("{}.{:03} s of CPU", it / 1_000_000, it / 1000 % 1000));
+    let processes = value["processes"].as_u64().map(|it| match it {
+        1 => "1 process".to_owned(),
+        many => format!("{many} processes"),
+    });
+    [memory, cpu, processes].into_iter().flatten().collect::<Vec<_>>().join(", ")
 }
 
 /// A key that was made: alone on standard output, where a script takes it from.

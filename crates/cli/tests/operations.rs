@@ -131,6 +131,47 @@ fn metrics_are_as_prometheus_wants_them() {
     assert!(of_session.starts_with('{') && of_session.contains("mem"), "{of_session}");
 }
 
+/// What a session uses, once `holds` of it.
+fn used(user: &User, session: &str, holds: impl Fn(&serde_json::Value) -> bool) {
+    until("it is measured", || holds(&user.json(&["inspect", session])["usage"]));
+}
+
+#[test]
+fn what_sessions_use_is_measured() {
+    for isolation in ["host", "sandbox"] {
+        let user = User::new();
+        user.json(&["--isolation", isolation, "--spares", "0", "ls"]);
+        // Eight megabytes in memory, and a tenth of a second of work.
+        let line = "x=$(head -c 8000000 /dev/zero | tr '\\0' x); \
+                    i=0; while [ $i -lt 100000 ]; do i=$((i+1)); done; touch worked; sleep 1000";
+        let started = user.run(&["exec", "--detach", "a", "--", "sh", "-c", line]);
+        assert!(started.status.success(), "{started:?}");
+        used(&user, "a", |usage| {
+            let number = |name: &str| usage[name].as_u64().unwrap();
+            let memory = (8_000_000..500_000_000).contains(&number("memory_bytes"));
+            let cpu = (10_000..60_000_000).contains(&number("cpu_microseconds"));
+            memory && cpu && number("processes") == 2
+        });
+        // In a list too, in words, and of all together.
+        let listed = user.json(&["ls"]);
+        assert_eq!(listed[0]["usage"]["processes"], 2, "{listed}");
+        let told = common::text(&user.run(&["inspect", "a"]).stdout);
+        assert!(told.contains("2 processes") && told.contains("of CPU"), "{told}");
+        let families = metrics(&user);
+        assert!(value(&families, "denizen_sessions_memory_bytes") >= 8e6);
+        assert!(value(&families, "denizen_sessions_cpu_seconds") >= 0.01);
+        assert!((value(&families, "denizen_sessions_processes") - 2.0).abs() < 0.5);
+        // What has ended uses nothing, and what is stopped is not measured.
+        user.run(&["exec", "a", "--", "true"]);
+        user.run(&["stop", "--force", "a"]);
+        used(&user, "a", serde_json::Value::is_null);
+        user.run(&["start", "a"]);
+        let of_none = |usage: &serde_json::Value| usage["processes"].as_u64().unwrap_or(0) == 0;
+        used(&user, "a", of_none);
+        assert!(value(&metrics(&user), "denizen_sessions_processes") < 0.5);
+    }
+}
+
 #[test]
 fn readiness_is_the_truth() {
     let user = User::new();

@@ -24,6 +24,7 @@ use crate::name::{SessionName, SnapshotName};
 use crate::pool::{Export, Figures, Hold, Pool, SessionInfo, Settings, Tasks, blocking};
 use crate::snapshot::{Difference, Snapshot, Version};
 use crate::time::{Clock, SystemClock};
+use crate::usage::Usage;
 use crate::volume::Volumes;
 
 /// A pool of sessions under one folder. There is one for each volume root at any time: a
@@ -315,6 +316,15 @@ impl MicroVmManager {
     /// [`Error::Disabled`], [`Error::Unknown`].
     pub fn inspect(&self, session_id: Uuid) -> Result<SessionInfo> {
         self.pool()?.inspect(session_id)
+    }
+
+    /// What those of the sessions use that run; others are not in the answer. A thousand take
+    /// less than a tenth of a second. Cancel-safe.
+    ///
+    /// # Errors
+    /// [`Error::Disabled`].
+    pub async fn usage(&self, sessions: &[Uuid]) -> Result<HashMap<Uuid, Usage>> {
+        self.pool()?.usage(sessions).await
     }
 
     /// The session of that name, if there is one.

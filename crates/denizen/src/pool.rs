@@ -47,6 +47,7 @@ use crate::name::{SessionName, SnapshotName};
 use crate::registry::{Facts, Registry, Write, phase_name};
 use crate::snapshot::{Difference, Version};
 use crate::time::{Clock, PoolClock};
+use crate::usage::{Processes, Usage};
 use crate::volume::{Staged, Volumes};
 
 pub use figures::{Figures, Histogram};
@@ -958,6 +959,33 @@ impl Pool {
         let mut info = info.ok_or_else(|| Error::Unknown { session: id.to_string() })?;
         info.image = self.driver.image(&self.volumes.site(id));
         Ok(info)
+    }
+
+    /// What those of the sessions use that run. Cancel-safe.
+    pub(crate) async fn usage(self: &Arc<Self>, ids: &[Uuid]) -> Result<HashMap<Uuid, Usage>> {
+        let places: Vec<_> = {
+            let state = self.state.lock();
+            ids.iter().filter_map(|id| state.places.get(id)).cloned().collect()
+        };
+        let driver = self.driver.clone();
+        blocking(move || {
+            // Looked at only if something else does not tell.
+            let mut processes = None;
+            let mut used = HashMap::new();
+            for place in places {
+                let Some(agent) = place.agent() else { continue };
+                let mut usage = driver.usage(&place.site);
+                if !usage.is_whole()
+                    && let Some(first) = agent.first_process_now()
+                    && let Ok(all) = processes.get_or_insert_with(Processes::look)
+                {
+                    usage = usage.or(all.below(first));
+                }
+                used.insert(place.site.id, usage);
+            }
+            Ok(used)
+        })
+        .await
     }
 
     fn info(&self, state: &State, view: &View<'_>) -> SessionInfo {

@@ -91,7 +91,10 @@ impl Ready {
 pub(crate) async fn metrics(State(api): State<Api>) -> Answer<Response> {
     let (figures, sessions) = (api.pool.figures()?, api.pool.sessions()?);
     let (acquires, starts) = (api.leases.acquires(), api.leases.starts());
-    let text = crate::metrics::text(&figures, &acquires, &starts, &sessions);
+    let running = sessions.iter().filter(|it| matches!(it.state, "active" | "frozen"));
+    let running: Vec<_> = running.map(|session| session.id).collect();
+    let usages: Vec<_> = api.pool.usage(&running).await?.into_values().collect();
+    let text = crate::metrics::text(&figures, &acquires, &starts, &sessions, &usages);
     Ok(([(CONTENT_TYPE, crate::metrics::CONTENT_TYPE)], text).into_response())
 }
 
