@@ -1,7 +1,8 @@
 //! What a contributor runs: `cargo xtask test` installs what the tests need and runs all of
 //! them; `cargo xtask web` builds the dashboard, which the next `cargo build` embeds; `cargo xtask
-//! bench [SEED]` writes `docs/benchmarks.md`; `cargo xtask dist` packs denizen for those who install
-//! it.
+//! bench [SEED]` writes `docs/benchmarks.md`; `cargo xtask load [MINUTES [ISOLATION]]` has a daemon
+//! do a lot at once and writes `docs/load.md`; `cargo xtask dist` packs denizen for those who
+//! install it.
 
 mod bench;
 mod dist;
@@ -15,8 +16,12 @@ fn main() -> ExitCode {
         Some("test") => test(),
         Some("web") => web(),
         Some("bench") => bench::run(args.next().as_deref()),
+        Some("load") => load(args.next().as_deref(), args.next().as_deref()),
         Some("dist") => dist::make(),
-        _ => Err("usage: cargo xtask test | web | bench [SEED] | dist".to_owned()),
+        _ => {
+            Err("usage: cargo xtask test | web | bench [SEED] | load [MINUTES [ISOLATION]] | dist"
+                .to_owned())
+        }
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -152,6 +157,21 @@ fn test() -> Result<(), String> {
     }
     // Against the program that the tests above were built with.
     run("npm", &["--prefix", "web", "test"])
+}
+
+/// Runs the test of load for longer than the tests do, and writes down what it measures.
+fn load(minutes: Option<&str>, isolation: Option<&str>) -> Result<(), String> {
+    let minutes = minutes.unwrap_or("10");
+    let minutes: u32 = minutes.parse().map_err(|error| format!("{minutes}: {error}"))?;
+    let report = root().join("docs/load.md");
+    let set = [
+        format!("DENIZEN_LOAD_SECONDS={}", minutes * 60),
+        format!("DENIZEN_LOAD_ISOLATION={}", isolation.unwrap_or_default()),
+        format!("DENIZEN_LOAD_REPORT={}", report.display()),
+    ];
+    let test = "cargo test --workspace --all-features --test load -- --nocapture";
+    let words: Vec<&str> = set.iter().map(String::as_str).chain(test.split(' ')).collect();
+    run("env", &words)
 }
 
 /// Builds the dashboard.
