@@ -16,6 +16,7 @@ mod port;
 mod progress;
 mod range;
 mod show;
+mod telemetry;
 
 use std::io::Write;
 use std::os::fd::AsFd;
@@ -442,14 +443,7 @@ async fn serve(
 ) -> Result<()> {
     use denizen_server::{Daemon, Ending, KeysError, ServeError};
     use tokio::signal::unix::{SignalKind, signal};
-    tracing_subscriber::fmt()
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
-        .with_env_filter(
-            tracing_subscriber::EnvFilter::try_from_env("DENIZEN_LOG")
-                .unwrap_or_else(|_| "info".into()),
-        )
-        .init();
+    let _telemetry = telemetry::begin(settings.log_format)?;
     match &range {
         Range::NotNeeded => {}
         Range::Has { first, count } => {

@@ -28,6 +28,8 @@ use parking_lot::Mutex;
 use serde::Serialize;
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::JoinSet;
+use tracing::Span;
+use tracing::field::Empty;
 use uuid::Uuid;
 
 use crate::backup::{Backup, BackupFormat, Backups, Retention};
@@ -209,10 +211,20 @@ impl Drop for Hold {
 type Answer = Result<Option<Hold>>;
 
 enum Order {
-    Run { id: Uuid, seq: Seq, op: Op, row: Option<Write> },
+    Run(Operation, Option<Write>),
     Prepare,
     Discard(Spare),
     Write(Write),
+}
+
+/// What is to be done for a session.
+struct Operation {
+    id: Uuid,
+    seq: Seq,
+    op: Op,
+    span: Span,
+    /// That of whoever it is begun for, within which is also what follows from it.
+    asked: Span,
 }
 
 struct State {
@@ -469,7 +481,19 @@ impl Pool {
                     }
                     _ => {}
                 }
-                order(Order::Run { id, seq, op, row: row.map(Write::Save) });
+                let name = op_name(&op);
+                let span = tracing::info_span!(
+                    "operation",
+                    otel.name = name,
+                    otel.status_code = Empty,
+                    operation = name,
+                    session = %id,
+                    error = Empty,
+                );
+                order(Order::Run(
+                    Operation { id, seq, op, span, asked: Span::current() },
+                    row.map(Write::Save),
+                ));
             }
             Effect::Interrupt { seq, .. } => {
                 if let Some(flag) = state.interrupts.get(&seq) {
@@ -1437,13 +1461,13 @@ async fn drive(pool: Weak<Pool>, mut inbox: mpsc::UnboundedReceiver<Order>) {
         let mut after = Vec::new();
         for order in orders {
             match order {
-                Order::Run { id, seq, op: op @ Op::Create { .. }, row } => {
+                Order::Run(operation, row) if matches!(operation.op, Op::Create { .. }) => {
                     let (tell, written) = oneshot::channel();
                     creations.push(tell);
                     writes.extend(row);
-                    operations.spawn(operation::run(pool.clone(), id, seq, op, Some(written)));
+                    operations.spawn(operation::run(pool.clone(), operation, Some(written)));
                 }
-                Order::Run { ref row, .. } => {
+                Order::Run(_, ref row) => {
                     writes.extend(row.clone());
                     after.push(order);
                 }
@@ -1471,11 +1495,11 @@ async fn drive(pool: Weak<Pool>, mut inbox: mpsc::UnboundedReceiver<Order>) {
         }
         for order in after {
             match (order, &failure) {
-                (Order::Run { id, seq, row: Some(_), .. }, Some(error)) => {
+                (Order::Run(Operation { id, seq, .. }, Some(_)), Some(error)) => {
                     pool.finished(id, seq, Err(Error::Shared(error.clone())).into());
                 }
-                (Order::Run { id, seq, op, .. }, _) => {
-                    operations.spawn(operation::run(pool.clone(), id, seq, op, None));
+                (Order::Run(operation, _), _) => {
+                    operations.spawn(operation::run(pool.clone(), operation, None));
                 }
                 (Order::Prepare, _) => drop(operations.spawn(operation::prepare(pool.clone()))),
                 (Order::Discard(spare), _) => {
