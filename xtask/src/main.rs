@@ -125,6 +125,23 @@ fn fetch_kernel() -> Result<(), String> {
     run("sh", &["-ec", script, "sh", &folder.to_string_lossy()])
 }
 
+/// Takes Prometheus's checker out of its Debian package, which is not installed: it would begin to
+/// serve.
+fn fetch_promtool() -> Result<(), String> {
+    let folder = root().join("target/promtool");
+    if folder.join("promtool").exists() {
+        return Ok(());
+    }
+    let script = r#"
+        rm -rf "$1" && mkdir -p "$1" && cd "$1"
+        apt-get update -qq
+        apt-get download -qq prometheus
+        dpkg -x prometheus_*.deb .
+        mv usr/bin/promtool . && rm -r prometheus_*.deb etc lib usr var
+    "#;
+    run("sh", &["-ec", script, "sh", &folder.to_string_lossy()])
+}
+
 /// Installs what the tests are run and checked with.
 fn install_tools() -> Result<(), String> {
     for tool in ["cargo-nextest", "cargo-deny"] {
@@ -138,6 +155,7 @@ fn install_tools() -> Result<(), String> {
 fn test() -> Result<(), String> {
     install(&NEEDED)?;
     fetch_kernel()?;
+    fetch_promtool()?;
     install_tools()?;
     let has_npm = is_there("npm");
     if has_npm {

@@ -687,15 +687,24 @@ impl MicroVmManager {
         self.pool()?.with_images(remove).await
     }
 
-    /// Whether the pool can do its work at this moment: its registry can be read, and its volume
-    /// root written. Says nothing of the backup destination, without which sessions go on.
-    /// Cancel-safe.
+    /// Whether the pool can do its work at this moment: its registry can be read, its volume root
+    /// written, and both are still what it has begun with. Says nothing of the backup destination,
+    /// without which sessions go on: [`MicroVmManager::check_destination`] does. Cancel-safe.
     ///
     /// # Errors
     /// [`Error::Registry`] or [`Error::Volume`] with what cannot be done, [`Error::ShuttingDown`],
     /// [`Error::Disabled`].
     pub async fn check(&self) -> Result<()> {
         self.pool()?.check().await
+    }
+
+    /// Whether the backup destination can be written to at this moment, where it is a folder. A
+    /// bucket is not asked, nor is a pool without one. Cancel-safe.
+    ///
+    /// # Errors
+    /// [`Error::Volume`] with the folder, [`Error::Disabled`].
+    pub async fn check_destination(&self) -> Result<()> {
+        self.pool()?.check_destination().await
     }
 
     /// What the pool has done since it was opened.

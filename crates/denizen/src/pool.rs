@@ -1065,6 +1065,12 @@ impl Pool {
         .await
     }
 
+    /// That the backup destination can be written to, as far as that costs nothing. Cancel-safe.
+    pub(crate) async fn check_destination(&self) -> Result<()> {
+        let Some(backups) = self.backups.clone() else { return Ok(()) };
+        blocking(move || backups.check()).await
+    }
+
     pub(crate) fn figures(&self) -> Figures {
         self.figures.lock().clone()
     }

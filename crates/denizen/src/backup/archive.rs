@@ -22,6 +22,12 @@ impl Archives {
     pub(super) fn new(folder: PathBuf, owners: Option<Owners>) -> Self {
         Self { folder, owners }
     }
+
+    /// That the folder can be written to.
+    pub(super) fn check(&self) -> Result<()> {
+        let failed = |source| Error::volume("write to", &self.folder, source);
+        crate::config::probe(&self.folder).map_err(failed)
+    }
 }
 
 impl Format for Archives {
