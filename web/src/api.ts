@@ -35,8 +35,12 @@ export interface Session {
   retry_at?: number | null;
   disk_used?: number | null;
   disk_limit?: number | null;
-  /** Not told by every daemon. */
-  usage?: { memory_bytes?: number; cpu_seconds?: number; processes?: number; disk_bytes?: number };
+  /** While it runs. */
+  usage?: {
+    memory_bytes?: number | null;
+    cpu_microseconds?: number | null;
+    processes?: number | null;
+  } | null;
 }
 
 export interface Backup {

@@ -9,7 +9,7 @@ import { happened, perform, useLoaded, useTold } from "./live";
 import { ProcessesTab } from "./processes";
 import { Actions, isUp, linkTo, nameOf, Saved } from "./sessions";
 import { TerminalTab } from "./terminal";
-import { bytes, Empty, Heading, span, State, Trouble, When } from "./ui";
+import { bytes, Empty, Heading, processorTime, State, Trouble, When } from "./ui";
 
 const TABS = [
   ["", "Overview"],
@@ -93,11 +93,11 @@ function Overview({ session }: { session: api.Session }) {
     ["In use", session.in_use ? `yes${session.waiting ? `, ${session.waiting} waiting` : ""}` : "no"],
     ["Last used", <When at={session.last_used} />],
     ["Memory", bytes(usage.memory_bytes)],
-    ["CPU", usage.cpu_seconds === undefined ? "–" : span(usage.cpu_seconds)],
+    ["CPU", processorTime(usage.cpu_microseconds)],
     ["Processes", usage.processes ?? "–"],
     [
       "Disk",
-      `${bytes(usage.disk_bytes ?? session.disk_used)}${session.disk_limit ? ` of ${bytes(session.disk_limit)}` : ""}`,
+      `${bytes(session.disk_used)}${session.disk_limit ? ` of ${bytes(session.disk_limit)}` : ""}`,
     ],
     ["Changes", <Saved of={session} />],
     ["Latest backup", <When at={session.backup_taken_at} />],

@@ -3,13 +3,12 @@
 import { useState } from "preact/hooks";
 import * as api from "./api";
 import { perform, useLoaded } from "./live";
-import { ActionsColumn, bytes, Dialog, Empty, Field, Heading, span, State, Table, Trouble, When } from "./ui";
+import { ActionsColumn, bytes, Dialog, Empty, Field, Heading, processorTime, span, State, Table, Trouble, When } from "./ui";
 
 export const nameOf = (session: api.Session) => session.name ?? session.id;
 export const linkTo = (session: string, tab = "") =>
   `#/sessions/${encodeURIComponent(session)}${tab && `/${tab}`}`;
 export const isUp = (session: api.Session) => ["active", "frozen"].includes(session.state);
-const disk = (session: api.Session) => session.usage?.disk_bytes ?? session.disk_used;
 
 export function SessionsPage({ me }: { me: api.Me }) {
   const { value, error, reload } = useLoaded(api.sessions, [], { every: 5000, events: () => true });
@@ -96,10 +95,8 @@ export function SessionsPage({ me }: { me: api.Me }) {
               <td>{span(Date.now() / 1000 - session.created_at)}</td>
               <td>{session.in_use ? "now" : <When at={session.last_used} />}</td>
               <td class="number">{bytes(session.usage?.memory_bytes)}</td>
-              <td class="number">
-                {session.usage?.cpu_seconds === undefined ? "–" : span(session.usage.cpu_seconds)}
-              </td>
-              <td class="number">{bytes(disk(session))}</td>
+              <td class="number">{processorTime(session.usage?.cpu_microseconds)}</td>
+              <td class="number">{bytes(session.disk_used)}</td>
               <td>
                 <Saved of={session} />
               </td>

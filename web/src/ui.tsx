@@ -25,6 +25,13 @@ export function span(seconds: number): string {
   return `${Math.round(past / 86400)} d`;
 }
 
+/** Processor time, of which little is told exactly. */
+export function processorTime(microseconds?: number | null): string {
+  if (microseconds === undefined || microseconds === null) return "–";
+  const seconds = microseconds / 1e6;
+  return seconds < 60 ? `${seconds.toFixed(seconds < 10 ? 2 : 0)} s` : span(seconds);
+}
+
 /** A time as the API tells it (seconds since 1970, or RFC 3339), as how long ago it is. */
 export function When({ at, exact }: { at?: number | string | null; exact?: boolean }) {
   if (at === undefined || at === null) return <>–</>;

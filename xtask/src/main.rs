@@ -1,6 +1,7 @@
 //! What a contributor runs: `cargo xtask test` installs what the tests need and runs all of
 //! them; `cargo xtask web` builds the dashboard, which the next `cargo build` embeds; `cargo xtask
-//! bench [SEED]` writes `docs/benchmarks.md`; `cargo xtask dist [PROGRAM]` packs denizen for those who
+//! bench [SEED]` writes `docs/benchmarks.md`; `cargo xtask load [MINUTES [ISOLATION]]` has a daemon
+//! do a lot at once and writes `docs/load.md`; `cargo xtask dist [PROGRAM]` packs denizen for those who
 //! install it; `cargo xtask contract` compares the HTTP API with its description, as `test` does too.
 
 mod bench;
@@ -17,9 +18,10 @@ fn main() -> ExitCode {
             Some("test") => test(),
             Some("web") => web(),
             Some("bench") => bench::run(args.next().as_deref()),
+            Some("load") => load(args.next().as_deref(), args.next().as_deref()),
             Some("dist") => dist::make(args.next().as_deref()),
             Some("contract") => contract::check(),
-            _ => Err("usage: cargo xtask test | web | bench [SEED] | dist [PROGRAM] | contract"
+            _ => Err("usage: cargo xtask test | web | bench [SEED] | load [MINUTES [ISOLATION]] | dist [PROGRAM] | contract"
                 .to_owned()),
         };
     match result {
@@ -127,6 +129,23 @@ fn fetch_kernel() -> Result<(), String> {
     run("sh", &["-ec", script, "sh", &folder.to_string_lossy()])
 }
 
+/// Takes Prometheus's checker out of its Debian package, which is not installed: it would begin to
+/// serve.
+fn fetch_promtool() -> Result<(), String> {
+    let folder = root().join("target/promtool");
+    if folder.join("promtool").exists() {
+        return Ok(());
+    }
+    let script = r#"
+        rm -rf "$1" && mkdir -p "$1" && cd "$1"
+        apt-get update -qq
+        apt-get download -qq prometheus
+        dpkg -x prometheus_*.deb .
+        mv usr/bin/promtool . && rm -r prometheus_*.deb etc lib usr var
+    "#;
+    run("sh", &["-ec", script, "sh", &folder.to_string_lossy()])
+}
+
 /// Installs what the tests are run and checked with.
 fn install_tools() -> Result<(), String> {
     for tool in ["cargo-nextest", "cargo-deny"] {
@@ -140,6 +159,7 @@ fn install_tools() -> Result<(), String> {
 fn test() -> Result<(), String> {
     install(&NEEDED)?;
     fetch_kernel()?;
+    fetch_promtool()?;
     install_tools()?;
     let has_npm = is_there("npm");
     if has_npm {
@@ -161,6 +181,21 @@ fn test() -> Result<(), String> {
     }
     // Against the program that the tests above were built with.
     run("npm", &["--prefix", "web", "test"])
+}
+
+/// Runs the test of load for longer than the tests do, and writes down what it measures.
+fn load(minutes: Option<&str>, isolation: Option<&str>) -> Result<(), String> {
+    let minutes = minutes.unwrap_or("10");
+    let minutes: u32 = minutes.parse().map_err(|error| format!("{minutes}: {error}"))?;
+    let report = root().join("docs/load.md");
+    let set = [
+        format!("DENIZEN_LOAD_SECONDS={}", minutes * 60),
+        format!("DENIZEN_LOAD_ISOLATION={}", isolation.unwrap_or_default()),
+        format!("DENIZEN_LOAD_REPORT={}", report.display()),
+    ];
+    let test = "cargo test --workspace --all-features --test load -- --nocapture";
+    let words: Vec<&str> = set.iter().map(String::as_str).chain(test.split(' ')).collect();
+    run("env", &words)
 }
 
 /// Builds the dashboard.

@@ -122,6 +122,12 @@ impl Agent {
         slot.as_ref().filter(|init| init.is_alive()).map(Init::pid)
     }
 
+    /// The same without waiting: none also while it is just being launched or ended.
+    pub fn first_process_now(&self) -> Option<u32> {
+        let slot = self.inner.init.try_lock().ok()?;
+        slot.as_ref().filter(|init| init.is_alive()).map(Init::pid)
+    }
+
     /// Launches the session's init if there is none alive, which otherwise the first command
     /// does. Cancel-safe.
     pub async fn launch(&self) -> Result<()> {

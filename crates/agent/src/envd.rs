@@ -40,6 +40,11 @@ pub type Explain = Arc<dyn Fn(Exit) -> Option<String> + Send + Sync>;
 /// Told how long the start of a command took.
 pub type Started = Arc<dyn Fn(std::time::Duration) + Send + Sync>;
 
+/// Gives the span that a command has which begins now, in which its number and exit code are
+/// recorded as `pid` and `exit_code`, and what its environment is told of that unless its caller
+/// has said something else.
+pub type Trace = Arc<dyn Fn() -> (tracing::Span, Vec<(String, String)>) + Send + Sync>;
+
 /// An instance as a request sees it.
 #[derive(Clone)]
 pub struct Instance {
@@ -57,6 +62,8 @@ pub struct Instance {
     pub explain: Explain,
     /// Told how long the start of each of its commands took.
     pub started: Started,
+    /// Asked as each of its commands begins.
+    pub trace: Trace,
     /// Kept as long as the request, its response or a command in the foreground lasts.
     pub lease: Arc<dyn Any + Send + Sync>,
 }
@@ -144,6 +151,7 @@ pub async fn serve_files(socket: UnixStream, workdir: PathBuf) -> std::io::Resul
         watchers: Arc::default(),
         explain: Arc::new(|_| None),
         started: Arc::new(|_| {}),
+        trace: Arc::new(|| (tracing::Span::none(), Vec::new())),
         lease: Arc::new(()),
         workdir: workdir.clone(),
     };

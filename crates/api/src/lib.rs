@@ -81,6 +81,8 @@ pub struct Session {
     pub last_failure: Option<String>,
     /// When it is tried again.
     pub retry_at: Option<f64>,
+    /// What it uses besides the disk, while it runs; told where sessions are listed or inspected.
+    pub usage: Option<Usage>,
     /// Bytes of the disk that it used when this was last measured, which is done where it is
     /// limited.
     pub disk_used: Option<u64>,
@@ -89,6 +91,20 @@ pub struct Session {
     /// Its files on the daemon's machine, while they are there.
     #[cfg_attr(feature = "openapi", schema(value_type = Option<String>))]
     pub volume: Option<PathBuf>,
+}
+
+/// What a running session uses. None is what cannot be measured here.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(ToSchema))]
+pub struct Usage {
+    /// Bytes of memory. By control groups, with what the kernel keeps of its files, as its limit
+    /// counts them; else what its processes have in memory, and what several share counts for each.
+    pub memory_bytes: Option<u64>,
+    /// Microseconds of processor time since it was last started.
+    pub cpu_microseconds: Option<u64>,
+    /// Its processes, without those that only hold it together. While an agent serves its files
+    /// from within, that is one.
+    pub processes: Option<u64>,
 }
 
 /// A part of a list of sessions.

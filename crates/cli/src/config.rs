@@ -11,6 +11,7 @@ use denizen::{BackupFormat, Isolation, Limits, Network, Retention, Rule, Sleep, 
 use denizen_server::{Certificate, Front, Habits, KeptLogs};
 use serde::{Deserialize, Serialize};
 
+use crate::telemetry::LogFormat;
 use crate::{Failure, Result};
 
 /// What sessions may have of the disk unless something else is set: more than most work needs,
@@ -120,6 +121,15 @@ pub struct Options {
         hide_short_help = true
     )]
     metrics_public: Option<bool>,
+    /// How the daemon writes its log: text, or json with an object in each line [default: text]
+    #[arg(
+        long,
+        global = true,
+        env = "DENIZEN_LOG_FORMAT",
+        value_name = "FORMAT",
+        hide_short_help = true
+    )]
+    log_format: Option<LogFormat>,
     /// Seconds to wait for a session in use or a place in a full pool
     #[arg(long, global = true, env = "DENIZEN_ACQUIRE_TIMEOUT_SECONDS", value_name = "SECONDS")]
     acquire_timeout_seconds: Option<u64>,
@@ -378,6 +388,7 @@ struct FileConfig {
     domain: Option<String>,
     origins: Option<Vec<String>>,
     metrics_public: Option<bool>,
+    log_format: Option<LogFormat>,
     acquire_timeout_seconds: Option<u64>,
     isolation: Option<Isolation>,
     spares: Option<usize>,
@@ -429,6 +440,8 @@ pub struct Settings {
     pub origins: Vec<String>,
     /// Whether anybody may read its metrics.
     pub metrics_public: bool,
+    /// How it writes its log.
+    pub log_format: LogFormat,
     /// How long callers wait in line.
     #[serde(rename = "acquire_timeout_seconds", serialize_with = "seconds")]
     pub acquire_timeout: Duration,
@@ -572,6 +585,7 @@ fn load(options: &Options, is_root: bool) -> Result<Settings> {
         hosts: options.hosts.clone().or(given.hosts).unwrap_or_default(),
         domain: options.domain.clone().or(given.domain),
         origins: options.origins.clone().or(given.origins).unwrap_or_default(),
+        log_format: options.log_format.or(given.log_format).unwrap_or_default(),
         metrics_public: options.metrics_public.or(given.metrics_public).unwrap_or(false),
         acquire_timeout: Duration::from_secs(wait),
         linger: Duration::from_secs(linger),

@@ -19,6 +19,7 @@ mod progress;
 mod range;
 mod serve;
 mod show;
+mod telemetry;
 mod terminal;
 mod top;
 

@@ -2,7 +2,7 @@
 //! and SIGINT end it, SIGHUP has it read its configuration anew. A configuration that is no good
 //! must never take the place of one that works.
 
-use std::io::{IsTerminal, Write};
+use std::io::Write;
 use std::path::Path;
 use std::pin::pin;
 use std::sync::{Arc, Weak};
@@ -13,11 +13,10 @@ use denizen::MicroVmManager;
 use denizen_server::{Control, Daemon, Ending, Handed, KeysError, Place, ServeError};
 use futures::stream;
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tracing_subscriber::EnvFilter;
 
 use crate::config::{Settings, Sources};
 use crate::range::Range;
-use crate::{Failure, Result, client, log, notify};
+use crate::{Failure, Result, client, log, notify, telemetry};
 
 /// Run the daemon in the foreground.
 #[derive(Args, Clone, Copy)]
@@ -52,7 +51,7 @@ pub async fn run(
     range: Range,
     handed: Handed,
 ) -> Result<()> {
-    let filter = logs(&settings.log)?;
+    let (_telemetry, filter) = telemetry::begin(settings.log_format, &settings.log)?;
     match &range {
         Range::NotNeeded => {}
         Range::Has { first, count } => {
@@ -156,33 +155,13 @@ fn open(serve: Serve, settings: &Settings) -> Result<Arc<MicroVmManager>> {
         })
 }
 
-/// What changes what the log tells.
-type Filter = Box<dyn Fn(EnvFilter) -> std::result::Result<(), String> + Send + Sync>;
-
-/// Begins to log.
-fn logs(filter: &str) -> Result<Filter> {
-    let builder = tracing_subscriber::fmt()
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
-        .with_env_filter(parsed(filter)?)
-        .with_filter_reloading();
-    let handle = builder.reload_handle();
-    builder.init();
-    Ok(Box::new(move |filter| handle.reload(filter).map_err(|error| error.to_string())))
-}
-
-fn parsed(filter: &str) -> Result<EnvFilter> {
-    EnvFilter::try_new(filter)
-        .map_err(|error| Failure::new(format!("`log` is {filter:?}: {error}")))
-}
-
 /// What SIGHUP changes.
 struct Changes {
     sources: Sources,
     settings: Settings,
     control: Control,
     pool: Weak<MicroVmManager>,
-    filter: Filter,
+    filter: telemetry::Filter,
     is_service: bool,
     /// What the service manager shows of the daemon.
     status: String,
@@ -232,13 +211,13 @@ impl Changes {
             // As at a start, so that what would fail there fails here.
             new.pool.validate().map_err(failed)?;
             new.front()?;
-            parsed(&new.log)?;
+            telemetry::parsed(&new.log)?;
             Ok(new)
         };
         let new: Result<Settings> = tokio::task::spawn_blocking(load).await.map_err(failed)?;
         let mut settings = self.settings.clone();
         let renewed = settings.renew(&new?)?;
-        let filter = parsed(&settings.log)?;
+        let filter = telemetry::parsed(&settings.log)?;
         // The one thing that can still be refused comes first.
         self.control.set_front(settings.front()?).map_err(failed)?;
         (self.filter)(filter).map_err(failed)?;

@@ -76,8 +76,8 @@ pub fn session(value: &Value, as_json: bool) -> Result<()> {
             "last_used" | "unsaved_since" => age(value),
             name if name.ends_with("_at") => age(value),
             "backup_size" | "backup_added" => size(value),
-            "usage" => used(value),
             name if name.starts_with("disk_") => size(value),
+            "usage" => used(value),
             _ => text(value),
         };
         lines.push_str(&format!("{:<17}{shown}\n", name.replace('_', " ")));
@@ -85,17 +85,16 @@ pub fn session(value: &Value, as_json: bool) -> Result<()> {
     print(&lines)
 }
 
-/// What a session uses, in a line.
-fn used(usage: &Value) -> String {
-    let parts = [
-        usage["memory_bytes"].as_u64().map(|it| format!("{} of memory", bytes(it))),
-        usage["cpu_microseconds"]
-            .as_u64()
-            .map(|it| format!("{} of processor time", span(it / 1_000_000))),
-        usage["processes"].as_u64().map(|it| format!("{it} processes")),
-    ];
-    let parts: Vec<_> = parts.into_iter().flatten().collect();
-    if parts.is_empty() { "not known".to_owned() } else { parts.join(", ") }
+/// What a session uses, in a line; nothing of what cannot be measured.
+fn used(value: &Value) -> String {
+    let memory = value["memory_bytes"].as_u64().map(|it| format!("{} of memory", bytes(it)));
+    let cpu = value["cpu_microseconds"].as_u64();
+    let cpu = cpu.map(|it| format!("{}.{:03} s of CPU", it / 1_000_000, it / 1000 % 1000));
+    let processes = value["processes"].as_u64().map(|it| match it {
+        1 => "1 process".to_owned(),
+        many => format!("{many} processes"),
+    });
+    [memory, cpu, processes].into_iter().flatten().collect::<Vec<_>>().join(", ")
 }
 
 /// A key that was made: alone on standard output, where a script takes it from.

@@ -104,6 +104,7 @@ fn control_groups_of_version_2_hold_for_root_and_where_they_are_delegated() {
             export DENIZEN_LIMITS='{ memory_bytes = 67108864, processes = 32, cpu_percent = 50 }'
             echo "$user: $(denizen doctor | grep limits)"
             echo "$user: within $(denizen exec a -- cat /proc/self/cgroup)"
+            echo "$user: $(denizen inspect a | grep usage | tr -s ' ')"
             denizen exec a -- dd if=/dev/zero of=/dev/null bs=100M count=1 2> /dev/null
             echo "$user: memory $?"
             line='for i in $(seq 50); do sleep 1000 & done'
@@ -143,5 +144,9 @@ EOF
             // The firmware's own words may stand before the first one.
             assert!(said.lines().any(|told| told.ends_with(&line)), "{line}\n{said}");
         }
+        let used = said.lines().find(|told| told.contains(&format!("{user}: usage ")));
+        let is_whole =
+            |told: &str| told.contains(" of memory, ") && told.ends_with(" s of CPU, 0 processes");
+        assert!(used.is_some_and(is_whole), "{said}");
     }
 }

@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use common::{User, until};
@@ -130,29 +131,121 @@ fn metrics_are_as_prometheus_wants_them() {
     assert!(of_session.starts_with('{') && of_session.contains("mem"), "{of_session}");
 }
 
+/// What a session uses, once `holds` of it.
+fn used(user: &User, session: &str, holds: impl Fn(&serde_json::Value) -> bool) {
+    until("it is measured", || holds(&user.json(&["inspect", session])["usage"]));
+}
+
 #[test]
-fn readiness_is_the_truth() {
-    let user = User::new();
-    // Spares would make the folder anew.
-    user.json(&["--spares", "0", "--isolation", "host", "ls"]);
-    assert_eq!(get(&user, "/healthz", "").0, 200);
-    assert_eq!(get(&user, "/readyz", "").0, 200);
-    let (pool, aside) = (user.state.path().join("pool"), user.state.path().join("aside"));
-    std::fs::rename(&pool, &aside).unwrap();
+fn what_sessions_use_is_measured() {
+    for isolation in ["host", "sandbox"] {
+        let user = User::new();
+        user.json(&["--isolation", isolation, "--spares", "0", "ls"]);
+        // Eight megabytes in memory, and a tenth of a second of work.
+        let line = "x=$(head -c 8000000 /dev/zero | tr '\\0' x); \
+                    i=0; while [ $i -lt 100000 ]; do i=$((i+1)); done; : > worked; sleep 1000; :";
+        let started = user.run(&["exec", "--detach", "a", "--", "sh", "-c", line]);
+        assert!(started.status.success(), "{started:?}");
+        let session = user.json(&["inspect", "a"]);
+        let worked = Path::new(session["volume"].as_str().unwrap()).join("worked");
+        until("it has worked", || worked.exists());
+        used(&user, "a", |usage| {
+            let number = |name: &str| usage[name].as_u64().unwrap();
+            let memory = (8_000_000..500_000_000).contains(&number("memory_bytes"));
+            let cpu = (10_000..60_000_000).contains(&number("cpu_microseconds"));
+            memory && cpu && number("processes") == 2
+        });
+        // In a list too, in words, and of all together.
+        let listed = user.json(&["ls"]);
+        assert_eq!(listed[0]["usage"]["processes"], 2, "{listed}");
+        let told = common::text(&user.run(&["inspect", "a"]).stdout);
+        assert!(told.contains("2 processes") && told.contains("of CPU"), "{told}");
+        let families = metrics(&user);
+        assert!(value(&families, "denizen_sessions_memory_bytes") >= 8e6);
+        assert!(value(&families, "denizen_sessions_cpu_seconds") >= 0.01);
+        assert!((value(&families, "denizen_sessions_processes") - 2.0).abs() < 0.5);
+        // What has ended uses nothing, and what is stopped is not measured.
+        user.run(&["exec", "a", "--", "true"]);
+        user.run(&["stop", "--force", "a"]);
+        used(&user, "a", serde_json::Value::is_null);
+        user.run(&["start", "a"]);
+        let of_none = |usage: &serde_json::Value| usage["processes"].as_u64().unwrap_or(0) == 0;
+        used(&user, "a", of_none);
+        assert!(value(&metrics(&user), "denizen_sessions_processes") < 0.5);
+    }
+}
+
+/// Waits until the daemon says of itself that it is not ready, and why.
+fn not_ready(user: &User) -> String {
     let mut problem = String::new();
     // What was found is good for a second.
     until("it is not ready", || {
-        let (status, head, body) = get(&user, "/readyz", "");
+        let (status, head, body) = get(user, "/readyz", "");
         problem = body;
         assert!(status == 200 || head.contains("application/problem+json"), "{head}");
         status == 503
     });
     let problem: serde_json::Value = serde_json::from_str(&problem).unwrap();
     assert_eq!(problem["code"], "not_ready");
-    assert!(problem["detail"].as_str().unwrap().contains("volume root"), "{problem}");
+    problem["detail"].as_str().unwrap().to_owned()
+}
+
+#[test]
+fn readiness_is_the_truth() {
+    let user = User::new();
+    user.json(&["--isolation", "host", "ls"]);
     assert_eq!(get(&user, "/healthz", "").0, 200);
+    assert_eq!(get(&user, "/readyz", "").2, "ok\n");
+    let (pool, aside) = (user.state.path().join("pool"), user.state.path().join("aside"));
+    let ready = || until("it is ready", || get(&user, "/readyz", "").0 == 200);
+    std::fs::rename(&pool, &aside).unwrap();
+    let why = not_ready(&user);
+    assert!(why.contains("volume root"), "{why}");
+    assert_eq!(get(&user, "/healthz", "").0, 200);
+    // Whoever makes sessions ready ahead of their use may have made its folders again meanwhile.
+    let _ = std::fs::remove_dir_all(&pool);
     std::fs::rename(&aside, &pool).unwrap();
-    until("it is ready", || get(&user, "/readyz", "").0 == 200);
+    ready();
+    // As good as it was, by its looks.
+    std::fs::rename(&pool, &aside).unwrap();
+    std::fs::create_dir_all(pool.join(".denizen")).unwrap();
+    std::fs::copy(aside.join(".denizen/lock"), pool.join(".denizen/lock")).unwrap();
+    let why = not_ready(&user);
+    assert!(why.contains("another one"), "{why}");
+    std::fs::remove_dir_all(&pool).unwrap();
+    std::fs::rename(&aside, &pool).unwrap();
+    ready();
+}
+
+#[test]
+fn a_daemon_without_its_backup_destination_is_degraded() {
+    let user = User::new();
+    let place = user.state.path().join("backups-are-here");
+    let destination = place.to_str().unwrap();
+    user.json(&["--isolation", "host", "--backup-destination", destination, "ls"]);
+    assert_eq!(get(&user, "/readyz", "").2, "ok\n");
+    let aside = user.state.path().join("aside");
+    std::fs::rename(&place, &aside).unwrap();
+    // A file is no folder, for root neither.
+    std::fs::write(&place, "").unwrap();
+    let told = |wanted: &str| {
+        until(&format!("it says {wanted:?}"), || {
+            let (status, _, body) = get(&user, "/readyz", "");
+            assert_eq!(status, 200, "sessions go on: {body}");
+            body.starts_with("ok\n") && body.lines().nth(1).unwrap_or_default().contains(wanted)
+        });
+    };
+    told("degraded: the backup destination cannot be written");
+    assert!(user.exec("a", "true").status.success());
+    user.run(&["stop", "--force", "a"]);
+    assert!(!user.run(&["backup", "a"]).status.success());
+    std::fs::remove_file(&place).unwrap();
+    std::fs::rename(&aside, &place).unwrap();
+    // There again, and what could not be saved is not yet.
+    told("degraded: the last backup of some sessions has failed");
+    let saved = user.run(&["backup", "a"]);
+    assert!(saved.status.success(), "{saved:?}");
+    until("nothing is missing", || get(&user, "/readyz", "").2 == "ok\n");
 }
 
 /// The names of metrics in text: words that begin as ours do, without the parts that a histogram
@@ -192,4 +285,38 @@ fn what_is_shown_and_alerted_on_is_measured() {
     let hidden: Vec<_> = families.keys().filter(|it| it.starts_with("denizen_")).collect();
     let hidden: Vec<_> = hidden.into_iter().filter(|it| !shown.contains(*it)).collect();
     assert!(hidden.is_empty(), "not shown: {hidden:?}");
+}
+
+/// Runs Prometheus's own checker, something to its standard input.
+fn promtool(args: &[&str], input: &str) {
+    let promtool = Path::new(env!("CARGO_TARGET_TMPDIR")).join("../promtool/promtool");
+    assert!(promtool.exists(), "no promtool: `cargo xtask test` fetches one");
+    let mut command = Command::new(promtool);
+    command.args(args).current_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("../../packaging"));
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
+    let said = child.wait_with_output().unwrap();
+    assert!(said.status.success(), "{args:?}: {said:?}");
+}
+
+#[test]
+fn prometheus_takes_the_metrics_and_the_alerts() {
+    let user = User::new();
+    user.exec("a", "true");
+    user.json(&["backup", "a"]);
+    promtool(&["check", "metrics"], &get(&user, "/metrics", "").2);
+    promtool(&["check", "rules", "alerts.yml"], "");
+    promtool(&["test", "rules", "alerts.test.yml"], "");
+    // And each alert is tried there.
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../packaging");
+    let alerts = std::fs::read_to_string(folder.join("alerts.yml")).unwrap();
+    let tried = std::fs::read_to_string(folder.join("alerts.test.yml")).unwrap();
+    let named = |text: &str, before: &str| -> BTreeSet<String> {
+        let names = text.lines().filter_map(|line| line.trim().strip_prefix(before));
+        names.map(str::to_owned).collect()
+    };
+    let alerts = named(&alerts, "- alert: ");
+    assert!(alerts.len() >= 8);
+    assert_eq!(alerts, named(&tried, "alertname: "));
 }

@@ -202,6 +202,11 @@ impl Backups {
         is_there.then_some(()).ok_or_else(|| Error::DestinationGone { place: self.place.clone() })
     }
 
+    /// That the destination can be written to, where that is a folder: a bucket is not asked.
+    pub(crate) fn check(&self) -> Result<()> {
+        self.archives.as_ref().map_or(Ok(()), |archives| archives.check())
+    }
+
     fn formats(&self) -> impl Iterator<Item = &dyn Format> {
         let archives = self.archives.as_deref().map(|it| it as &dyn Format);
         archives.into_iter().chain([&*self.repository as &dyn Format])

@@ -23,6 +23,7 @@ use uuid::Uuid;
 
 use crate::error::{Error, Result};
 use crate::lifecycle::Sleep;
+use crate::usage::Usage;
 
 /// The folder, in a session's, of its persistent files.
 const VOLUME: &str = "volume";
@@ -310,6 +311,9 @@ pub(crate) trait Driver: Send + Sync {
 
     /// How often so far a process of the instance was ended for want of memory.
     fn out_of_memory(&self, site: &Site) -> u64;
+
+    /// What an instance uses, as far as something has counted it. May block, not for long.
+    fn usage(&self, site: &Site) -> Usage;
 
     /// The images that sessions can be made of, where that is possible.
     fn images(&self) -> Option<&Store>;

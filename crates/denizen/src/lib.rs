@@ -50,6 +50,7 @@ mod pool;
 mod registry;
 mod snapshot;
 mod time;
+mod usage;
 mod volume;
 
 pub use backup::{Backup, BackupFormat, Retention};
@@ -68,3 +69,4 @@ pub use name::{SessionName, SnapshotName};
 pub use pool::{Export, Figures, Histogram, SessionInfo};
 pub use snapshot::{Aspect, Difference, Node, Snapshot, Version};
 pub use time::{Clock, SystemClock};
+pub use usage::Usage;

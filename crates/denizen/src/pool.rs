@@ -28,6 +28,8 @@ use parking_lot::Mutex;
 use serde::Serialize;
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::JoinSet;
+use tracing::Span;
+use tracing::field::Empty;
 use uuid::Uuid;
 
 use crate::backup::{Backup, BackupFormat, Backups, Retention};
@@ -47,6 +49,7 @@ use crate::name::{SessionName, SnapshotName};
 use crate::registry::{Facts, Registry, Remembered, Write, phase_name};
 use crate::snapshot::{Difference, Version};
 use crate::time::{Clock, PoolClock};
+use crate::usage::{Processes, Usage};
 use crate::volume::{Staged, Volumes};
 
 pub use figures::{Figures, Histogram};
@@ -221,10 +224,20 @@ impl Drop for Hold {
 type Answer = Result<Option<Hold>>;
 
 enum Order {
-    Run { id: Uuid, seq: Seq, op: Op, row: Option<Write> },
+    Run(Operation, Option<Write>),
     Prepare,
     Discard(Spare),
     Write(Write),
+}
+
+/// What is to be done for a session.
+struct Operation {
+    id: Uuid,
+    seq: Seq,
+    op: Op,
+    span: Span,
+    /// That of whoever it is begun for, within which is also what follows from it.
+    asked: Span,
 }
 
 struct State {
@@ -491,7 +504,19 @@ impl Pool {
                     }
                     _ => {}
                 }
-                order(Order::Run { id, seq, op, row: row.map(Write::Save) });
+                let name = op_name(&op);
+                let span = tracing::info_span!(
+                    "operation",
+                    otel.name = name,
+                    otel.status_code = Empty,
+                    operation = name,
+                    session = %id,
+                    error = Empty,
+                );
+                order(Order::Run(
+                    Operation { id, seq, op, span, asked: Span::current() },
+                    row.map(Write::Save),
+                ));
             }
             Effect::Interrupt { seq, .. } => {
                 if let Some(flag) = state.interrupts.get(&seq) {
@@ -998,6 +1023,33 @@ impl Pool {
         Ok(info)
     }
 
+    /// What those of the sessions use that run. Cancel-safe.
+    pub(crate) async fn usage(self: &Arc<Self>, ids: &[Uuid]) -> Result<HashMap<Uuid, Usage>> {
+        let places: Vec<_> = {
+            let state = self.state.lock();
+            ids.iter().filter_map(|id| state.places.get(id)).cloned().collect()
+        };
+        let driver = self.driver.clone();
+        blocking(move || {
+            // Looked at only if something else does not tell.
+            let mut processes = None;
+            let mut used = HashMap::new();
+            for place in places {
+                let Some(agent) = place.agent() else { continue };
+                let mut usage = driver.usage(&place.site);
+                if !usage.is_whole()
+                    && let Some(first) = agent.first_process_now()
+                    && let Ok(all) = processes.get_or_insert_with(Processes::look)
+                {
+                    usage = usage.or(all.below(first));
+                }
+                used.insert(place.site.id, usage);
+            }
+            Ok(used)
+        })
+        .await
+    }
+
     fn info(&self, state: &State, view: &View<'_>) -> SessionInfo {
         let row = view.row;
         let wall = |at| self.clock.to_wall(at);
@@ -1049,6 +1101,12 @@ impl Pool {
             crate::config::probe(own).map_err(|source| Error::volume("write to", own, source))
         })
         .await
+    }
+
+    /// That the backup destination can be written to, as far as that costs nothing. Cancel-safe.
+    pub(crate) async fn check_destination(&self) -> Result<()> {
+        let Some(backups) = self.backups.clone() else { return Ok(()) };
+        blocking(move || backups.check()).await
     }
 
     pub(crate) fn figures(&self) -> Figures {
@@ -1492,13 +1550,13 @@ async fn drive(pool: Weak<Pool>, mut inbox: mpsc::UnboundedReceiver<Order>) {
         let mut after = Vec::new();
         for order in orders {
             match order {
-                Order::Run { id, seq, op: op @ Op::Create { .. }, row } => {
+                Order::Run(operation, row) if matches!(operation.op, Op::Create { .. }) => {
                     let (tell, written) = oneshot::channel();
                     creations.push(tell);
                     writes.extend(row);
-                    operations.spawn(operation::run(pool.clone(), id, seq, op, Some(written)));
+                    operations.spawn(operation::run(pool.clone(), operation, Some(written)));
                 }
-                Order::Run { ref row, .. } => {
+                Order::Run(_, ref row) => {
                     writes.extend(row.clone());
                     after.push(order);
                 }
@@ -1526,11 +1584,11 @@ async fn drive(pool: Weak<Pool>, mut inbox: mpsc::UnboundedReceiver<Order>) {
         }
         for order in after {
             match (order, &failure) {
-                (Order::Run { id, seq, row: Some(_), .. }, Some(error)) => {
+                (Order::Run(Operation { id, seq, .. }, Some(_)), Some(error)) => {
                     pool.finished(id, seq, Err(Error::Shared(error.clone())).into());
                 }
-                (Order::Run { id, seq, op, .. }, _) => {
-                    operations.spawn(operation::run(pool.clone(), id, seq, op, None));
+                (Order::Run(operation, _), _) => {
+                    operations.spawn(operation::run(pool.clone(), operation, None));
                 }
                 (Order::Prepare, _) => drop(operations.spawn(operation::prepare(pool.clone()))),
                 (Order::Discard(spare), _) => {

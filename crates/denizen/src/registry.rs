@@ -7,7 +7,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use rusqlite::{Connection, OpenFlags, OptionalExtension, Transaction, params};
@@ -60,6 +60,9 @@ const MIGRATIONS: &[&str] = &[
     ) STRICT;",
 ];
 
+/// The file in the pool's own folder that its process holds a lock on.
+const LOCK: &str = "lock";
+
 /// The chore of deleting the backups that are not kept.
 const FORGET: &str = "forget";
 
@@ -75,6 +78,15 @@ pub enum RegistryError {
     Locked {
         /// The volume root.
         root: PathBuf,
+    },
+    /// What is at the volume root's place is not what this process has locked.
+    #[error(
+        "{} is not there any more, or is another one than at the start: put the volume root back in \
+         its place, or start denizen anew for the one that is there now", path.display()
+    )]
+    Replaced {
+        /// The lock's file.
+        path: PathBuf,
     },
     /// A newer denizen has written the registry.
     #[error(
@@ -165,7 +177,7 @@ pub(crate) struct Remembered {
 pub(crate) struct Registry {
     path: PathBuf,
     connection: Connection,
-    _lock: File,
+    lock: File,
 }
 
 impl Registry {
@@ -188,7 +200,7 @@ impl Registry {
         if application != APPLICATION_ID {
             return Err(damaged("it was not written by denizen".to_owned()));
         }
-        let mut registry = Self { path: path.clone(), connection, _lock: lock };
+        let mut registry = Self { path: path.clone(), connection, lock };
         registry.migrate()?;
         let remembered = registry.load()?;
         Ok((registry, remembered))
@@ -249,8 +261,18 @@ impl Registry {
         read().map_err(|error| diagnose(&self.path, error))
     }
 
-    /// That it can be read now.
+    /// That it can be read now, and is still the one that others would find.
     pub(crate) fn check(&self) -> Result<()> {
+        let path = self.path.with_file_name(LOCK);
+        let failed = |source| RegistryError::Io { path: path.clone(), source };
+        let held = self.lock.metadata().map_err(failed)?;
+        // Somebody may have made all of it anew in the meantime.
+        let is_held = |there: fs::Metadata| (there.dev(), there.ino()) == (held.dev(), held.ino());
+        match fs::metadata(&path).map(is_held) {
+            Ok(true) => {}
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
+            _ => return Err(RegistryError::Replaced { path }),
+        }
         let count = "SELECT count(*) FROM sessions";
         let read = self.connection.prepare_cached(count);
         read.and_then(|mut read| read.query_row([], |row| row.get::<_, i64>(0)))
@@ -346,7 +368,7 @@ impl Registry {
 }
 
 fn lock(root: &Path, folder: &Path) -> Result<File> {
-    let path = folder.join("lock");
+    let path = folder.join(LOCK);
     let failed = |source| RegistryError::Io { path: path.clone(), source };
     let file = OpenOptions::new()
         .create(true)

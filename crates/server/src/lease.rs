@@ -21,11 +21,12 @@ use hyper::body::{Body, Frame, SizeHint};
 use parking_lot::Mutex;
 use tokio::time::Instant;
 use tokio_util::sync::{CancellationToken, DropGuard, WaitForCancellationFutureOwned};
+use tracing::Instrument;
 use uuid::Uuid;
 
 use crate::access::guard;
 use crate::files::Within;
-use crate::{Ending, SESSION};
+use crate::{Ending, SESSION, trace};
 
 /// A guard that is shared.
 pub(crate) struct Lease {
@@ -65,11 +66,12 @@ impl Lease {
         held
     }
 
-    /// Where commands run and files are.
-    pub(crate) fn instance(self: Arc<Self>) -> Result<Instance, Error> {
+    /// Where commands run and files are, for a request with these headers.
+    pub(crate) fn instance(self: Arc<Self>, headers: &HeaderMap) -> Result<Instance, Error> {
         let limits = self.guard.limit_watch();
         let starts = self.starts.clone();
         Ok(Instance {
+            trace: trace::of_commands(self.guard.session_id(), headers),
             explain: Arc::new(move |exit| Some(limits.reached(exit)?.to_string())),
             started: Arc::new(move |took| starts.lock().count(took)),
             agent: self.guard.agent()?,
@@ -186,9 +188,10 @@ impl Leases {
             return Err(Error::ShuttingDown);
         }
         let begun = Instant::now();
+        let span = tracing::info_span!("acquire", session = %id);
         let guard = match image {
-            Some(image) => self.pool.acquire_with_image(id, image).await?,
-            None => self.pool.acquire(id).await?,
+            Some(image) => self.pool.acquire_with_image(id, image).instrument(span).await?,
+            None => self.pool.acquire(id).instrument(span).await?,
         };
         self.acquires.lock().count(begun.elapsed());
         let logs = self.pool.session_folder(id)?.join("logs");
@@ -313,7 +316,7 @@ impl Resolver {
 
 impl Instances for Resolver {
     async fn instance(&self, headers: &HeaderMap) -> Result<Instance, ConnectError> {
-        self.lease(headers).await?.instance().map_err(|error| refused(&error))
+        self.lease(headers).await?.instance(headers).map_err(|error| refused(&error))
     }
 }
 

@@ -15,6 +15,7 @@ mod lease;
 mod listener;
 mod metrics;
 mod rest;
+mod trace;
 mod web;
 
 use std::net::SocketAddr;
@@ -289,6 +290,7 @@ impl Daemon {
             .merge(web::router())
             .merge(envd)
             .layer(axum::middleware::from_fn_with_state(access.clone(), guard::guard))
+            .layer(axum::middleware::from_fn(trace::traced))
             .layer(axum::middleware::from_fn(rest::read_on));
         let mut servers = JoinSet::new();
         for listener in remote {

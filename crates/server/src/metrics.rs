@@ -5,7 +5,7 @@
 
 use std::fmt::{Display, Write};
 
-use denizen::{Figures, Histogram, SessionInfo};
+use denizen::{Figures, Histogram, SessionInfo, Usage};
 
 /// What the answer is called.
 pub(crate) const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -29,6 +29,7 @@ pub(crate) fn text(
     acquires: &Histogram,
     starts: &Histogram,
     sessions: &[SessionInfo],
+    usages: &[Usage],
 ) -> String {
     let mut text = String::new();
     let version = env!("CARGO_PKG_VERSION");
@@ -78,7 +79,28 @@ pub(crate) fn text(
         head(&mut text, &name, "gauge", help);
         line(&mut text, &name, value);
     }
+    usage(&mut text, usages);
     text
+}
+
+/// What all that run use together. What cannot be measured is left out.
+fn usage(text: &mut String, all: &[Usage]) {
+    let memory: u64 = all.iter().filter_map(|it| it.memory_bytes).sum();
+    let cpu: f64 = all.iter().filter_map(|it| it.cpu_time).map(|it| it.as_secs_f64()).sum();
+    let processes: u64 = all.iter().filter_map(|it| it.processes).sum();
+    for (name, help, value) in [
+        ("memory_bytes", "Memory that running sessions use.", memory.to_string()),
+        (
+            "cpu_seconds",
+            "Processor time that the sessions running now have used since each was started.",
+            cpu.to_string(),
+        ),
+        ("processes", "Processes of running sessions.", processes.to_string()),
+    ] {
+        let name = format!("denizen_sessions_{name}");
+        head(text, &name, "gauge", help);
+        line(text, &name, value);
+    }
 }
 
 /// The daemon's own process, by the names that the conventions have for it. What cannot be read

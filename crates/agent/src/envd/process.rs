@@ -20,6 +20,7 @@ use parking_lot::Mutex;
 use tokio::io::AsyncWriteExt;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
+use tracing::Instrument;
 
 use super::tail::{Piece, Tail};
 use super::{Explain, Instance, Instances, keepalive};
@@ -347,7 +348,9 @@ async fn start(
     if config.cmd.is_empty() {
         return Err(ConnectError::invalid_argument("process.cmd is empty: name a program"));
     }
+    let (span, traced) = (instance.trace)();
     let mut env = instance.env.clone();
+    env.extend(traced);
     env.extend(config.envs.iter().map(|(name, value)| (name.clone(), value.clone())));
     let stdio = match request.pty.as_option().map(|pty| pty.size.as_option()) {
         Some(size) => {
@@ -366,7 +369,10 @@ async fn start(
         stdio,
     };
     let begun = std::time::Instant::now();
-    let mut child = instance.agent.spawn(spec).await.map_err(|error| refused(&error))?;
+    let spawned = instance.agent.spawn(spec).instrument(span.clone()).await;
+    let mut child = spawned.map_err(|error| refused(&error))?;
+    // Signed is what traces have.
+    span.record("pid", i64::from(child.pid()));
     (instance.started)(begun.elapsed());
     let pid = child.pid();
     let tag = request.tag.filter(|tag| !tag.is_empty());
@@ -406,7 +412,8 @@ async fn start(
     // the background counts as processes left running.
     let lease = (mode == Mode::Foreground).then(|| instance.lease.clone());
     let explain = instance.explain.clone();
-    tokio::spawn(pump(instance.jobs.clone(), job.clone(), output, log, lease, explain));
+    let pump = pump(instance.jobs.clone(), job.clone(), output, log, lease, explain);
+    tokio::spawn(pump.instrument(span));
     Ok((job, receiver))
 }
 
@@ -440,7 +447,10 @@ async fn pump(
                 tell(&job, &Event::Data(chunk)).await;
             }
             Ok(None) => match job.child.wait().await {
-                Ok(exit) => break Event::End(exit, explain(exit)),
+                Ok(exit) => {
+                    tracing::Span::current().record("exit_code", exit.code());
+                    break Event::End(exit, explain(exit));
+                }
                 Err(error) => break Event::Lost(error.to_string()),
             },
             Err(error) => break Event::Lost(error.to_string()),

@@ -31,6 +31,12 @@ impl Archives {
         self.folder.join(SIGN).exists()
             || denizen_archive::list(&self.folder, None).is_ok_and(|all| !all.is_empty())
     }
+
+    /// That the folder can be written to.
+    pub(super) fn check(&self) -> Result<()> {
+        let failed = |source| Error::volume("write to", &self.folder, source);
+        crate::config::probe(&self.folder).map_err(failed)
+    }
 }
 
 impl Format for Archives {

@@ -11,6 +11,7 @@ use denizen_image::Store;
 
 use super::{Driver, Instance, Site, VOLUME};
 use crate::error::{Error, Result};
+use crate::usage::Usage;
 
 pub(super) struct Host;
 
@@ -72,6 +73,10 @@ impl Driver for Host {
 
     fn out_of_memory(&self, _: &Site) -> u64 {
         0
+    }
+
+    fn usage(&self, _: &Site) -> Usage {
+        Usage::default()
     }
 
     fn images(&self) -> Option<&Store> {

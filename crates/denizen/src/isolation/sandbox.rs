@@ -40,6 +40,7 @@ use self::users::Users;
 use super::{Driver, Instance, Limits, Options, Site, VOLUME};
 use crate::error::{Error, Result};
 use crate::lifecycle::Sleep;
+use crate::usage::Usage;
 
 /// Has what an earlier process left frozen of a session go on, so that it can be ended.
 pub(super) fn let_go(site: &Site) {
@@ -462,6 +463,10 @@ impl Driver for Sandbox {
 
     fn out_of_memory(&self, site: &Site) -> u64 {
         self.groups.out_of_memory(&site.home)
+    }
+
+    fn usage(&self, site: &Site) -> Usage {
+        self.groups.usage(&site.home)
     }
 
     fn images(&self) -> Option<&Store> {

@@ -12,10 +12,11 @@ use std::time::{Duration, Instant};
 use denizen_agent::{Agent, Spec, Stdio};
 use denizen_repository::Counter;
 use tokio::sync::oneshot;
+use tracing::{Instrument, Span};
 use uuid::Uuid;
 
 use super::forgetting::Reading;
-use super::{Copying, Origin, Place, Pool, Spare, State, Telling, blocking};
+use super::{Copying, Operation, Origin, Place, Pool, Spare, State, Telling, blocking};
 use crate::backup::{Backup, Saving};
 use crate::disk::Known;
 use crate::error::{Error, Result as Fallible};
@@ -68,11 +69,12 @@ pub(super) type Written = oneshot::Receiver<Fallible<()>>;
 
 /// Runs an operation and reports how it ended, whatever happens to this task. Its row is durable,
 /// or it waits for `written` before it changes anything of a session's.
-pub(super) async fn run(pool: Arc<Pool>, id: Uuid, seq: Seq, op: Op, written: Option<Written>) {
-    struct Report(Arc<Pool>, Uuid, Seq, Op, Option<Ended>);
+pub(super) async fn run(pool: Arc<Pool>, operation: Operation, written: Option<Written>) {
+    let Operation { id, seq, op, span, asked } = operation;
+    struct Report(Arc<Pool>, Uuid, Seq, Op, Option<Ended>, Span);
     impl Drop for Report {
         fn drop(&mut self) {
-            let Self(pool, id, seq, op, ended) = self;
+            let Self(pool, id, seq, op, ended, asked) = self;
             let lost = || {
                 let error = Error::Task("it was cut off".to_owned());
                 match op {
@@ -80,31 +82,48 @@ pub(super) async fn run(pool: Arc<Pool>, id: Uuid, seq: Seq, op: Op, written: Op
                     _ => Err(error).into(),
                 }
             };
-            pool.finished(*id, *seq, ended.take().unwrap_or_else(lost));
+            let ended = ended.take().unwrap_or_else(lost);
+            asked.in_scope(|| pool.finished(*id, *seq, ended));
         }
     }
-    let mut report = Report(pool.clone(), id, seq, op.clone(), None);
+    let mut report = Report(pool.clone(), id, seq, op.clone(), None, asked);
     let place = pool.place(&mut pool.state.lock(), id);
     if matches!(op, Op::Create { .. } | Op::Restore(_)) {
         // The place may be one that a spare had.
         pool.until(|state| state.discarding == 0).await;
     }
     let begun = Instant::now();
-    let ended = match op.clone() {
-        Op::Create { .. } => create(&pool, &place, written).await.into(),
-        Op::Start => start(&pool, &place).await.into(),
-        Op::Stop { force } => stop(&pool, &place, force).await,
-        Op::Freeze => freeze(&pool, &place).await,
-        Op::Thaw => {
-            thaw(&pool, &place).await.map_or_else(Ended::broken, |_| Ok(Outcome::Done).into())
-        }
-        Op::Backup => save(&pool, id, seq).await.into(),
-        Op::Restore(saved) => restore(&pool, &place, saved).await.into(),
-        Op::Copy(copy) => copy_session(&pool, &place, copy).await,
-        Op::Prune | Op::Remove => delete(&pool, &place, &op).await.into(),
-    };
+    let ended = carry_out(&pool, &place, seq, &op, written).instrument(span).await;
     count(&pool, seq, &op, &ended, begun.elapsed());
     report.4 = Some(ended);
+}
+
+async fn carry_out(
+    pool: &Arc<Pool>,
+    place: &Arc<Place>,
+    seq: Seq,
+    op: &Op,
+    written: Option<Written>,
+) -> Ended {
+    let ended = match op.clone() {
+        Op::Create { .. } => create(pool, place, written).await.into(),
+        Op::Start => start(pool, place).await.into(),
+        Op::Stop { force } => stop(pool, place, force).await,
+        Op::Freeze => freeze(pool, place).await,
+        Op::Thaw => {
+            thaw(pool, place).await.map_or_else(Ended::broken, |_| Ok(Outcome::Done).into())
+        }
+        Op::Backup => save(pool, place.site.id, seq).await.into(),
+        Op::Restore(saved) => restore(pool, place, saved).await.into(),
+        Op::Copy(copy) => copy_session(pool, place, copy).await,
+        Op::Prune | Op::Remove => delete(pool, place, op).await.into(),
+    };
+    if let Some(error) = &ended.failure {
+        let span = Span::current();
+        span.record("otel.status_code", "ERROR");
+        span.record("error", tracing::field::display(error));
+    }
+    ended
 }
 
 /// Counts what became of an operation.

@@ -36,14 +36,16 @@ use super::rules::{self, Need, On};
 use super::{Access, Caller, Front, Peer};
 use crate::SESSION;
 use crate::api::{Refused, extract};
+use crate::trace::{self, RequestId};
 
 /// The port at which clients of E2B reach envd in a sandbox.
 const ENVD_PORT: u16 = 49983;
 /// How long a client may send nothing of a body that it has begun.
 const STANDSTILL: Duration = Duration::from_mins(1);
 /// What a page of a listed origin may read of an answer besides its body.
-const EXPOSED: HeaderValue =
-    HeaderValue::from_static("content-range, etag, last-modified, location, retry-after");
+const EXPOSED: HeaderValue = HeaderValue::from_static(
+    "content-range, etag, last-modified, location, retry-after, x-request-id",
+);
 
 /// That a request was asked by the name of a session's port: what answers it has an origin of its
 /// own.
@@ -239,6 +241,7 @@ fn admit(access: &Access, parts: &mut Parts, record: &mut Record) -> Result<Call
         None => route,
     };
     record.session.clone_from(&session);
+    trace::note(parts.method.as_str(), &record.route, session.as_deref());
     let caller = match (parts.extensions.get::<Peer>(), secret(&parts.headers)) {
         (Some(Peer::Local { uid }), _) => Caller::local(*uid),
         (_, _) if need == Need::Nothing => Caller::nobody(),
@@ -442,6 +445,7 @@ impl<F: Future<Output = ()>> hyper::body::Body for Held<F> {
 struct Record {
     access: Arc<Access>,
     begin: Instant,
+    id: Option<RequestId>,
     method: Method,
     peer: Option<Peer>,
     caller: Option<Caller>,
@@ -458,6 +462,7 @@ impl Record {
         Self {
             access,
             begin: Instant::now(),
+            id: parts.extensions.get().cloned(),
             method: parts.method.clone(),
             peer: parts.extensions.get().cloned(),
             caller: None,
@@ -495,6 +500,7 @@ impl Drop for Record {
         let method = self.method.as_str();
         self.access.audit.write(&serde_json::json!({
             "at": Timestamp::now(),
+            "request": self.id.as_ref().map(|id| &id.0),
             "who": self.caller.as_ref().map(Caller::told),
             "peer": peer,
             "method": shortened(method),

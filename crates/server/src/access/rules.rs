@@ -182,8 +182,8 @@ mod tests {
         let api = crate::api::Api::new(pool.clone(), leases.clone(), Arc::default(), recent);
         let keys = super::super::Keys::open(folder.path()).unwrap();
         let front = super::super::Front::default();
-        let access =
-            super::super::Access::new(pool.clone(), leases, keys, front, folder.path()).unwrap();
+        let audit = super::super::audit::Audit::open(folder.path(), 1).unwrap();
+        let access = super::super::Access::new(pool.clone(), leases, keys, front, audit);
         let api = crate::api::router(api, Arc::new(access));
         let mut all = Vec::new();
         for routes in [routes(&api), routes(&crate::web::router()), routes(&envd)] {

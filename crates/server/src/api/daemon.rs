@@ -7,7 +7,7 @@ use axum::http::header::CONTENT_TYPE;
 use axum::http::{Method, StatusCode};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
-use denizen::{Error, MicroVmManager};
+use denizen::{Error, MicroVmManager, RegistryError};
 use denizen_api::{Code, Health};
 use tokio::sync::Mutex;
 use tokio::time::Instant;
@@ -32,12 +32,14 @@ pub(crate) async fn lives() -> &'static str {
 }
 
 /// Whether the daemon can do its work: for who would send it some. The pool takes sessions, its
-/// registry can be read, and its disk written.
+/// registry can be read, its disk written. A second line, `degraded: …`, tells of backups that cannot
+/// be written: sessions go on without them.
 #[utoipa::path(get, path = "/readyz", tag = "daemon", security(()),
     responses((status = 200, body = String, content_type = "text/plain"), Refused))]
-pub(crate) async fn is_ready(State(api): State<Api>) -> Answer<&'static str> {
+pub(crate) async fn is_ready(State(api): State<Api>) -> Answer<String> {
     match api.ready.look(&api.pool).await {
-        Ok(()) => Ok("ok\n"),
+        Ok(None) => Ok("ok\n".to_owned()),
+        Ok(Some(degraded)) => Ok(format!("ok\ndegraded: {degraded}\n")),
         Err(why) => Err(Refused::new(Code::NotReady, why)),
     }
 }
@@ -46,7 +48,8 @@ pub(crate) async fn is_ready(State(api): State<Api>) -> Answer<&'static str> {
 #[derive(Default)]
 pub(crate) struct Ready(Mutex<Option<(Instant, Found)>>);
 
-type Found = Result<(), &'static str>;
+/// Why it is not, or what it has to do without.
+type Found = Result<Option<&'static str>, &'static str>;
 
 /// How long that is good. Anybody may ask, and looking costs a write.
 const GOOD: Duration = Duration::from_secs(1);
@@ -62,12 +65,15 @@ impl Ready {
             return found;
         }
         let found = match tokio::time::timeout(PATIENCE, pool.check()).await {
-            Ok(Ok(())) => Ok(()),
+            Ok(Ok(())) => Ok(degraded(pool).await),
             Ok(Err(error)) => {
                 // Who asks need not be one to be told of paths.
                 tracing::error!(%error, "not ready");
                 Err(match error.kind() {
                     Error::ShuttingDown => "the daemon is shutting down",
+                    Error::Registry(RegistryError::Replaced { .. }) => {
+                        "the volume root is not there, or is another one: see the daemon's log"
+                    }
                     Error::Registry(_) => "the registry cannot be read: see the daemon's log",
                     Error::Volume { .. } => {
                         "the volume root cannot be written: see the daemon's log"
@@ -85,13 +91,36 @@ impl Ready {
     }
 }
 
+/// What does not work of that which sessions can do without, for a time. Cancel-safe.
+async fn degraded(pool: &MicroVmManager) -> Option<&'static str> {
+    match tokio::time::timeout(PATIENCE, pool.check_destination()).await {
+        Ok(Ok(())) => {
+            let sessions = pool.sessions().unwrap_or_default();
+            let is_failing = sessions.iter().any(|session| session.backup_failure.is_some());
+            is_failing
+                .then_some("the last backup of some sessions has failed: `denizen ls` shows which")
+        }
+        Ok(Err(error)) => {
+            tracing::warn!(%error, "degraded");
+            Some("the backup destination cannot be written: see the daemon's log")
+        }
+        Err(_) => {
+            tracing::warn!("degraded: the backup destination does not answer");
+            Some("the backup destination does not answer in time")
+        }
+    }
+}
+
 /// The daemon in numbers, for Prometheus. `/metrics` is the same, where no header names a session.
 #[utoipa::path(get, path = "/v1/metrics", tag = "daemon",
     responses((status = 200, body = String, content_type = "text/plain"), Refused))]
 pub(crate) async fn metrics(State(api): State<Api>) -> Answer<Response> {
     let (figures, sessions) = (api.pool.figures()?, api.pool.sessions()?);
     let (acquires, starts) = (api.leases.acquires(), api.leases.starts());
-    let text = crate::metrics::text(&figures, &acquires, &starts, &sessions);
+    let running = sessions.iter().filter(|it| matches!(it.state, "active" | "frozen"));
+    let running: Vec<_> = running.map(|session| session.id).collect();
+    let usages: Vec<_> = api.pool.usage(&running).await?.into_values().collect();
+    let text = crate::metrics::text(&figures, &acquires, &starts, &sessions, &usages);
     Ok(([(CONTENT_TYPE, crate::metrics::CONTENT_TYPE)], text).into_response())
 }
 

@@ -110,6 +110,7 @@ pub(crate) async fn list(
 pub(crate) async fn start(
     State(api): State<Api>,
     Path(session): Path<String>,
+    headers: HeaderMap,
     Json(new): Json<NewProcess>,
 ) -> Answer<Response> {
     let id = api.leases.find_or_name(&session).await?;
@@ -145,7 +146,7 @@ pub(crate) async fn start(
         ..Default::default()
     };
     let timeout = new.timeout_seconds.map(Duration::from_secs);
-    let instance = lease.instance()?;
+    let instance = lease.instance(&headers)?;
     if new.detach {
         let job = start_detached(&instance, request, timeout).await?.info();
         let started = Started { pid: job.pid, tag: job.tag };

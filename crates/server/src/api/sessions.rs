@@ -1,5 +1,7 @@
 //! Sessions: made, listed, looked at, started, stopped, copied, removed.
 
+use std::collections::HashMap;
+
 use axum::Extension;
 use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode, header};
@@ -65,8 +67,23 @@ pub(crate) async fn list(
     let more = all.len() > limit;
     all.truncate(limit);
     let next = all.last().filter(|_| more).map(|last| last.id);
-    let sessions = all.into_iter().map(wire::session).collect();
+    let sessions = measured(&api, all).await?;
     Ok(axum::Json(Sessions { sessions, next }))
+}
+
+/// Sessions with what they use.
+async fn measured(api: &Api, all: Vec<SessionInfo>) -> Answer<Vec<Session>> {
+    let running = all.iter().filter(|it| matches!(it.state, "active" | "frozen"));
+    let running: Vec<Uuid> = running.map(|session| session.id).collect();
+    let mut used = match running.as_slice() {
+        [] => HashMap::new(),
+        running => api.pool.usage(running).await?,
+    };
+    let told = all.into_iter().map(|info| {
+        let usage = used.remove(&info.id).map(wire::usage);
+        Session { usage, ..wire::session(info) }
+    });
+    Ok(told.collect())
 }
 
 /// Make a session, and start it.
@@ -146,7 +163,9 @@ pub(crate) async fn inspect(
     Path(session): Path<String>,
 ) -> Answer<axum::Json<Session>> {
     let id = api.leases.find(&session)?;
-    Ok(axum::Json(wire::session(api.pool.inspect(id)?)))
+    let info = api.pool.inspect(id)?;
+    let told = measured(&api, vec![info]).await?.pop();
+    Ok(axum::Json(told.ok_or(Error::Unknown { session })?))
 }
 
 /// What a session is to be made of, if it is not there.

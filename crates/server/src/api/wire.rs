@@ -64,9 +64,18 @@ pub(super) fn session(info: denizen::SessionInfo) -> api::Session {
         failures: info.failures,
         last_failure: info.last_failure,
         retry_at: info.retry_at.map(seconds),
+        usage: None,
         disk_used: info.disk_used,
         disk_limit: info.disk_limit,
         volume: info.volume,
+    }
+}
+
+pub(super) fn usage(usage: denizen::Usage) -> api::Usage {
+    api::Usage {
+        memory_bytes: usage.memory_bytes,
+        cpu_microseconds: usage.cpu_time.and_then(|it| u64::try_from(it.as_micros()).ok()),
+        processes: usage.processes,
     }
 }
 

@@ -15,6 +15,7 @@ use rustix::io::Errno;
 use uuid::Uuid;
 
 use super::{Limits, freezer};
+use crate::usage::Usage;
 
 /// The file in a session's folder that says where its groups are.
 const RECORD: &str = "groups";
@@ -221,6 +222,29 @@ impl Groups {
         let text = text.unwrap_or_default();
         let count = text.lines().find_map(|line| line.strip_prefix("oom_kill "));
         count.and_then(|count| count.trim().parse().ok()).unwrap_or(0)
+    }
+
+    /// What the groups of a session count of it.
+    pub(super) fn usage(&self, home: &Path) -> Usage {
+        let groups = self.of(home);
+        let in_any = |file: &str, read: fn(&str) -> Option<u64>| {
+            groups.iter().find_map(|group| read(&fs::read_to_string(group.join(file)).ok()?))
+        };
+        let number = |text: &str| text.trim().parse().ok();
+        let of_cpu = |text: &str| {
+            text.lines().find_map(|line| line.strip_prefix("usage_usec "))?.trim().parse().ok()
+        };
+        // What version 1 and 2 call it; the first counts processor time in nanoseconds.
+        let old = in_any("cpuacct.usage", number).map(Duration::from_nanos);
+        Usage {
+            memory_bytes: in_any("memory.usage_in_bytes", number)
+                .or_else(|| in_any("memory.current", number)),
+            cpu_time: old.or_else(|| in_any("cpu.stat", of_cpu).map(Duration::from_micros)),
+            processes: in_any("cgroup.procs", |text| {
+                // Without the first one within, and the one outside that waits for it.
+                u64::try_from(text.lines().count()).ok()?.checked_sub(2)
+            }),
+        }
     }
 }
 
