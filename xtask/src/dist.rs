@@ -162,15 +162,10 @@ fn pack(program: &Path, folder: &Path, epoch: u64) -> Result<(), String> {
         ("packaging/alerts.yml", "usr/share/doc/denizen/alerts.yml"),
         ("packaging/grafana-dashboard.json", "usr/share/doc/denizen/grafana-dashboard.json"),
         ("docs/operations.md", "usr/share/doc/denizen/operations.md"),
+        ("LICENSE-MIT", "usr/share/doc/denizen/copyright"),
     ] {
         tree.put(to, &read(from)?, 0o644)?;
     }
-    let license = String::from_utf8_lossy(&read("LICENSE-MIT")?).into_owned();
-    let license = format!(
-        "Copyright: those who have written it, {}\n\n{license}",
-        env!("CARGO_PKG_REPOSITORY")
-    );
-    tree.put("usr/share/doc/denizen/copyright", license.as_bytes(), 0o644)?;
     tree.put_compressed("usr/share/doc/denizen/NEWS", &read("CHANGELOG.md")?)?;
     let name = format!("denizen-{version}-{architecture}");
     let tarball = format!("{}/{name}.tar.gz", folder.display());
@@ -293,6 +288,11 @@ mod tests {
             &first.iter().find(|(path, _)| path.extension().unwrap() == "deb").unwrap().0,
             &place,
         );
+        let package = first.iter().find(|(path, _)| path.extension().unwrap() == "deb");
+        let mut lint = Command::new("lintian");
+        lint.args(["--allow-root", "--fail-on", "error"]).arg(&package.unwrap().0);
+        let lint = lint.output().unwrap();
+        assert!(lint.status.success(), "{}", String::from_utf8_lossy(&lint.stdout));
         fs::remove_dir_all(&place).unwrap();
     }
 

@@ -407,3 +407,117 @@ fn the_units_are_what_systemd_understands() {
     let security = security.output().unwrap();
     assert!(security.status.success(), "{}", text(&security.stdout));
 }
+
+/// systemd itself, as the manager of a user, with our units in it. It is told that the machine was
+/// started by it, in a mount namespace of its own.
+struct Systemd {
+    folder: tempfile::TempDir,
+    manager: Child,
+}
+
+impl Systemd {
+    fn start(user: &User) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let units = folder.path().join("systemd/user");
+        std::fs::create_dir_all(&units).unwrap();
+        let packaging = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../packaging");
+        let state = user.state.path().to_str().unwrap();
+        for unit in ["denizen.service", "denizen.socket"] {
+            let text = std::fs::read_to_string(packaging.join(unit)).unwrap();
+            let text = text
+                .replace("/usr/bin/denizen", env!("CARGO_BIN_EXE_denizen"))
+                .replace("/var/lib/denizen", state)
+                .replace("WatchdogSec=60", "WatchdogSec=2")
+                .replace(
+                    "[Service]\n",
+                    &format!(
+                        "[Service]\nEnvironment=DENIZEN_STATE={state} DENIZEN_CACHE={}\n",
+                        common::CACHE
+                    ),
+                );
+            std::fs::write(units.join(unit), text).unwrap();
+        }
+        let line = "mkdir -p /run/systemd && mount -t tmpfs none /run/systemd && \
+                    mkdir /run/systemd/system && exec /lib/systemd/systemd --user";
+        let mut manager = Command::new("unshare");
+        manager.args(["-m", "sh", "-ec", line]);
+        let manager = Self::of(&folder, manager).stdin(Stdio::null()).spawn().unwrap();
+        let systemd = Self { folder, manager };
+        until("systemd answers", || systemd.control(&["show", "-p", "Version"]).status.success());
+        systemd
+    }
+
+    fn of(folder: &tempfile::TempDir, mut command: Command) -> Command {
+        command.env("XDG_RUNTIME_DIR", folder.path()).env("XDG_CONFIG_HOME", folder.path());
+        command.env_remove("DBUS_SESSION_BUS_ADDRESS");
+        command
+    }
+
+    fn control(&self, args: &[&str]) -> Output {
+        let mut control = Command::new("systemctl");
+        control.args(["--user", "--no-pager"]).args(args);
+        Self::of(&self.folder, control).output().unwrap()
+    }
+
+    fn done(&self, args: &[&str]) {
+        let output = self.control(args);
+        assert!(output.status.success(), "{args:?}: {output:?}");
+    }
+
+    /// What it knows of the service.
+    fn shows(&self, what: &str) -> String {
+        let shown = self.control(&["show", "denizen.service", "--value", "-p", what]);
+        text(&shown.stdout).trim().to_owned()
+    }
+}
+
+impl Drop for Systemd {
+    fn drop(&mut self) {
+        if !self.control(&["exit"]).status.success() {
+            self.manager.kill().unwrap();
+        }
+        self.manager.wait().unwrap();
+    }
+}
+
+#[test]
+fn systemd_starts_it_watches_it_and_starts_it_anew() {
+    if !rustix::process::geteuid().is_root() {
+        return;
+    }
+    let user = User::new();
+    let systemd = Systemd::start(&user);
+    systemd.done(&["start", "denizen.socket"]);
+    assert_eq!(systemd.shows("ActiveState"), "inactive");
+    // The first client starts it, as the manager's and not as its own.
+    let job = "echo $$ > pid; exec sleep 1000";
+    let started = user.run(&["exec", "-d", "a", "--", "sh", "-c", job]);
+    assert!(started.status.success(), "{started:?}");
+    until("it is active", || systemd.shows("ActiveState") == "active");
+    assert!(systemd.shows("StatusText").starts_with("Serves on "));
+    let pid = || systemd.shows("MainPID");
+    // One of its own, in the background, has no number there.
+    assert_ne!(pid(), "0");
+    let there = || {
+        let seen = user.exec("a", "kill -0 $(cat pid) && echo there");
+        assert_eq!(text(&seen.stdout), "there\n", "{seen:?}");
+    };
+    until("it runs", || text(&user.exec("a", "cat pid").stdout) != "");
+
+    let first = pid();
+    systemd.done(&["kill", "--signal=HUP", "--kill-whom=main", "denizen.service"]);
+    there();
+    assert_eq!(pid(), first);
+    systemd.done(&["restart", "denizen.service"]);
+    assert_ne!(pid(), first);
+    there();
+    // One that hangs is ended, and another one starts.
+    let second = pid();
+    let hanging = Pid::from_raw(second.parse().unwrap()).unwrap();
+    kill_process(hanging, Signal::STOP).unwrap();
+    until("it is started anew", || systemd.shows("NRestarts") == "1" && pid() != second);
+    there();
+    assert!(user.run(&["stop", "--force", "a"]).status.success());
+    systemd.done(&["stop", "denizen.socket", "denizen.service"]);
+    assert_eq!(systemd.shows("Result"), "success");
+}
