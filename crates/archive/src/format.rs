@@ -14,6 +14,9 @@ pub const MAX_PAX: u64 = 16 << 20;
 pub const MAX_PATH: usize = 64 << 10;
 /// The most stretches of data a sparse file is described with; 16 MiB of memory.
 pub const MAX_SEGMENTS: usize = 1 << 20;
+/// The most that the attributes of a folder and of all above it may weigh: whoever restores it
+/// keeps them all in memory. What is written must be restorable, so no tree with more is written.
+pub const MAX_WEIGHT: usize = 128 << 20;
 /// What a tar stream ends with.
 pub const END: [u8; 2 * BLOCK] = [0; 2 * BLOCK];
 /// Size of a seal: the head of its frame, 8 bytes, and its text.
@@ -71,6 +74,11 @@ pub struct Segment {
 
 /// Names and values of extended attributes.
 pub type Attributes = Vec<(Vec<u8>, Vec<u8>)>;
+
+/// How many bytes of memory attributes take.
+pub fn weight(attributes: &Attributes) -> usize {
+    attributes.iter().map(|(name, value)| name.len() + value.len() + 48).sum()
+}
 
 /// One entry without its content.
 #[derive(Clone, Debug)]

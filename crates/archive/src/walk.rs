@@ -18,14 +18,15 @@ use rustix::fs::{
 use rustix::io::Errno;
 
 use crate::Error;
-use crate::format::{Attributes, Kind, MAX_PATH, MAX_SEGMENTS, Member, Segment, Time};
+use crate::format::weight;
+use crate::format::{Attributes, Kind, MAX_PATH, MAX_SEGMENTS, MAX_WEIGHT, Member, Segment, Time};
 use crate::owners::Owners;
 use crate::write::BESIDE;
 
 /// How many folders are kept open on the way down; deeper ones are found again through `..`.
 const OPEN_FOLDERS: usize = 64;
 /// The kernel's limit for a list of attribute names (`XATTR_LIST_MAX`, linux/limits.h).
-const XATTR_LIST: usize = 64 << 10;
+pub(crate) const XATTR_LIST: usize = 64 << 10;
 
 /// Something left out of an archive.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -95,6 +96,8 @@ struct Folder {
     names: Vec<Vec<u8>>,
     /// Length of its path, to which the path is cut back when it is done.
     path: usize,
+    /// What its attributes weigh.
+    weight: usize,
 }
 
 /// What a walk finds is told to.
@@ -132,6 +135,9 @@ pub struct Walk<'a, S> {
     path: Vec<u8>,
     /// Whether [`BESIDE`] is to come, and what has its name is left out.
     reserved: bool,
+    /// What the attributes of all folders on the way weigh, and the most there may be.
+    weight: usize,
+    most_weight: usize,
     /// The first name of every file that has several.
     linked: HashMap<FileId, Vec<u8>>,
     /// Room for a list of attribute names.
@@ -152,6 +158,8 @@ impl<'a, S: Sink> Walk<'a, S> {
             cancelled,
             path: Vec::new(),
             reserved: false,
+            weight: 0,
+            most_weight: MAX_WEIGHT,
             linked: HashMap::new(),
             names: vec![0; XATTR_LIST],
             folder: Vec::with_capacity(32 << 10),
@@ -198,6 +206,7 @@ impl<'a, S: Sink> Walk<'a, S> {
                 continue;
             }
             self.spot().unchanged(fd.as_fd(), &top.before)?;
+            self.weight -= top.weight;
             let done = stack.pop();
             let Some(above) = stack.last_mut() else { break };
             self.path.truncate(above.path);
@@ -304,6 +313,14 @@ impl<'a, S: Sink> Walk<'a, S> {
     fn enter(&mut self, fd: OwnedFd, before: Statx) -> Result<Folder, Error> {
         let mut member = self.member(Kind::Directory, &before);
         member.xattrs = self.xattrs(fd.as_fd())?;
+        let weight = weight(&member.xattrs);
+        self.weight += weight;
+        if self.weight > self.most_weight {
+            return Err(Error::Unsupported {
+                path: self.spot().here(),
+                reason: "it and the folders above it have more attributes than can be restored",
+            });
+        }
         self.sink.entry(member)?;
         let mut names = Vec::new();
         let mut entries = RawDir::new(&fd, self.folder.spare_capacity_mut());
@@ -317,7 +334,7 @@ impl<'a, S: Sink> Walk<'a, S> {
             }
         }
         names.sort_unstable_by(|a, b| b.cmp(a));
-        Ok(Folder { fd: Some(fd), before, names, path: self.path.len() })
+        Ok(Folder { fd: Some(fd), before, names, path: self.path.len(), weight })
     }
 
     fn file(&mut self, folder: BorrowedFd<'_>, name: &[u8], stat: &Statx) -> Result<(), Error> {
@@ -497,11 +514,51 @@ fn id(stat: &Statx) -> FileId {
 
 /// Attributes that belong to the file. The others belong to this machine's policy (labels
 /// of a security module) or are made up by the file system.
-fn is_kept(name: &[u8]) -> bool {
+pub(crate) fn is_kept(name: &[u8]) -> bool {
     name.starts_with(b"user.")
         || name.starts_with(b"trusted.")
         || matches!(
             name,
             b"security.capability" | b"system.posix_acl_access" | b"system.posix_acl_default"
         )
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    struct Nobody;
+
+    impl Sink for Nobody {
+        fn entry(&mut self, _: Member) -> Result<(), Error> {
+            Ok(())
+        }
+
+        fn file(&mut self, _: Member, _: BorrowedFd<'_>) -> Result<(), Error> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn attributes_count_on_the_way_only() {
+        let tree = tempfile::tempdir().unwrap();
+        let never = AtomicBool::new(false);
+        for name in ["a/b", "c", "d"] {
+            std::fs::create_dir_all(tree.path().join(name)).unwrap();
+        }
+        for name in ["a", "a/b", "c", "d"] {
+            xattr::set(tree.path().join(name), "user.x", &[b'x'; 400]).unwrap();
+        }
+        let walked = |most| {
+            let mut walk = Walk::new(tree.path(), None, &never, Nobody);
+            walk.most_weight = most;
+            walk.run(open_volume(tree.path()).unwrap(), false)
+        };
+        walked(1000).unwrap();
+        let error = walked(800).unwrap_err();
+        let path = tree.path().join("a/b");
+        assert!(matches!(&error, Error::Unsupported { path: it, .. } if *it == path), "{error}");
+    }
 }

@@ -313,6 +313,40 @@ fn bombs_do_not_take_memory() {
     assert!(grown < 200, "took {grown} MiB");
 }
 
+/// So many folders, next to each other or one in another, with attributes of 64 KiB each that no
+/// file system takes.
+fn folders_with_attributes(count: usize, nested: bool) -> Vec<u8> {
+    let value = "v".repeat(64 << 10);
+    let mut stream = Vec::new();
+    let mut name = String::from("./");
+    for number in 0..count {
+        if nested {
+            name.push_str("d/");
+        } else {
+            name = format!("./{number}/");
+        }
+        let records = [record("path", &name), record("SCHILY.xattr.none.such", &value)].concat();
+        stream.extend(extended(b'x', &records));
+        stream.extend(raw_stream(&[Raw::new("x", b'5')]));
+    }
+    stream.extend(END);
+    stream
+}
+
+#[test]
+fn only_the_folders_on_the_way_take_memory() {
+    let bench = Bench::new();
+    let archive = bench.destination.join("x.tar.zst");
+    pack(&archive, &folders_with_attributes(4200, false));
+    let restored = restore(&archive, &bench.into).unwrap();
+    assert_eq!(restored.warnings.len() as u64 + restored.more_warnings, 4200);
+    assert_eq!(fs::read_dir(&bench.into).unwrap().count(), 4200);
+    match reject(&folders_with_attributes(4200, true)) {
+        Error::Refused { reason, .. } => assert!(reason.contains("attributes"), "{reason}"),
+        other => panic!("{other:?}"),
+    }
+}
+
 #[test]
 fn every_truncation_is_noticed() {
     let bench = Bench::new();
