@@ -9,7 +9,7 @@
 //! that what is to be remembered is only that of the directories on the way. An archive may come
 //! back to one: it is opened to us again, and gets back what it had when it is left again.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::io::{self, BufRead, Read, Seek};
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
@@ -55,11 +55,27 @@ pub struct Restored {
     pub bytes: u64,
     /// Whether the archive's seal was there (and held, or this would be an error).
     pub sealed: bool,
+    /// Where in the directory the folder is that was kept beside the volume.
+    pub beside: Beside,
     /// What this user or file system did not permit: owners and attributes that were not
     /// set. At most 256.
     pub warnings: Vec<String>,
     /// How many more there were.
     pub more_warnings: u64,
+}
+
+/// What an archive says of a folder that was kept beside the volume
+/// ([`Source::beside`](crate::Source::beside)).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Beside {
+    /// There was none: all of it is the volume's.
+    Nothing,
+    /// It has this name in the volume's root, which nothing of the volume's had. Whether it was
+    /// found there is not said.
+    Named(OsString),
+    /// Nothing: it is an archive from before they did, or of another program. If there was such a
+    /// folder, it is [`BESIDE`](crate::BESIDE); but so may be one of the volume's own.
+    Unsaid,
 }
 
 /// Restores `archive` into the directory `into`, which must be empty or not exist (its parent
@@ -136,13 +152,14 @@ pub fn restore_given(
         }
     };
     place.limit = limit;
-    let done = place.fill(file).and_then(|summary| place.finish().map(|()| summary));
-    let done = done.and_then(|summary| place.sync().map(|()| summary));
+    let done = place.fill(file).and_then(|done| place.finish().map(|()| done));
+    let done = done.and_then(|done| place.sync().map(|()| done));
     match done {
-        Ok(summary) => Ok(Restored {
+        Ok((summary, beside)) => Ok(Restored {
             files: summary.files,
             bytes: summary.bytes,
             sealed: summary.sealed,
+            beside,
             warnings: place.warnings,
             more_warnings: place.more_warnings,
         }),
@@ -248,7 +265,7 @@ impl<'a> Place<'a> {
     }
 
     /// Decompresses in one thread, makes files in this one.
-    fn fill(&mut self, file: &File) -> Result<Summary, Error> {
+    fn fill(&mut self, file: &File) -> Result<(Summary, Beside), Error> {
         let archive = self.archive;
         let mut decoder = reader::decoder(file, archive)?;
         thread::scope(|scope| {
@@ -268,7 +285,11 @@ impl<'a> Place<'a> {
         })
     }
 
-    fn make_all(&mut self, mut reader: Reader<'_, Chunks>, file: &File) -> Result<Summary, Error> {
+    fn make_all(
+        &mut self,
+        mut reader: Reader<'_, Chunks>,
+        file: &File,
+    ) -> Result<(Summary, Beside), Error> {
         while let Some(member) = reader.next_member()? {
             self.check_cancelled()?;
             let data = member.segments.as_ref().map_or(member.size, |segments| {
@@ -277,7 +298,8 @@ impl<'a> Place<'a> {
             self.fill_up(data)?;
             self.make(member, |place, fd, member| place.content(fd, member, &mut reader))?;
         }
-        reader.finish(file)
+        let beside = reader.beside();
+        Ok((reader.finish(file)?, beside))
     }
 
     /// Counts an entry, before anything is made of it.
@@ -538,7 +560,8 @@ impl<'a> Place<'a> {
     /// What was made.
     pub fn restored(self, files: u64, bytes: u64) -> Restored {
         let Self { warnings, more_warnings, .. } = self;
-        Restored { files, bytes, sealed: true, warnings, more_warnings }
+        let beside = Beside::Unsaid;
+        Restored { files, bytes, sealed: true, beside, warnings, more_warnings }
     }
 
     /// Writes everything to disk.

@@ -21,7 +21,6 @@ use crate::Error;
 use crate::format::weight;
 use crate::format::{Attributes, Kind, MAX_PATH, MAX_SEGMENTS, MAX_WEIGHT, Member, Segment, Time};
 use crate::owners::Owners;
-use crate::write::BESIDE;
 
 /// How many folders are kept open on the way down; deeper ones are found again through `..`.
 const OPEN_FOLDERS: usize = 64;
@@ -47,8 +46,6 @@ pub enum Reason {
     /// Something is mounted there. The mount's content is not the volume's; a directory is
     /// kept as an empty one, so that it can be mounted on again.
     MountPoint,
-    /// It has the name that what is kept beside the volume has in the archive.
-    Reserved,
 }
 
 impl std::fmt::Display for Reason {
@@ -57,7 +54,6 @@ impl std::fmt::Display for Reason {
             Self::Socket => "a socket",
             Self::Device => "a device node",
             Self::MountPoint => "a mount point",
-            Self::Reserved => "a reserved name",
         })
     }
 }
@@ -102,6 +98,11 @@ struct Folder {
 
 /// What a walk finds is told to.
 pub trait Sink {
+    /// The folder that a walk begins with, and the names in it that the walk will come to.
+    fn top(&mut self, member: Member, _names: &[Vec<u8>]) -> Result<(), Error> {
+        self.entry(member)
+    }
+
     /// Anything but a regular file: a folder before what it holds, a further name of a file
     /// after its first.
     fn entry(&mut self, member: Member) -> Result<(), Error>;
@@ -133,8 +134,6 @@ pub struct Walk<'a, S> {
     cancelled: &'a AtomicBool,
     /// `./a/b`, the name of the entry being done.
     path: Vec<u8>,
-    /// Whether [`BESIDE`] is to come, and what has its name is left out.
-    reserved: bool,
     /// What the attributes of all folders on the way weigh, and the most there may be.
     weight: usize,
     most_weight: usize,
@@ -157,7 +156,6 @@ impl<'a, S: Sink> Walk<'a, S> {
             owners,
             cancelled,
             path: Vec::new(),
-            reserved: false,
             weight: 0,
             most_weight: MAX_WEIGHT,
             linked: HashMap::new(),
@@ -167,24 +165,21 @@ impl<'a, S: Sink> Walk<'a, S> {
         }
     }
 
-    /// Walks the tree below `root`, which is told as `.`; leaves out what is named as the folder
-    /// beside it, if one is to come.
-    pub fn run(&mut self, root: OwnedFd, reserved: bool) -> Result<(), Error> {
-        self.reserved = reserved;
+    /// Walks the tree below `root`, which is told as `.`.
+    pub fn run(&mut self, root: OwnedFd) -> Result<(), Error> {
         self.path = b".".to_vec();
         self.descend(root)
     }
 
     /// Walks another tree, told as the folder of that name beside the first.
     pub fn run_beside(&mut self, root: OwnedFd, name: &str) -> Result<(), Error> {
-        self.reserved = false;
         self.path = [b"./", name.as_bytes()].concat();
         self.descend(root)
     }
 
     fn descend(&mut self, root: OwnedFd) -> Result<(), Error> {
         let before = self.spot().stat_of(root.as_fd())?;
-        let mut stack = vec![self.enter(root, before)?];
+        let mut stack = vec![self.enter(root, before, S::top)?];
         while let Some(top) = stack.last_mut() {
             check_cancelled(self.cancelled, self.tree)?;
             // The one at the top is never closed; see below.
@@ -238,11 +233,6 @@ impl<'a, S: Sink> Walk<'a, S> {
         let kind = FileType::from_raw_mode(stat.stx_mode.into());
         let mounted = stat.stx_attributes.contains(StatxAttributes::MOUNT_ROOT);
         let whiteout = (stat.stx_rdev_major, stat.stx_rdev_minor) == (0, 0);
-        let reserved = self.reserved && self.path.strip_prefix(b"./") == Some(BESIDE.as_bytes());
-        if reserved {
-            self.skipped.push(Skipped { path: self.spot().here(), reason: Reason::Reserved });
-            return Ok(None);
-        }
         let left_out = match kind {
             _ if mounted => Some(Reason::MountPoint),
             FileType::Socket => Some(Reason::Socket),
@@ -261,7 +251,7 @@ impl<'a, S: Sink> Walk<'a, S> {
         if kind == FileType::Directory {
             let fd = self.spot().open(folder, name, OFlags::DIRECTORY)?;
             self.spot().same(fd.as_fd(), &stat)?;
-            return self.enter(fd, stat).map(Some);
+            return self.enter(fd, stat, |sink, member, _| sink.entry(member)).map(Some);
         }
         if stat.stx_nlink > 1 && (kind == FileType::RegularFile || self.sink.links_all()) {
             if let Some(first) = self.linked.get(&id(&stat)) {
@@ -310,7 +300,12 @@ impl<'a, S: Sink> Walk<'a, S> {
         Ok(None)
     }
 
-    fn enter(&mut self, fd: OwnedFd, before: Statx) -> Result<Folder, Error> {
+    fn enter(
+        &mut self,
+        fd: OwnedFd,
+        before: Statx,
+        tell: impl FnOnce(&mut S, Member, &[Vec<u8>]) -> Result<(), Error>,
+    ) -> Result<Folder, Error> {
         let mut member = self.member(Kind::Directory, &before);
         member.xattrs = self.xattrs(fd.as_fd())?;
         let weight = weight(&member.xattrs);
@@ -321,7 +316,6 @@ impl<'a, S: Sink> Walk<'a, S> {
                 reason: "it and the folders above it have more attributes than can be restored",
             });
         }
-        self.sink.entry(member)?;
         let mut names = Vec::new();
         let mut entries = RawDir::new(&fd, self.folder.spare_capacity_mut());
         while let Some(entry) = entries.next() {
@@ -334,6 +328,7 @@ impl<'a, S: Sink> Walk<'a, S> {
             }
         }
         names.sort_unstable_by(|a, b| b.cmp(a));
+        tell(&mut self.sink, member, &names)?;
         Ok(Folder { fd: Some(fd), before, names, path: self.path.len(), weight })
     }
 
@@ -554,7 +549,7 @@ mod tests {
         let walked = |most| {
             let mut walk = Walk::new(tree.path(), None, &never, Nobody);
             walk.most_weight = most;
-            walk.run(open_volume(tree.path()).unwrap(), false)
+            walk.run(open_volume(tree.path()).unwrap())
         };
         walked(1000).unwrap();
         let error = walked(800).unwrap_err();

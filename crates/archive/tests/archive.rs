@@ -15,10 +15,11 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use denizen_archive::{ArchiveId, Error, Reason, clean, list, verify};
+use denizen_archive::{ArchiveId, Beside, Error, Reason, clean, list, verify};
 use jiff::{SignedDuration, Timestamp};
 use rustix::fs::{CWD, FileType, Mode, OFlags, Timespec, Timestamps, inotify};
 use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
+use sha2::Digest as _;
 use support::*;
 use uuid::Uuid;
 
@@ -728,6 +729,82 @@ fn what_comes_late_into_a_folder_inherits_nothing() {
     restore(&archive, &bench.into).unwrap();
     assert_eq!(xattr::list(bench.into.join("a")).unwrap().count(), 0);
     assert_eq!(fs::metadata(bench.into.join("a")).unwrap().mode() & 0o7777, 0o644);
+}
+
+/// A folder that is like the changes of a root: nothing in it says that it is none.
+fn like_root_changes(path: &Path) {
+    fs::create_dir_all(path.join("upper/etc")).unwrap();
+    fs::write(path.join("base.json"), "{}").unwrap();
+    fs::write(path.join("upper/etc/file"), path.to_str().unwrap()).unwrap();
+}
+
+fn write_beside(bench: &Bench, beside: Option<&Path>) -> Result<denizen_archive::Written, Error> {
+    let source = denizen_archive::Source { volume: &bench.volume, beside, owners: None };
+    denizen_archive::write(source, &bench.destination, SESSION, now(), &NEVER)
+}
+
+#[test]
+fn what_is_beside_takes_a_name_that_is_free() {
+    let own: [(&str, &dyn Fn(&Path)); 6] = [
+        (".denizen", &|_| {}),
+        (".denizen-1", &like_root_changes),
+        (".denizen-1", &|path| fs::write(path, "mine").unwrap()),
+        (".denizen-1", &|path| symlink("/etc", path).unwrap()),
+        (".denizen-1", &|path| fs::create_dir(path).unwrap()),
+        (".denizen-2", &|path| {
+            fs::create_dir(path).unwrap();
+            like_root_changes(&path.with_file_name(".denizen-1"));
+        }),
+    ];
+    for (round, (name, make)) in own.into_iter().enumerate() {
+        println!("round {round}");
+        let bench = Bench::new();
+        fs::write(bench.volume.join("file"), "mine").unwrap();
+        make(&bench.volume.join(".denizen"));
+        let beside = bench.dir.path().join("beside");
+        like_root_changes(&beside);
+        let written = write_beside(&bench, Some(&beside)).unwrap();
+        assert_eq!(written.skipped, []);
+        assert!(verify(&written.entry.path).unwrap().sealed);
+        let restored = restore(&written.entry.path, &bench.into).unwrap();
+        assert_eq!(restored.beside, Beside::Named(name.into()));
+        let out = bench.dir.path().join("out");
+        fs::rename(bench.into.join(name), &out).unwrap();
+        let meta = fs::metadata(&bench.volume).unwrap();
+        set_mtime(&bench.into, meta.mtime(), meta.mtime_nsec());
+        compare(&bench.volume, &bench.into);
+        compare(&beside, &out);
+        // Other programs see both, and nothing to complain of.
+        let output = Command::new("tar").args(["--zstd", "-tf"]).arg(&written.entry.path).output();
+        let output = text(&output.unwrap());
+        assert!(output.starts_with("./\n./") && !output.contains("tar:"), "{output}");
+        assert!(output.contains(&format!("\n./{name}/base.json\n")), "{output}");
+    }
+}
+
+#[test]
+fn what_is_beside_is_said_and_not_guessed() {
+    let bench = Bench::new();
+    like_root_changes(&bench.volume.join(".denizen"));
+    set_mtime(&bench.volume, 5, 0);
+    let written = write_beside(&bench, None).unwrap();
+    let restored = restore(&written.entry.path, &bench.into).unwrap();
+    assert_eq!(restored.beside, Beside::Nothing);
+    compare(&bench.volume, &bench.into);
+    // As it was before archives said so: the same without the comment on the first entry.
+    let stream = &unpacked(&written.entry.path)[1024..];
+    let digest: String =
+        sha2::Sha256::digest(stream).iter().map(|byte| format!("{byte:02x}")).collect();
+    let text = format!("denizen-seal 1 sha256:{digest} entries:{:020}", 6);
+    let mut old = zstd::encode_all(stream, 1).unwrap();
+    old.extend([0x5d, 0x2a, 0x4d, 0x18, 115, 0, 0, 0]);
+    old.extend(text.as_bytes());
+    let archive = bench.destination.join("old");
+    fs::write(&archive, old).unwrap();
+    fs::remove_dir_all(&bench.into).unwrap();
+    let restored = restore(&archive, &bench.into).unwrap();
+    assert_eq!((restored.beside, restored.sealed), (Beside::Unsaid, true));
+    compare(&bench.volume, &bench.into);
 }
 
 #[test]

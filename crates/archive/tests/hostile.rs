@@ -7,7 +7,7 @@ use std::fs;
 use std::io::Write as _;
 use std::path::Path;
 
-use denizen_archive::{Error, verify};
+use denizen_archive::{Beside, Error, verify};
 use support::*;
 
 /// Size of the seal at the end of one of our files.
@@ -224,6 +224,28 @@ fn global_headers_that_would_change_entries() {
     stream.extend(raw_stream(&[file("plain", b"x")]));
     stream.extend(END);
     assert!(matches!(reject(&stream), Error::Refused { .. }));
+}
+
+#[test]
+fn names_of_what_is_beside_lead_nowhere() {
+    let said = |entry: &str, name: &str| {
+        let mut stream = raw_stream(&[Raw::new("./", b'5')]);
+        let comment = extended(b'x', &record("comment", &format!("denizen-beside:{name}")));
+        let at = if entry == "first" { 0 } else { stream.len() };
+        stream.splice(at..at, comment);
+        stream.extend(raw_stream(&[file("a", b"x")]));
+        stream.extend(END);
+        stream
+    };
+    for name in ["..", ".", "../outside", "/etc", "a/b", "a\0"] {
+        assert!(damaged(&said("first", name)).contains("name"), "{name:?}");
+    }
+    for (entry, beside) in [("first", Beside::Named("a".into())), ("second", Beside::Unsaid)] {
+        let bench = Bench::new();
+        let archive = bench.destination.join("x.tar.zst");
+        pack(&archive, &said(entry, "a"));
+        assert_eq!(restore(&archive, &bench.into).unwrap().beside, beside);
+    }
 }
 
 #[test]
