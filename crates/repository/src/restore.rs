@@ -32,8 +32,8 @@ const AHEAD: usize = 32;
 
 /// The entries of a folder on the way through a tree.
 struct Folder {
-    /// `./a/b/`
-    path: Vec<u8>,
+    /// Length of its path, with the slash at its end.
+    path: usize,
     nodes: std::vec::IntoIter<Node>,
 }
 
@@ -69,7 +69,7 @@ impl Restorer<'_> {
         Error::Damaged { place, backup, problem: problem.into() }
     }
 
-    fn folder(&self, path: Vec<u8>, tree: &TreeId) -> Result<Folder> {
+    fn folder(&self, path: usize, tree: &TreeId) -> Result<Folder> {
         let tree = self.pieces.tree(tree).map_err(|problem| self.damaged(problem.text))?;
         Ok(Folder { path, nodes: tree.nodes.into_iter() })
     }
@@ -151,13 +151,16 @@ impl Restorer<'_> {
         let wanted: Vec<&[u8]> =
             only.map_or(Vec::new(), |only| node::steps(only.as_os_str().as_bytes()).collect());
         let mut links: HashMap<(u64, u64), Named> = HashMap::new();
-        let mut way = vec![self.folder(b"./".to_vec(), &tree)?];
+        // One for all folders, which may be deep: `./a/b/`
+        let mut here = b"./".to_vec();
+        let mut way = vec![self.folder(here.len(), &tree)?];
         while let Some(folder) = way.last_mut() {
+            here.truncate(folder.path);
             let Some(node) = folder.nodes.next() else {
                 way.pop();
                 continue;
             };
-            let mut path = folder.path.clone();
+            let mut path = here.clone();
             let name = node::name(&node).map_err(|problem| {
                 self.damaged(format!("an entry in {} {problem}", shown(&path)))
             })?;
@@ -182,8 +185,9 @@ impl Restorer<'_> {
                 if telling.send(Told::Entry(member)).is_err() {
                     return Ok(());
                 }
-                path.push(b'/');
-                way.push(self.folder(path, &tree)?);
+                here.clone_from(&path);
+                here.push(b'/');
+                way.push(self.folder(here.len(), &tree)?);
                 continue;
             }
             // What is on the way to it must be a folder.
