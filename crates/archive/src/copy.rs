@@ -64,7 +64,7 @@ pub fn copy(tree: &Path, into: &Path, cancelled: &AtomicBool) -> Result<Copied, 
     };
     let copier = Copier { tree, place, can_share: true, files: 0, shared: 0 };
     let mut walk = Walk::new(tree, None, cancelled, copier);
-    let done = walk.run(root, false).and_then(|()| walk.sink.place.finish());
+    let done = walk.run(root).and_then(|()| walk.sink.place.finish());
     let Walk { sink: Copier { mut place, files, shared, .. }, skipped, .. } = walk;
     if let Err(e) = done {
         place.undo(created);

@@ -165,7 +165,7 @@ impl<'a> Tree<'a> {
         let root = open_volume(path)?;
         let again = root.try_clone().map_err(|e| Error::io("read", path, e))?;
         let mut walk = Walk::new(path, None, cancelled, List::default());
-        walk.run(root, false)?;
+        walk.run(root)?;
         Ok(Self { place: Some((path, again)), all: walk.sink.0 })
     }
 

@@ -14,10 +14,16 @@ pub const MAX_PAX: u64 = 16 << 20;
 pub const MAX_PATH: usize = 64 << 10;
 /// The most stretches of data a sparse file is described with; 16 MiB of memory.
 pub const MAX_SEGMENTS: usize = 1 << 20;
+/// The most that the attributes of a folder and of all above it may weigh: whoever restores it
+/// keeps them all in memory. What is written must be restorable, so no tree with more is written.
+pub const MAX_WEIGHT: usize = 128 << 20;
 /// What a tar stream ends with.
 pub const END: [u8; 2 * BLOCK] = [0; 2 * BLOCK];
 /// Size of a seal: the head of its frame, 8 bytes, and its text.
 pub const SEAL: usize = 8 + SEAL_START.len() + 64 + " entries:".len() + 20;
+/// What the comment on the first entry of an archive begins with. The name follows of what was
+/// kept beside the volume; none, if nothing was.
+pub const BESIDE_START: &[u8] = b"denizen-beside:";
 const SEAL_START: &str = "denizen-seal 1 sha256:";
 
 /// What an entry makes.
@@ -72,6 +78,11 @@ pub struct Segment {
 /// Names and values of extended attributes.
 pub type Attributes = Vec<(Vec<u8>, Vec<u8>)>;
 
+/// How many bytes of memory attributes take.
+pub fn weight(attributes: &Attributes) -> usize {
+    attributes.iter().map(|(name, value)| name.len() + value.len() + 48).sum()
+}
+
 /// One entry without its content.
 #[derive(Clone, Debug)]
 pub struct Member {
@@ -106,10 +117,14 @@ pub const fn padding(size: u64) -> usize {
     (BLOCK - (size % BLOCK as u64) as usize) % BLOCK
 }
 
-/// Appends everything of `member` that stands in front of its data. Returns `false`, having
-/// appended nothing, if its extended header would be larger than [`MAX_PAX`].
-pub fn encode(member: &Member, out: &mut Vec<u8>) -> bool {
+/// Appends everything of `member` that stands in front of its data, with a comment that other
+/// programs pass over. Returns `false`, having appended nothing, if its extended header would be
+/// larger than [`MAX_PAX`].
+pub fn encode(member: &Member, comment: Option<&[u8]>, out: &mut Vec<u8>) -> bool {
     let mut records = Vec::new();
+    if let Some(comment) = comment {
+        record(&mut records, b"comment", comment);
+    }
     let mut map = Vec::new();
     let mut stored = if member.kind == Kind::File { member.size } else { 0 };
     let mut name: &[u8] = &member.path;
@@ -308,7 +323,7 @@ mod tests {
             segments: None,
         };
         let mut bytes = Vec::new();
-        assert!(encode(&member, &mut bytes));
+        assert!(encode(&member, None, &mut bytes));
         // The announced data need not be there to read the header.
         let mut reader = Reader::new(bytes.as_slice(), std::path::Path::new("test"));
         let read = reader.next_member().unwrap().unwrap();

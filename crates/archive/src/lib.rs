@@ -24,8 +24,11 @@
 //! - the first entry is `./`, the volume itself; every other name starts with `./`; a
 //!   directory's name ends in `/` and comes before what it holds; names are sorted bytewise
 //!   within a directory;
-//! - a folder that was kept beside the volume comes last, as `./.denizen/`, in the place of
-//!   anything the volume has of that name;
+//! - a folder that was kept beside the volume comes last, as `./.denizen/`, or as the first of
+//!   `./.denizen-1/`, `./.denizen-2/`, … that the volume has nothing of;
+//! - a pax record `comment` of the first entry says which it is: `denizen-beside:` and its name,
+//!   or no name if there is no such folder. No name in the volume makes such a record. Archives
+//!   from before have none: in them, `./.denizen/` may be that folder or one of the volume's own;
 //! - owners are numbers only (the name fields are empty); those of a session's own users can be
 //!   the same whoever writes the archive ([`Owners`]);
 //! - a pax record `mtime` carries the nanoseconds when there are any; `path`, `linkpath`,
@@ -70,7 +73,7 @@ pub use copy::{Copied, copy};
 pub use diff::{Aspect, Difference, Node, diff};
 pub use error::Error;
 pub use owners::Owners;
-pub use restore::{Given, Restored, restore, restore_as, restore_given};
+pub use restore::{Beside, Given, Restored, restore, restore_as, restore_given};
 pub use store::{ArchiveId, Entry, NotAnArchive, clean, list};
 pub use walk::{Reason, Skipped};
 pub use write::{BESIDE, Source, Written, write};

@@ -4,8 +4,10 @@
 //! allocated by an announced size, and what is not understood is refused, not guessed. Never
 //! touches the disk but for reading the archive; [`crate::restore`] makes the files.
 
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 
 use sha2::{Digest as _, Sha256};
@@ -13,6 +15,7 @@ use sha2::{Digest as _, Sha256};
 use crate::format::{
     Attributes, BLOCK, Kind, MAX_PATH, MAX_PAX, MAX_SEGMENTS, Member, Segment, Time,
 };
+use crate::restore::Beside;
 use crate::{Error, Summary, format};
 
 /// How much is read and handed on at a time.
@@ -54,6 +57,7 @@ pub struct Reader<'a, R> {
     archive: &'a Path,
     hash: Sha256,
     summary: Summary,
+    beside: Beside,
 }
 
 /// A key and its value.
@@ -74,12 +78,18 @@ struct Extensions {
     sparse_minor: Option<u64>,
     sparse_name: Option<Vec<u8>>,
     real_size: Option<u64>,
+    comment: Option<Vec<u8>>,
 }
 
 impl<'a, R: BufRead> Reader<'a, R> {
     pub fn new(input: R, archive: &'a Path) -> Self {
         let summary = Summary { entries: 0, files: 0, bytes: 0, sealed: false };
-        Self { input, archive, hash: Sha256::new(), summary }
+        Self { input, archive, hash: Sha256::new(), summary, beside: Beside::Unsaid }
+    }
+
+    /// What the first entry says of the folder that was kept beside the volume.
+    pub fn beside(&self) -> Beside {
+        self.beside.clone()
     }
 
     /// To be called after the last member: compares what was read with the seal at the end of
@@ -136,7 +146,10 @@ impl<'a, R: BufRead> Reader<'a, R> {
                         if flag == b'L' { &mut extensions.path } else { &mut extensions.link };
                     *slot = Some(name);
                 }
-                _ => return self.member(&block, size, extensions).map(Some),
+                _ => {
+                    self.hear(extensions.comment.as_deref())?;
+                    return self.member(&block, size, extensions).map(Some);
+                }
             }
         }
     }
@@ -243,6 +256,21 @@ impl<'a, R: BufRead> Reader<'a, R> {
         }
         self.summary.bytes = self.summary.bytes.saturating_add(member.size);
         Ok(member)
+    }
+
+    /// Takes in what the comment on the first entry says of a folder beside the volume, whose
+    /// name must be one step.
+    fn hear(&mut self, comment: Option<&[u8]>) -> Result<(), Error> {
+        let name = comment.and_then(|comment| comment.strip_prefix(format::BESIDE_START));
+        let Some(name) = name.filter(|_| self.summary.entries == 0) else { return Ok(()) };
+        if matches!(name, b"." | b"..") || name.iter().any(|byte| matches!(byte, b'/' | 0)) {
+            return Err(self.damaged("what was beside its volume has no proper name"));
+        }
+        self.beside = match name {
+            b"" => Beside::Nothing,
+            name => Beside::Named(OsStr::from_bytes(name).to_owned()),
+        };
+        Ok(())
     }
 
     /// Hands over the member's data, each piece with its offset in the file.
@@ -377,6 +405,7 @@ impl<'a, R: BufRead> Reader<'a, R> {
                 b"size" => into.size = Some(number(value)?),
                 b"uid" => into.uid = Some(number(value)?),
                 b"gid" => into.gid = Some(number(value)?),
+                b"comment" => into.comment = Some(value.to_vec()),
                 b"mtime" => into.mtime = Some(parse_time(value).ok_or_else(bad)?),
                 b"GNU.sparse.major" => into.sparse_major = Some(number(value)?),
                 b"GNU.sparse.minor" => into.sparse_minor = Some(number(value)?),
@@ -388,7 +417,7 @@ impl<'a, R: BufRead> Reader<'a, R> {
                     if let Some(name) = key.strip_prefix(b"SCHILY.xattr.") {
                         into.xattrs.push((unescape(name), value.to_vec()));
                     }
-                    // Access times, user names, comments: not kept.
+                    // Access times, user names: not kept.
                 }
             }
         }

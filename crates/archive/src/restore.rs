@@ -4,11 +4,15 @@
 //! following symlinks, and nothing that exists is ever opened for writing, so that no archive
 //! can reach outside the directory. Never makes a device that opens anything, and leaves
 //! nothing behind when it fails.
+//!
+//! A directory gets its owner, mode and time when the way to the next entry leads out of it, so
+//! that what is to be remembered is only that of the directories on the way. An archive may come
+//! back to one: it is opened to us again, and gets back what it had when it is left again.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::io::{self, BufRead, Read, Seek};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
@@ -17,21 +21,25 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::thread;
 
-use rustix::fs::{AtFlags, CWD, FileType, Gid, Mode, OFlags, Timespec, Timestamps, Uid};
-use rustix::fs::{UTIME_OMIT, XattrFlags};
+use rustix::fs::{AtFlags, CWD, Dir, FileType, Gid, Mode, OFlags, RenameFlags, Stat, Timespec};
+use rustix::fs::{Timestamps, UTIME_OMIT, Uid, XattrFlags, renameat_with};
 use rustix::io::Errno;
 
-use crate::format::{Attributes, Kind, Member, Time};
+use crate::format::{Attributes, Kind, MAX_PATH, MAX_WEIGHT, Member, Time, weight};
 use crate::owners::Owners;
 use crate::reader::{self, CHUNK, Reader};
+use crate::walk::{XATTR_LIST, is_kept};
 use crate::{Error, Summary};
 
-/// The most memory for what directories get when everything is in them.
-const MOST_PENDING: usize = 256 << 20;
+/// The most that the attributes of all directories on the way may weigh. More than is ever
+/// written: the directory restored into may have some of its own.
+const MOST_WEIGHT: usize = 2 * MAX_WEIGHT;
 /// The most warnings that are kept as text.
 const MOST_WARNINGS: usize = 256;
 /// How many directories are kept open on the way to where entries are made.
 const OPEN_FOLDERS: usize = 64;
+/// The attribute with which a directory gives lists of access to what is made in it.
+const INHERITED: &[u8] = b"system.posix_acl_default";
 /// How many decompressed chunks wait for the thread that writes files.
 const CHUNKS: usize = 8;
 
@@ -47,11 +55,27 @@ pub struct Restored {
     pub bytes: u64,
     /// Whether the archive's seal was there (and held, or this would be an error).
     pub sealed: bool,
+    /// Where in the directory the folder is that was kept beside the volume.
+    pub beside: Beside,
     /// What this user or file system did not permit: owners and attributes that were not
     /// set. At most 256.
     pub warnings: Vec<String>,
     /// How many more there were.
     pub more_warnings: u64,
+}
+
+/// What an archive says of a folder that was kept beside the volume
+/// ([`Source::beside`](crate::Source::beside)).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Beside {
+    /// There was none: all of it is the volume's.
+    Nothing,
+    /// It has this name in the volume's root, which nothing of the volume's had. Whether it was
+    /// found there is not said.
+    Named(OsString),
+    /// Nothing: it is an archive from before they did, or of another program. If there was such a
+    /// folder, it is [`BESIDE`](crate::BESIDE); but so may be one of the volume's own.
+    Unsaid,
 }
 
 /// Restores `archive` into the directory `into`, which must be empty or not exist (its parent
@@ -128,13 +152,14 @@ pub fn restore_given(
         }
     };
     place.limit = limit;
-    let done = place.fill(file).and_then(|summary| place.finish().map(|()| summary));
-    let done = done.and_then(|summary| place.sync().map(|()| summary));
+    let done = place.fill(file).and_then(|done| place.finish().map(|()| done));
+    let done = done.and_then(|done| place.sync().map(|()| done));
     match done {
-        Ok(summary) => Ok(Restored {
+        Ok((summary, beside)) => Ok(Restored {
             files: summary.files,
             bytes: summary.bytes,
             sealed: summary.sealed,
+            beside,
             warnings: place.warnings,
             more_warnings: place.more_warnings,
         }),
@@ -158,21 +183,28 @@ pub fn prepare(into: &Path) -> Result<bool, Error> {
     if empty { Ok(false) } else { Err(Error::NotEmpty { path: into.to_path_buf() }) }
 }
 
-/// What a directory gets at the end.
-struct Pending {
-    path: Vec<u8>,
-    /// Steps below the root.
-    depth: usize,
-    meta: Meta,
-}
-
+/// What a file or directory gets when all is in it.
 struct Meta {
     mode: u32,
-    uid: u64,
-    gid: u64,
+    /// User and group; nobody else than it has already, if there are none.
+    owner: Option<(u64, u64)>,
     mtime: Time,
     xattrs: Attributes,
 }
+
+/// A directory on the way to where entries are made.
+struct Folder {
+    /// Closed while far below it.
+    fd: Option<Rc<OwnedFd>>,
+    id: FileId,
+    /// The length of its path.
+    path: usize,
+    /// What it gets when the way leads out of it.
+    due: Meta,
+}
+
+/// Which file of which file system.
+type FileId = (u64, u64);
 
 /// Where a tree is made.
 pub struct Place<'a> {
@@ -181,10 +213,13 @@ pub struct Place<'a> {
     into: &'a Path,
     cancelled: &'a AtomicBool,
     root: Rc<OwnedFd>,
-    /// Directories on the way to the last one that was looked for, by their normalised paths.
-    way: Vec<(Vec<u8>, Rc<OwnedFd>)>,
-    pending: Vec<Pending>,
-    pending_bytes: usize,
+    /// From the root to where entries are made.
+    way: Vec<Folder>,
+    /// Where the way ends, and its normalised path.
+    here: Rc<OwnedFd>,
+    path: Vec<u8>,
+    /// What the attributes of all on the way weigh.
+    weight: usize,
     user: Uid,
     group: Gid,
     owners: Option<Owners>,
@@ -207,14 +242,18 @@ impl<'a> Place<'a> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let root = rustix::fs::openat(CWD, into, flags, Mode::empty())
             .map_err(|e| Error::io("open", into, e))?;
+        let top = rustix::fs::fstat(&root).and_then(|stat| Folder::found(&root, &stat, 0));
+        let top = top.map_err(|e| Error::io("open", into, e))?;
+        let root = Rc::new(root);
         Ok(Self {
             archive,
             into,
             cancelled,
-            root: Rc::new(root),
-            way: Vec::new(),
-            pending: Vec::new(),
-            pending_bytes: 0,
+            here: root.clone(),
+            weight: weight(&top.due.xattrs),
+            way: vec![Folder { fd: Some(root.clone()), ..top }],
+            root,
+            path: Vec::new(),
             user: rustix::process::geteuid(),
             group: rustix::process::getegid(),
             owners,
@@ -226,7 +265,7 @@ impl<'a> Place<'a> {
     }
 
     /// Decompresses in one thread, makes files in this one.
-    fn fill(&mut self, file: &File) -> Result<Summary, Error> {
+    fn fill(&mut self, file: &File) -> Result<(Summary, Beside), Error> {
         let archive = self.archive;
         let mut decoder = reader::decoder(file, archive)?;
         thread::scope(|scope| {
@@ -246,7 +285,11 @@ impl<'a> Place<'a> {
         })
     }
 
-    fn make_all(&mut self, mut reader: Reader<'_, Chunks>, file: &File) -> Result<Summary, Error> {
+    fn make_all(
+        &mut self,
+        mut reader: Reader<'_, Chunks>,
+        file: &File,
+    ) -> Result<(Summary, Beside), Error> {
         while let Some(member) = reader.next_member()? {
             self.check_cancelled()?;
             let data = member.segments.as_ref().map_or(member.size, |segments| {
@@ -255,7 +298,8 @@ impl<'a> Place<'a> {
             self.fill_up(data)?;
             self.make(member, |place, fd, member| place.content(fd, member, &mut reader))?;
         }
-        reader.finish(file)
+        let beside = reader.beside();
+        Ok((reader.finish(file)?, beside))
     }
 
     /// Counts an entry, before anything is made of it.
@@ -275,20 +319,19 @@ impl<'a> Place<'a> {
         member: Member,
         content: impl FnOnce(&Self, &OwnedFd, &Member) -> Result<(), Error>,
     ) -> Result<(), Error> {
-        let path = self.normalise(&member.path)?;
-        let (parent, name) = split(&path);
-        let name = name.to_vec();
-        if member.kind == Kind::Directory {
-            return self.directory(path, member);
+        if member.path.len() > MAX_PATH {
+            return Err(self.refuse(&member, "has a name of more than 64 KiB"));
         }
+        let path = self.normalise(&member.path)?;
+        if member.kind == Kind::Directory {
+            return self.directory(&path, member);
+        }
+        let (parent, name) = split(&path);
         if name.is_empty() {
             return Err(self.refuse(&member, "stands for the volume but is no directory"));
         }
-        let target = match member.kind {
-            Kind::HardLink => Some(self.link_target(&member)?),
-            _ => None,
-        };
-        let folder = self.folder(parent, Some(&member))?;
+        self.lead_to(parent, &member)?;
+        let folder = self.here.clone();
         let exists = |place: &Self, e| match e {
             Errno::EXIST => place.refuse(&member, "is in the archive twice"),
             e => place.failed("make", &member.path, e),
@@ -300,28 +343,24 @@ impl<'a> Place<'a> {
                     | OFlags::EXCL
                     | OFlags::NOFOLLOW
                     | OFlags::CLOEXEC;
-                let fd = rustix::fs::openat(&folder, &*name, flags, Mode::RUSR | Mode::WUSR)
+                let fd = rustix::fs::openat(&folder, name, flags, Mode::RUSR | Mode::WUSR)
                     .map_err(|e| exists(self, e))?;
                 content(self, &fd, &member)?;
                 let path = member.path.clone();
                 self.settle(fd.as_fd(), &path, &member.into())?;
             }
-            Kind::HardLink => {
-                if let Some((target_folder, target)) = target {
-                    rustix::fs::linkat(&target_folder, &*target, &folder, &*name, AtFlags::empty())
-                        .map_err(|e| match e {
-                            Errno::NOENT => {
-                                self.refuse(&member, "links to an entry that is not there")
-                            }
-                            Errno::PERM => self.refuse(&member, "links to a directory"),
-                            e => exists(self, e),
-                        })?;
-                }
-            }
+            Kind::HardLink => self.link(&member, |target, target_name| {
+                let flags = AtFlags::empty();
+                rustix::fs::linkat(target, target_name, &folder, name, flags).map_err(|e| match e {
+                    Errno::NOENT => self.refuse(&member, "links to an entry that is not there"),
+                    Errno::PERM => self.refuse(&member, "links to a directory"),
+                    e => exists(self, e),
+                })
+            })?,
             Kind::Symlink => {
-                rustix::fs::symlinkat(member.link.as_slice(), &folder, &*name)
+                rustix::fs::symlinkat(member.link.as_slice(), &folder, name)
                     .map_err(|e| exists(self, e))?;
-                self.settle_special(folder.as_fd(), &name, &member)?;
+                self.settle_special(folder.as_fd(), name, &member)?;
             }
             Kind::Fifo | Kind::Whiteout => {
                 let kind = if member.kind == Kind::Fifo {
@@ -329,42 +368,49 @@ impl<'a> Place<'a> {
                 } else {
                     FileType::CharacterDevice
                 };
-                rustix::fs::mknodat(&folder, &*name, kind, Mode::RUSR | Mode::WUSR, 0)
+                rustix::fs::mknodat(&folder, name, kind, Mode::RUSR | Mode::WUSR, 0)
                     .map_err(|e| exists(self, e))?;
-                self.settle_special(folder.as_fd(), &name, &member)?;
+                self.settle_special(folder.as_fd(), name, &member)?;
             }
             Kind::Directory => {}
         }
         Ok(())
     }
 
-    fn directory(&mut self, path: Vec<u8>, member: Member) -> Result<(), Error> {
-        if !path.is_empty() {
-            let (parent, name) = split(&path);
-            let folder = self.folder(parent, Some(&member))?;
-            match rustix::fs::mkdirat(&folder, name, Mode::RWXU) {
-                Ok(()) => {}
-                // Again, or made before as somebody's parent. Opening it fails if it is
-                // anything but a directory.
-                Err(Errno::EXIST) => {
-                    open_folder(folder.as_fd(), name).map_err(|e| match e {
-                        Errno::NOTDIR | Errno::LOOP => {
-                            self.refuse(&member, "is in the archive twice")
-                        }
-                        e => self.failed("open", &member.path, e),
-                    })?;
-                }
+    fn directory(&mut self, path: &[u8], member: Member) -> Result<(), Error> {
+        let mut is_new = false;
+        if !is_at_or_below(&self.path, path) {
+            let (parent, name) = split(path);
+            self.lead_to(parent, &member)?;
+            is_new = match rustix::fs::mkdirat(&self.here, name, Mode::RWXU) {
+                Ok(()) => true,
+                // Again, or made before as somebody's parent.
+                Err(Errno::EXIST) => false,
                 Err(e) => return Err(self.failed("make", &member.path, e)),
-            }
+            };
+            self.enter(name, &member, "is in the archive twice")?;
         }
-        let meta = Meta::from(member);
-        let attributes: usize = meta.xattrs.iter().map(|(n, v)| n.len() + v.len() + 48).sum();
-        self.pending_bytes += path.len() + size_of::<Pending>() + attributes;
-        if self.pending_bytes > MOST_PENDING {
-            return Err(Error::refused(self.archive, &path, "is one directory too many"));
+        self.lead_to(path, &member)?;
+        self.bear(&member.xattrs, &member)?;
+        // What is told last holds.
+        let was_left = self.way.last().is_some_and(|last| last.due.owner.is_none());
+        if was_left && !is_new && !path.is_empty() {
+            clear_attributes(&self.here)
+                .map_err(|e| self.failed("remove an attribute of", &member.path, e))?;
         }
-        let depth = if path.is_empty() { 0 } else { path.split(|&b| b == b'/').count() };
-        self.pending.push(Pending { path, depth, meta });
+        if let Some(last) = self.way.last_mut() {
+            self.weight -= weight(&last.due.xattrs);
+            last.due = Meta::from(member);
+        }
+        Ok(())
+    }
+
+    /// Counts attributes that are to be remembered.
+    fn bear(&mut self, attributes: &Attributes, entry: &Member) -> Result<(), Error> {
+        self.weight += weight(attributes);
+        if self.weight > MOST_WEIGHT {
+            return Err(self.refuse(entry, "has, with those above it, too many attributes"));
+        }
         Ok(())
     }
 
@@ -404,78 +450,118 @@ impl<'a> Place<'a> {
         Ok(())
     }
 
-    /// The directory a hard link's other name is in, and that name.
-    fn link_target(&mut self, member: &Member) -> Result<(Rc<OwnedFd>, Vec<u8>), Error> {
+    /// Hands over the directory a hard link's other name is in, and that name.
+    fn link(
+        &self,
+        member: &Member,
+        link: impl FnOnce(&OwnedFd, &[u8]) -> Result<(), Error>,
+    ) -> Result<(), Error> {
         let path = match self.normalise(&member.link) {
             Ok(path) if !path.is_empty() => path,
             _ => return Err(self.refuse(member, "links to something outside")),
         };
         let (parent, name) = split(&path);
-        // A target must be there already, so its parents are not made. Nor are they kept open:
+        // A target must be there already, so its parents are not made. Nor are they on the way:
         // the next entry is where the link is.
-        let mut folder = self.root.clone();
+        let close = |folder: &OwnedFd, was: &Stat| {
+            let closed = is_closed(was).then(|| rustix::fs::fchmod(folder, mode_of(was)));
+            closed.unwrap_or(Ok(())).map_err(|e| self.failed("set the mode of", &member.link, e))
+        };
+        let mut last: Option<(OwnedFd, Stat)> = None;
         for step in parent.split(|&b| b == b'/').filter(|step| !step.is_empty()) {
-            folder = Rc::new(open_folder(folder.as_fd(), step).map_err(|e| match e {
+            let from = last.as_ref().map_or(&*self.root, |(folder, _)| folder);
+            let next = let_in(from.as_fd(), step).map_err(|e| match e {
                 Errno::NOENT => self.refuse(member, "links to an entry that is not there"),
                 Errno::NOTDIR | Errno::LOOP => self.refuse(member, "links through a symlink"),
                 e => self.failed("open", &member.link, e),
-            })?);
+            })?;
+            if let Some((folder, was)) = last.replace(next) {
+                close(&folder, &was)?;
+            }
         }
-        Ok((folder, name.to_vec()))
+        link(last.as_ref().map_or(&*self.root, |(folder, _)| folder), name)?;
+        last.map_or(Ok(()), |(folder, was)| close(&folder, &was))
     }
 
-    /// Opens the directory `path`; makes what is missing on the way if it is for a new entry.
-    fn folder(&mut self, path: &[u8], entry: Option<&Member>) -> Result<Rc<OwnedFd>, Error> {
-        while self.way.last().is_some_and(|(known, _)| known != path && !is_below(path, known)) {
-            self.way.pop();
+    /// Leads the way to the directory `path`, out of others, and makes what is missing for
+    /// `entry`.
+    fn lead_to(&mut self, path: &[u8], entry: &Member) -> Result<(), Error> {
+        while !is_at_or_below(path, &self.path) {
+            self.leave()?;
         }
-        let known = self.way.last().map(|(known, fd)| (known.len(), fd.clone()));
-        let (mut done, mut fd) = known.unwrap_or_else(|| (0, self.root.clone()));
-        while done < path.len() {
-            let start = if done == 0 { 0 } else { done + 1 };
-            let rest = &path[start..];
-            done = start + rest.iter().position(|&b| b == b'/').unwrap_or(rest.len());
-            let step = &path[start..done];
-            let mut next = open_folder(fd.as_fd(), step);
-            if entry.is_some() && matches!(next, Err(Errno::NOENT)) {
-                rustix::fs::mkdirat(&fd, step, Mode::from_raw_mode(0o755))
-                    .map_err(|e| self.failed("make", path, e))?;
-                next = open_folder(fd.as_fd(), step);
+        loop {
+            let rest = &path[self.path.len()..];
+            let rest = rest.strip_prefix(b"/").unwrap_or(rest);
+            let step = rest.split(|&b| b == b'/').next().unwrap_or_default();
+            if step.is_empty() {
+                return Ok(());
             }
-            fd = Rc::new(next.map_err(|e| match (e, entry) {
-                (Errno::NOTDIR | Errno::LOOP, Some(member)) => {
-                    self.refuse(member, "lies below a symlink or a file")
-                }
-                (e, _) => self.failed("open", path, e),
-            })?);
-            if self.way.len() == OPEN_FOLDERS {
-                self.way.remove(0);
+            match rustix::fs::mkdirat(&self.here, step, Mode::from_raw_mode(0o755)) {
+                Ok(()) | Err(Errno::EXIST) => {}
+                Err(e) => return Err(self.failed("make", path, e)),
             }
-            self.way.push((path[..done].to_vec(), fd.clone()));
+            self.enter(step, entry, "lies below a symlink or a file")?;
         }
-        Ok(fd)
     }
 
-    /// Gives directories what they get, each after what is in it so that this can be reached.
+    /// Leads the way on, into a directory that is there; if it is none, the entry is refused for
+    /// that reason.
+    fn enter(&mut self, step: &[u8], entry: &Member, reason: &'static str) -> Result<(), Error> {
+        let path = self.path.len() + usize::from(!self.path.is_empty()) + step.len();
+        let found = let_in(self.here.as_fd(), step)
+            .and_then(|(fd, stat)| Folder::found(&fd, &stat, path).map(|folder| (fd, folder)));
+        let (fd, folder) = found.map_err(|e| match e {
+            Errno::NOTDIR | Errno::LOOP => self.refuse(entry, reason),
+            e => self.failed("open", &entry.path, e),
+        })?;
+        if !self.path.is_empty() {
+            self.path.push(b'/');
+        }
+        self.path.extend_from_slice(step);
+        self.here = Rc::new(fd);
+        self.bear(&folder.due.xattrs, entry)?;
+        self.way.push(Folder { fd: Some(self.here.clone()), ..folder });
+        if let Some(far) = self.way.len().checked_sub(OPEN_FOLDERS + 1) {
+            self.way[far].fd = None;
+        }
+        Ok(())
+    }
+
+    /// Leads the way back out of the last directory, and gives it what it gets.
+    fn leave(&mut self) -> Result<(), Error> {
+        self.check_cancelled()?;
+        let Some(Folder { due, .. }) = self.way.pop() else { return Ok(()) };
+        let done = self.here.clone();
+        if let Some(above) = self.way.last_mut() {
+            // First, as what is done may let nobody through.
+            let fd = above.fd.take().map_or_else(|| open_above(&done, above.id), Ok);
+            let fd = fd.map_err(|e| Error::io("open what is above", &at(self.into, &self.path), e));
+            self.here = fd?;
+            above.fd = Some(self.here.clone());
+            let kept = above.path;
+            self.weight -= weight(&due.xattrs);
+            let path = std::mem::take(&mut self.path);
+            self.settle(done.as_fd(), &path, &due)?;
+            self.path = path;
+            self.path.truncate(kept);
+            return Ok(());
+        }
+        self.settle(done.as_fd(), b"", &due)
+    }
+
+    /// Gives what it gets to every directory that is still on the way. Nothing more can be made.
     pub fn finish(&mut self) -> Result<(), Error> {
-        let mut pending = std::mem::take(&mut self.pending);
-        // Stable, so the last of several entries for one directory stays the last. No name has a
-        // NUL in it: below comes after above, and neighbours are next to each other.
-        let steps = |path: &[u8]| path.iter().map(|&b| if b == b'/' { 0 } else { b }).collect();
-        pending.sort_by_cached_key(|it| std::cmp::Reverse::<Vec<u8>>(steps(&it.path)));
-        let settled = pending
-            .chunk_by(|a, b| a.path == b.path)
-            .filter_map(<[Pending]>::last)
-            .try_for_each(|directory| self.settle_directory(directory));
-        // Still wanted if everything has to be removed again.
-        self.pending = pending;
-        settled
+        while !self.way.is_empty() {
+            self.leave()?;
+        }
+        Ok(())
     }
 
     /// What was made.
     pub fn restored(self, files: u64, bytes: u64) -> Restored {
         let Self { warnings, more_warnings, .. } = self;
-        Restored { files, bytes, sealed: true, warnings, more_warnings }
+        let beside = Beside::Unsaid;
+        Restored { files, bytes, sealed: true, beside, warnings, more_warnings }
     }
 
     /// Writes everything to disk.
@@ -483,25 +569,14 @@ impl<'a> Place<'a> {
         rustix::fs::syncfs(&self.root).map_err(|e| Error::io("write to disk", self.into, e))
     }
 
-    fn settle_directory(&mut self, directory: &Pending) -> Result<(), Error> {
-        self.check_cancelled()?;
-        let (parent, name) = split(&directory.path);
-        let fd = if name.is_empty() {
-            self.root.clone()
-        } else {
-            let folder = self.folder(parent, None)?;
-            let fd = open_folder(folder.as_fd(), name);
-            Rc::new(fd.map_err(|e| self.failed("open", &directory.path, e))?)
-        };
-        self.settle(fd.as_fd(), &directory.path, &directory.meta)
-    }
-
     /// Owner, then mode (a change of owner clears setuid), then attributes (a change of owner
     /// clears capabilities; an ACL is part of the mode), then the time.
     fn settle(&mut self, fd: BorrowedFd<'_>, path: &[u8], meta: &Meta) -> Result<(), Error> {
-        let owned = self.own(path, meta.uid, meta.gid, |uid, gid| {
-            rustix::fs::fchown(fd, Some(uid), Some(gid))
-        })?;
+        let change = |uid, gid| rustix::fs::fchown(fd, Some(uid), Some(gid));
+        let owned = match meta.owner {
+            Some((uid, gid)) => self.own(path, uid, gid, change)?,
+            None => true,
+        };
         let mode = self.mode(path, meta.mode, owned);
         rustix::fs::fchmod(fd, mode).map_err(|e| self.failed("set the mode of", path, e))?;
         for (name, value) in &meta.xattrs {
@@ -627,7 +702,7 @@ impl<'a> Place<'a> {
     }
 
     fn at(&self, path: &[u8]) -> PathBuf {
-        self.into.join(OsStr::from_bytes(path.strip_prefix(b"./").unwrap_or(path)))
+        at(self.into, path)
     }
 
     /// Fails if it is no longer wanted.
@@ -640,35 +715,51 @@ impl<'a> Place<'a> {
 
     /// Removes what was made. A failure here is not reported: the one that led here is.
     pub fn undo(&mut self, created: bool) {
-        // A directory that already has its own mode may not let us in.
-        let mut made: Vec<_> = std::mem::take(&mut self.pending);
-        made.sort_by_key(|directory| directory.depth);
-        for directory in &made {
-            let (parent, name) = split(&directory.path);
-            if let Ok(folder) = self.folder(parent, None) {
-                let _ = rustix::fs::chmodat(&folder, name, Mode::RWXU, AtFlags::empty());
-            }
-        }
         if created {
             let _ = rustix::fs::fchmod(&self.root, Mode::RWXU);
-            let _ = fs::remove_dir_all(self.into);
-            return;
         }
-        for entry in fs::read_dir(self.into).into_iter().flatten().flatten() {
-            let path = entry.path();
-            let _ = match entry.file_type() {
-                Ok(kind) if kind.is_dir() => fs::remove_dir_all(path),
-                _ => fs::remove_file(path),
-            };
+        let _ = clear(&self.root);
+        if created {
+            let _ = fs::remove_dir(self.into);
         }
+    }
+}
+
+impl Folder {
+    /// A directory that is there, and is to get back what it has. Until then nothing that is
+    /// made in it inherits a list of access.
+    fn found(fd: &OwnedFd, stat: &Stat, path: usize) -> Result<Self, Errno> {
+        let mut xattrs = Vec::new();
+        match rustix::fs::fgetxattr_query(fd, INHERITED) {
+            Ok(size) => {
+                let mut value = vec![0; size];
+                let size = rustix::fs::fgetxattr(fd, INHERITED, value.as_mut_slice())?;
+                value.truncate(size);
+                rustix::fs::fremovexattr(fd, INHERITED)?;
+                xattrs.push((INHERITED.to_vec(), value));
+            }
+            Err(Errno::NODATA | Errno::OPNOTSUPP) => {}
+            Err(e) => return Err(e),
+        }
+        let mtime = Time {
+            seconds: stat.st_mtime,
+            // Below a thousand million, always.
+            nanoseconds: u32::try_from(stat.st_mtime_nsec).unwrap_or(0),
+        };
+        let due = Meta { mode: stat.st_mode, owner: None, mtime, xattrs };
+        Ok(Self { fd: None, id: (stat.st_dev, stat.st_ino), path, due })
     }
 }
 
 impl From<Member> for Meta {
     fn from(member: Member) -> Self {
         let Member { mode, uid, gid, mtime, xattrs, .. } = member;
-        Self { mode, uid, gid, mtime, xattrs }
+        Self { mode, owner: Some((uid, gid)), mtime, xattrs }
     }
+}
+
+fn at(into: &Path, path: &[u8]) -> PathBuf {
+    into.join(OsStr::from_bytes(path.strip_prefix(b"./").unwrap_or(path)))
 }
 
 fn times(mtime: Time) -> Timestamps {
@@ -683,6 +774,112 @@ fn open_folder(from: BorrowedFd<'_>, name: &[u8]) -> Result<OwnedFd, Errno> {
     rustix::fs::openat(from, name, flags, Mode::empty())
 }
 
+/// Opens a directory to us, also where the mode that it was given keeps us out. Returns what it
+/// was before, too.
+fn let_in(from: BorrowedFd<'_>, name: &[u8]) -> Result<(OwnedFd, Stat), Errno> {
+    let (fd, was) = match open_folder(from, name) {
+        Ok(fd) => {
+            let was = rustix::fs::fstat(&fd)?;
+            (fd, was)
+        }
+        Err(Errno::ACCESS) => {
+            let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            let found = rustix::fs::openat(from, name, flags, Mode::empty())?;
+            let was = rustix::fs::fstat(&found)?;
+            // chmod(2) by name follows a symlink; by descriptor, it is what was found.
+            let itself = format!("/proc/self/fd/{}", found.as_raw_fd());
+            rustix::fs::chmodat(CWD, itself, Mode::RWXU, AtFlags::empty())?;
+            (open_folder(found.as_fd(), b".")?, was)
+        }
+        Err(e) => return Err(e),
+    };
+    if is_closed(&was) {
+        rustix::fs::fchmod(&fd, mode_of(&was) | Mode::RWXU)?;
+    }
+    Ok((fd, was))
+}
+
+/// Whether its owner may not do everything in a directory.
+fn is_closed(was: &Stat) -> bool {
+    !mode_of(was).contains(Mode::RWXU)
+}
+
+fn mode_of(stat: &Stat) -> Mode {
+    Mode::from_raw_mode(stat.st_mode)
+}
+
+/// The directory above one, which must be the one that was gone through.
+fn open_above(below: &OwnedFd, id: FileId) -> Result<Rc<OwnedFd>, Errno> {
+    let above = open_folder(below.as_fd(), b"..")?;
+    let stat = rustix::fs::fstat(&above)?;
+    if (stat.st_dev, stat.st_ino) == id { Ok(Rc::new(above)) } else { Err(Errno::STALE) }
+}
+
+/// Removes what archives give to a directory.
+fn clear_attributes(folder: &OwnedFd) -> Result<(), Errno> {
+    let mut names = vec![0; XATTR_LIST];
+    let length = match rustix::fs::flistxattr(folder, names.as_mut_slice()) {
+        Err(Errno::OPNOTSUPP) => 0,
+        length => length?,
+    };
+    let mut kept = names[..length].split(|&b| b == 0).filter(|name| is_kept(name));
+    kept.try_for_each(|name| rustix::fs::fremovexattr(folder, name))
+}
+
+/// Removes all that is in a directory, however deep it is, and also where a directory is closed
+/// to its owner. What is further down than one step comes up before it goes.
+fn clear(top: &OwnedFd) -> Result<(), Errno> {
+    let mut moved = 0_u64;
+    loop {
+        let names = names_in(top)?;
+        if names.is_empty() {
+            return Ok(());
+        }
+        for name in &names {
+            if unlink(top, name)? {
+                continue;
+            }
+            let (below, _) = let_in(top.as_fd(), name)?;
+            for name in &names_in(&below)? {
+                if unlink(&below, name)? {
+                    continue;
+                }
+                // To move it wants the right to change it.
+                let_in(below.as_fd(), name)?;
+                loop {
+                    moved += 1;
+                    let up = format!(".{moved}");
+                    match renameat_with(&below, name.as_slice(), top, up, RenameFlags::NOREPLACE) {
+                        Err(Errno::EXIST) => {}
+                        done => break done?,
+                    }
+                }
+            }
+            rustix::fs::unlinkat(top, name.as_slice(), AtFlags::REMOVEDIR)?;
+        }
+    }
+}
+
+/// Removes a name, unless it is a directory's.
+fn unlink(folder: &OwnedFd, name: &[u8]) -> Result<bool, Errno> {
+    match rustix::fs::unlinkat(folder, name, AtFlags::empty()) {
+        Ok(()) => Ok(true),
+        Err(Errno::ISDIR | Errno::PERM) => Ok(false),
+        Err(e) => Err(e),
+    }
+}
+
+fn names_in(folder: &OwnedFd) -> Result<Vec<Vec<u8>>, Errno> {
+    let mut names = Vec::new();
+    for entry in Dir::read_from(folder)? {
+        let name = entry?.file_name().to_bytes().to_vec();
+        if name != b"." && name != b".." {
+            names.push(name);
+        }
+    }
+    Ok(names)
+}
+
 /// The parent's path and the last step.
 fn split(path: &[u8]) -> (&[u8], &[u8]) {
     match path.iter().rposition(|&b| b == b'/') {
@@ -691,8 +888,10 @@ fn split(path: &[u8]) -> (&[u8], &[u8]) {
     }
 }
 
-fn is_below(path: &[u8], above: &[u8]) -> bool {
-    path.strip_prefix(above).is_some_and(|rest| rest.starts_with(b"/"))
+/// The root's path, which is empty, is above all.
+fn is_at_or_below(path: &[u8], above: &[u8]) -> bool {
+    path.strip_prefix(above)
+        .is_some_and(|rest| above.is_empty() || rest.is_empty() || rest.starts_with(b"/"))
 }
 
 /// Fills chunks until the end, an error, or until nobody takes them any more.

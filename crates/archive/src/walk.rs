@@ -18,14 +18,14 @@ use rustix::fs::{
 use rustix::io::Errno;
 
 use crate::Error;
-use crate::format::{Attributes, Kind, MAX_PATH, MAX_SEGMENTS, Member, Segment, Time};
+use crate::format::weight;
+use crate::format::{Attributes, Kind, MAX_PATH, MAX_SEGMENTS, MAX_WEIGHT, Member, Segment, Time};
 use crate::owners::Owners;
-use crate::write::BESIDE;
 
 /// How many folders are kept open on the way down; deeper ones are found again through `..`.
 const OPEN_FOLDERS: usize = 64;
 /// The kernel's limit for a list of attribute names (`XATTR_LIST_MAX`, linux/limits.h).
-const XATTR_LIST: usize = 64 << 10;
+pub(crate) const XATTR_LIST: usize = 64 << 10;
 
 /// Something left out of an archive.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -46,8 +46,6 @@ pub enum Reason {
     /// Something is mounted there. The mount's content is not the volume's; a directory is
     /// kept as an empty one, so that it can be mounted on again.
     MountPoint,
-    /// It has the name that what is kept beside the volume has in the archive.
-    Reserved,
 }
 
 impl std::fmt::Display for Reason {
@@ -56,7 +54,6 @@ impl std::fmt::Display for Reason {
             Self::Socket => "a socket",
             Self::Device => "a device node",
             Self::MountPoint => "a mount point",
-            Self::Reserved => "a reserved name",
         })
     }
 }
@@ -95,10 +92,17 @@ struct Folder {
     names: Vec<Vec<u8>>,
     /// Length of its path, to which the path is cut back when it is done.
     path: usize,
+    /// What its attributes weigh.
+    weight: usize,
 }
 
 /// What a walk finds is told to.
 pub trait Sink {
+    /// The folder that a walk begins with, and the names in it that the walk will come to.
+    fn top(&mut self, member: Member, _names: &[Vec<u8>]) -> Result<(), Error> {
+        self.entry(member)
+    }
+
     /// Anything but a regular file: a folder before what it holds, a further name of a file
     /// after its first.
     fn entry(&mut self, member: Member) -> Result<(), Error>;
@@ -130,8 +134,9 @@ pub struct Walk<'a, S> {
     cancelled: &'a AtomicBool,
     /// `./a/b`, the name of the entry being done.
     path: Vec<u8>,
-    /// Whether [`BESIDE`] is to come, and what has its name is left out.
-    reserved: bool,
+    /// What the attributes of all folders on the way weigh, and the most there may be.
+    weight: usize,
+    most_weight: usize,
     /// The first name of every file that has several.
     linked: HashMap<FileId, Vec<u8>>,
     /// Room for a list of attribute names.
@@ -151,7 +156,8 @@ impl<'a, S: Sink> Walk<'a, S> {
             owners,
             cancelled,
             path: Vec::new(),
-            reserved: false,
+            weight: 0,
+            most_weight: MAX_WEIGHT,
             linked: HashMap::new(),
             names: vec![0; XATTR_LIST],
             folder: Vec::with_capacity(32 << 10),
@@ -159,24 +165,21 @@ impl<'a, S: Sink> Walk<'a, S> {
         }
     }
 
-    /// Walks the tree below `root`, which is told as `.`; leaves out what is named as the folder
-    /// beside it, if one is to come.
-    pub fn run(&mut self, root: OwnedFd, reserved: bool) -> Result<(), Error> {
-        self.reserved = reserved;
+    /// Walks the tree below `root`, which is told as `.`.
+    pub fn run(&mut self, root: OwnedFd) -> Result<(), Error> {
         self.path = b".".to_vec();
         self.descend(root)
     }
 
     /// Walks another tree, told as the folder of that name beside the first.
     pub fn run_beside(&mut self, root: OwnedFd, name: &str) -> Result<(), Error> {
-        self.reserved = false;
         self.path = [b"./", name.as_bytes()].concat();
         self.descend(root)
     }
 
     fn descend(&mut self, root: OwnedFd) -> Result<(), Error> {
         let before = self.spot().stat_of(root.as_fd())?;
-        let mut stack = vec![self.enter(root, before)?];
+        let mut stack = vec![self.enter(root, before, S::top)?];
         while let Some(top) = stack.last_mut() {
             check_cancelled(self.cancelled, self.tree)?;
             // The one at the top is never closed; see below.
@@ -198,6 +201,7 @@ impl<'a, S: Sink> Walk<'a, S> {
                 continue;
             }
             self.spot().unchanged(fd.as_fd(), &top.before)?;
+            self.weight -= top.weight;
             let done = stack.pop();
             let Some(above) = stack.last_mut() else { break };
             self.path.truncate(above.path);
@@ -229,11 +233,6 @@ impl<'a, S: Sink> Walk<'a, S> {
         let kind = FileType::from_raw_mode(stat.stx_mode.into());
         let mounted = stat.stx_attributes.contains(StatxAttributes::MOUNT_ROOT);
         let whiteout = (stat.stx_rdev_major, stat.stx_rdev_minor) == (0, 0);
-        let reserved = self.reserved && self.path.strip_prefix(b"./") == Some(BESIDE.as_bytes());
-        if reserved {
-            self.skipped.push(Skipped { path: self.spot().here(), reason: Reason::Reserved });
-            return Ok(None);
-        }
         let left_out = match kind {
             _ if mounted => Some(Reason::MountPoint),
             FileType::Socket => Some(Reason::Socket),
@@ -252,7 +251,7 @@ impl<'a, S: Sink> Walk<'a, S> {
         if kind == FileType::Directory {
             let fd = self.spot().open(folder, name, OFlags::DIRECTORY)?;
             self.spot().same(fd.as_fd(), &stat)?;
-            return self.enter(fd, stat).map(Some);
+            return self.enter(fd, stat, |sink, member, _| sink.entry(member)).map(Some);
         }
         if stat.stx_nlink > 1 && (kind == FileType::RegularFile || self.sink.links_all()) {
             if let Some(first) = self.linked.get(&id(&stat)) {
@@ -301,10 +300,22 @@ impl<'a, S: Sink> Walk<'a, S> {
         Ok(None)
     }
 
-    fn enter(&mut self, fd: OwnedFd, before: Statx) -> Result<Folder, Error> {
+    fn enter(
+        &mut self,
+        fd: OwnedFd,
+        before: Statx,
+        tell: impl FnOnce(&mut S, Member, &[Vec<u8>]) -> Result<(), Error>,
+    ) -> Result<Folder, Error> {
         let mut member = self.member(Kind::Directory, &before);
         member.xattrs = self.xattrs(fd.as_fd())?;
-        self.sink.entry(member)?;
+        let weight = weight(&member.xattrs);
+        self.weight += weight;
+        if self.weight > self.most_weight {
+            return Err(Error::Unsupported {
+                path: self.spot().here(),
+                reason: "it and the folders above it have more attributes than can be restored",
+            });
+        }
         let mut names = Vec::new();
         let mut entries = RawDir::new(&fd, self.folder.spare_capacity_mut());
         while let Some(entry) = entries.next() {
@@ -317,7 +328,8 @@ impl<'a, S: Sink> Walk<'a, S> {
             }
         }
         names.sort_unstable_by(|a, b| b.cmp(a));
-        Ok(Folder { fd: Some(fd), before, names, path: self.path.len() })
+        tell(&mut self.sink, member, &names)?;
+        Ok(Folder { fd: Some(fd), before, names, path: self.path.len(), weight })
     }
 
     fn file(&mut self, folder: BorrowedFd<'_>, name: &[u8], stat: &Statx) -> Result<(), Error> {
@@ -497,11 +509,51 @@ fn id(stat: &Statx) -> FileId {
 
 /// Attributes that belong to the file. The others belong to this machine's policy (labels
 /// of a security module) or are made up by the file system.
-fn is_kept(name: &[u8]) -> bool {
+pub(crate) fn is_kept(name: &[u8]) -> bool {
     name.starts_with(b"user.")
         || name.starts_with(b"trusted.")
         || matches!(
             name,
             b"security.capability" | b"system.posix_acl_access" | b"system.posix_acl_default"
         )
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    struct Nobody;
+
+    impl Sink for Nobody {
+        fn entry(&mut self, _: Member) -> Result<(), Error> {
+            Ok(())
+        }
+
+        fn file(&mut self, _: Member, _: BorrowedFd<'_>) -> Result<(), Error> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn attributes_count_on_the_way_only() {
+        let tree = tempfile::tempdir().unwrap();
+        let never = AtomicBool::new(false);
+        for name in ["a/b", "c", "d"] {
+            std::fs::create_dir_all(tree.path().join(name)).unwrap();
+        }
+        for name in ["a", "a/b", "c", "d"] {
+            xattr::set(tree.path().join(name), "user.x", &[b'x'; 400]).unwrap();
+        }
+        let walked = |most| {
+            let mut walk = Walk::new(tree.path(), None, &never, Nobody);
+            walk.most_weight = most;
+            walk.run(open_volume(tree.path()).unwrap())
+        };
+        walked(1000).unwrap();
+        let error = walked(800).unwrap_err();
+        let path = tree.path().join("a/b");
+        assert!(matches!(&error, Error::Unsupported { path: it, .. } if *it == path), "{error}");
+    }
 }

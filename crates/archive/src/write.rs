@@ -4,8 +4,10 @@
 //! threads; one more reads the file back while it grows and checks it. Never lets a name other
 //! than the partial one exist before the archive is complete, synced and checked.
 
+use std::collections::HashSet;
 use std::fs::File;
 use std::io::{self, Write};
+use std::iter;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
@@ -31,14 +33,14 @@ const MOST_THREADS: usize = 4;
 pub struct Source<'a> {
     /// The volume.
     pub volume: &'a Path,
-    /// A folder to be archived as [`BESIDE`] in the volume's root, in the place of anything of
-    /// that name there.
+    /// A folder to be archived with it, in the volume's root: as [`BESIDE`], or with a number
+    /// behind it if the volume has something of that name.
     pub beside: Option<&'a Path>,
     /// Whose numbers are others in the archive than on disk.
     pub owners: Option<Owners>,
 }
 
-/// The name that [`Source::beside`] has in an archive.
+/// The name that [`Source::beside`] has in an archive, unless that is taken.
 pub const BESIDE: &str = ".denizen";
 
 impl<'a> From<&'a Path> for Source<'a> {
@@ -163,10 +165,12 @@ fn feed(
 ) -> Result<Walked, Error> {
     let stream = Stream::new(partial, progress, volume, cancelled)?;
     let summary = Summary { entries: 0, files: 0, bytes: 0, sealed: true };
-    let mut walk = Walk::new(volume, owners, cancelled, Archive { stream, volume, summary });
-    walk.run(root, beside.is_some())?;
-    if let Some(beside) = beside {
-        walk.run_beside(beside, BESIDE)?;
+    let name = beside.is_some().then(|| BESIDE.to_owned());
+    let archive = Archive { stream, volume, summary, beside: name };
+    let mut walk = Walk::new(volume, owners, cancelled, archive);
+    walk.run(root)?;
+    if let (Some(beside), Some(name)) = (beside, walk.sink.beside.take()) {
+        walk.run_beside(beside, &name)?;
     }
     let Walk { sink: Archive { stream, summary, .. }, skipped, .. } = walk;
     stream.finish(summary.entries)?;
@@ -287,15 +291,26 @@ struct Archive<'a> {
     stream: Stream<'a>,
     volume: &'a Path,
     summary: Summary,
+    /// What the folder beside the volume is called, if one is to come.
+    beside: Option<String>,
 }
 
 impl Sink for Archive<'_> {
+    fn top(&mut self, member: Member, names: &[Vec<u8>]) -> Result<(), Error> {
+        if self.summary.entries > 0 {
+            return self.put(&member, None);
+        }
+        self.beside = self.beside.take().map(|name| free(name, names));
+        let said = self.beside.as_deref().unwrap_or_default();
+        self.put(&member, Some(&[format::BESIDE_START, said.as_bytes()].concat()))
+    }
+
     fn entry(&mut self, member: Member) -> Result<(), Error> {
-        self.put(&member)
+        self.put(&member, None)
     }
 
     fn file(&mut self, member: Member, content: BorrowedFd<'_>) -> Result<(), Error> {
-        self.put(&member)?;
+        self.put(&member, None)?;
         let whole = [Segment { offset: 0, length: member.size }];
         let mut stored = 0;
         for segment in member.segments.as_deref().unwrap_or(&whole) {
@@ -306,15 +321,24 @@ impl Sink for Archive<'_> {
     }
 }
 
+/// A name, or with the first number behind it with which it is none of those.
+fn free(name: String, taken: &[Vec<u8>]) -> String {
+    let taken: HashSet<&[u8]> = taken.iter().map(Vec::as_slice).collect();
+    let numbered = (1_u64..).map(|number| format!("{name}-{number}"));
+    let mut names = iter::once(name.clone()).chain(numbered);
+    // There are more numbers than names.
+    names.find(|name| !taken.contains(name.as_bytes())).unwrap_or(name)
+}
+
 impl Archive<'_> {
-    fn put(&mut self, member: &Member) -> Result<(), Error> {
+    fn put(&mut self, member: &Member, comment: Option<&[u8]>) -> Result<(), Error> {
         self.summary.entries += 1;
         self.summary.bytes = self.summary.bytes.saturating_add(member.size);
         if matches!(member.kind, Kind::File | Kind::HardLink) {
             self.summary.files += 1;
         }
         let mut head = Vec::with_capacity(3 * format::BLOCK);
-        if !format::encode(member, &mut head) {
+        if !format::encode(member, comment, &mut head) {
             let path = at(self.volume, &member.path);
             let reason = "its extended attributes take more than 16 MiB";
             return Err(Error::Unsupported { path, reason });

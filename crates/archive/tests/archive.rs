@@ -15,10 +15,11 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use denizen_archive::{ArchiveId, Error, Reason, clean, list, verify};
+use denizen_archive::{ArchiveId, Beside, Error, Reason, clean, list, verify};
 use jiff::{SignedDuration, Timestamp};
-use rustix::fs::{CWD, FileType, Mode, OFlags, inotify};
+use rustix::fs::{CWD, FileType, Mode, OFlags, Timespec, Timestamps, inotify};
 use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
+use sha2::Digest as _;
 use support::*;
 use uuid::Uuid;
 
@@ -174,6 +175,43 @@ fn very_deep_trees_do_not_need_a_descriptor_each() {
     restore(&first.entry.path, &bench.into).unwrap();
     let again = write(&bench.into, &bench.destination).unwrap();
     assert!(unpacked(&first.entry.path) == unpacked(&again.entry.path), "trees differ");
+}
+
+/// Removes a tree that is deeper than the standard library can.
+struct Deep<'a>(&'a Path);
+
+impl Drop for Deep<'_> {
+    fn drop(&mut self) {
+        Command::new("rm").arg("-rf").arg(self.0).status().unwrap();
+    }
+}
+
+#[test]
+fn what_is_written_of_the_deepest_trees_is_restored() {
+    let bench = Bench::new();
+    let (_volume, _into) = (Deep(&bench.volume), Deep(&bench.into));
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY;
+    let mut fd = rustix::fs::open(&bench.volume, flags, Mode::empty()).unwrap();
+    let time = Timespec { tv_sec: 7, tv_nsec: 0 };
+    let times = Timestamps { last_access: time, last_modification: time };
+    for _ in 0..16_400 {
+        rustix::fs::mkdirat(&fd, c"d", Mode::RWXU).unwrap();
+        let below = rustix::fs::openat(&fd, c"d", flags, Mode::empty()).unwrap();
+        rustix::fs::fchmod(&fd, Mode::from_raw_mode(0o755)).unwrap();
+        rustix::fs::futimens(&fd, &times).unwrap();
+        fd = below;
+    }
+    drop(fd);
+    let first = write(&bench.volume, &bench.destination).unwrap().entry.path;
+    assert_eq!(verify(&first).unwrap().entries, 16_401);
+    restore(&first, &bench.into).unwrap();
+    let mut fd = rustix::fs::open(&bench.into, flags, Mode::empty()).unwrap();
+    for depth in 0..16_400 {
+        let stat = rustix::fs::fstat(&fd).unwrap();
+        assert_eq!((stat.st_mode & 0o7777, stat.st_mtime), (0o755, 7), "{depth}");
+        fd = rustix::fs::openat(&fd, c"d", flags, Mode::empty()).unwrap();
+    }
+    assert!(rustix::fs::openat(&fd, c"d", flags, Mode::empty()).is_err());
 }
 
 #[test]
@@ -555,6 +593,220 @@ fn what_the_user_may_not_read_is_named_and_left_alone() {
     assert!(bench.left_in_destination().is_empty());
 }
 
+const NOBODY: u32 = 65_534;
+
+/// For root: a restore by somebody else, in a process of its own.
+fn restore_as_nobody(bench: &Bench, archive: &Path) -> Command {
+    for path in [bench.dir.path(), archive] {
+        std::os::unix::fs::chown(path, Some(NOBODY), Some(NOBODY)).unwrap();
+    }
+    // The test program itself may lie where only root can go.
+    let exe = bench.dir.path().join("exe");
+    fs::copy(std::env::current_exe().unwrap(), &exe).unwrap();
+    let command = in_child("restore", &[archive, &bench.into]);
+    let mut other = Command::new(exe);
+    other.args(command.get_args()).current_dir("/").uid(NOBODY).gid(NOBODY);
+    for (key, value) in command.get_envs() {
+        other.env(key, value.unwrap());
+    }
+    other
+}
+
+/// An archive of another program's.
+fn foreign(archive: &Path, entries: &[(&str, u8, u32, u64)]) {
+    let mut builder = tar::Builder::new(Vec::new());
+    for &(name, kind, mode, mtime) in entries {
+        let link = if kind == b'1' { b"shut/in/file".as_slice() } else { b"" };
+        let mut header = raw_header(name.as_bytes(), kind, link, 0);
+        header.set_mode(mode);
+        header.set_mtime(mtime);
+        header.set_cksum();
+        builder.append(&header, std::io::empty()).unwrap();
+    }
+    pack(archive, &builder.into_inner().unwrap());
+}
+
+#[test]
+fn an_archive_may_come_back_to_folders_that_are_closed() {
+    let bench = Bench::new();
+    let archive = bench.dir.path().join("foreign");
+    foreign(
+        &archive,
+        &[
+            ("./", b'5', 0o755, 10),
+            ("closed/", b'5', 0o500, 20),
+            ("closed/file", b'0', 0o400, 21),
+            ("shut/", b'5', 0o000, 30),
+            ("shut/in/", b'5', 0o300, 31),
+            ("shut/in/file", b'0', 0o400, 32),
+            ("other/", b'5', 0o755, 40),
+            ("closed/late", b'0', 0o400, 22),
+            ("shut/in/late", b'0', 0o400, 33),
+            ("other/link", b'1', 0o400, 0),
+            ("shut/in/again/", b'5', 0o777, 34),
+            ("closed/implied/file", b'0', 0o400, 23),
+            ("closed/", b'5', 0o111, 25),
+            ("last", b'0', 0o400, 11),
+        ],
+    );
+    if is_root() {
+        let output = text(&restore_as_nobody(&bench, &archive).output().unwrap());
+        assert!(output.contains("restored"), "{output}");
+    } else {
+        restore(&archive, &bench.into).unwrap();
+    }
+    let found = |name: &str| {
+        let path = bench.into.join(name);
+        let meta = fs::symlink_metadata(&path).unwrap();
+        if meta.is_dir() {
+            // So that whoever is not root can go on looking.
+            fs::set_permissions(path, fs::Permissions::from_mode(0o700)).unwrap();
+        }
+        (meta.mode() & 0o7777, meta.mtime(), meta.nlink())
+    };
+    assert_eq!(found("."), (0o755, 10, 5));
+    assert_eq!(found("closed"), (0o111, 25, 3));
+    assert_eq!(found("closed/implied").0, 0o755);
+    assert_eq!(found("shut"), (0o000, 30, 3));
+    assert_eq!(found("shut/in"), (0o300, 31, 3));
+    assert_eq!(found("shut/in/again"), (0o777, 34, 2));
+    assert_eq!(found("shut/in/late"), (0o400, 33, 1));
+    assert_eq!(found("other"), (0o755, 40, 2));
+    assert_eq!(found("other/link"), (0o400, 32, 2));
+    assert_eq!(found("closed/implied/file"), (0o400, 23, 1));
+}
+
+#[test]
+fn what_comes_late_into_a_folder_inherits_nothing() {
+    let bench = Bench::new();
+    let mut acl = 2_u32.to_le_bytes().to_vec();
+    for (tag, perm, id) in [
+        (1_u16, 7_u16, u32::MAX),
+        (2, 7, 1234),
+        (4, 5, u32::MAX),
+        (16, 7, u32::MAX),
+        (32, 5, u32::MAX),
+    ] {
+        acl.extend(tag.to_le_bytes());
+        acl.extend(perm.to_le_bytes());
+        acl.extend(id.to_le_bytes());
+    }
+    let mut builder = tar::Builder::new(Vec::new());
+    let attributes = ["system.posix_acl_default", "system.posix_acl_access", "user.x"];
+    let keys = attributes.map(|name| format!("SCHILY.xattr.{name}"));
+    builder.append_pax_extensions(keys.iter().map(|key| (&**key, &*acl))).unwrap();
+    let mut put = |name: &str, kind| {
+        let mut header = raw_header(name.as_bytes(), kind, b"", 0);
+        header.set_mode(0o775);
+        header.set_cksum();
+        builder.append(&header, std::io::empty()).unwrap();
+    };
+    for (name, kind) in
+        [("a/", b'5'), ("a/early", b'0'), ("b/", b'5'), ("a/late", b'0'), ("a/below/", b'5')]
+    {
+        put(name, kind);
+    }
+    let as_it_was = builder.get_ref().clone();
+    let mut put = |name: &str, kind| {
+        let header = raw_header(name.as_bytes(), kind, b"", 0);
+        builder.append(&header, std::io::empty()).unwrap();
+    };
+    put("b/file", b'0');
+    put("a/", b'5');
+    let archive = bench.dir.path().join("foreign");
+    pack(&archive, &[as_it_was, vec![0; 1024]].concat());
+    restore(&archive, &bench.into).unwrap();
+    for name in attributes {
+        let value = xattr::get(bench.into.join("a"), name).unwrap();
+        assert_eq!(value.as_ref(), Some(&acl), "{name}");
+    }
+    for name in ["a/early", "a/late", "a/below", "b"] {
+        assert_eq!(xattr::list(bench.into.join(name)).unwrap().count(), 0, "{name}");
+    }
+    // Told again, without them.
+    fs::remove_dir_all(&bench.into).unwrap();
+    pack(&archive, &builder.into_inner().unwrap());
+    restore(&archive, &bench.into).unwrap();
+    assert_eq!(xattr::list(bench.into.join("a")).unwrap().count(), 0);
+    assert_eq!(fs::metadata(bench.into.join("a")).unwrap().mode() & 0o7777, 0o644);
+}
+
+/// A folder that is like the changes of a root: nothing in it says that it is none.
+fn like_root_changes(path: &Path) {
+    fs::create_dir_all(path.join("upper/etc")).unwrap();
+    fs::write(path.join("base.json"), "{}").unwrap();
+    fs::write(path.join("upper/etc/file"), path.to_str().unwrap()).unwrap();
+}
+
+fn write_beside(bench: &Bench, beside: Option<&Path>) -> Result<denizen_archive::Written, Error> {
+    let source = denizen_archive::Source { volume: &bench.volume, beside, owners: None };
+    denizen_archive::write(source, &bench.destination, SESSION, now(), &NEVER)
+}
+
+#[test]
+fn what_is_beside_takes_a_name_that_is_free() {
+    let own: [(&str, &dyn Fn(&Path)); 6] = [
+        (".denizen", &|_| {}),
+        (".denizen-1", &like_root_changes),
+        (".denizen-1", &|path| fs::write(path, "mine").unwrap()),
+        (".denizen-1", &|path| symlink("/etc", path).unwrap()),
+        (".denizen-1", &|path| fs::create_dir(path).unwrap()),
+        (".denizen-2", &|path| {
+            fs::create_dir(path).unwrap();
+            like_root_changes(&path.with_file_name(".denizen-1"));
+        }),
+    ];
+    for (round, (name, make)) in own.into_iter().enumerate() {
+        println!("round {round}");
+        let bench = Bench::new();
+        fs::write(bench.volume.join("file"), "mine").unwrap();
+        make(&bench.volume.join(".denizen"));
+        let beside = bench.dir.path().join("beside");
+        like_root_changes(&beside);
+        let written = write_beside(&bench, Some(&beside)).unwrap();
+        assert_eq!(written.skipped, []);
+        assert!(verify(&written.entry.path).unwrap().sealed);
+        let restored = restore(&written.entry.path, &bench.into).unwrap();
+        assert_eq!(restored.beside, Beside::Named(name.into()));
+        let out = bench.dir.path().join("out");
+        fs::rename(bench.into.join(name), &out).unwrap();
+        let meta = fs::metadata(&bench.volume).unwrap();
+        set_mtime(&bench.into, meta.mtime(), meta.mtime_nsec());
+        compare(&bench.volume, &bench.into);
+        compare(&beside, &out);
+        // Other programs see both, and nothing to complain of.
+        let output = Command::new("tar").args(["--zstd", "-tf"]).arg(&written.entry.path).output();
+        let output = text(&output.unwrap());
+        assert!(output.starts_with("./\n./") && !output.contains("tar:"), "{output}");
+        assert!(output.contains(&format!("\n./{name}/base.json\n")), "{output}");
+    }
+}
+
+#[test]
+fn what_is_beside_is_said_and_not_guessed() {
+    let bench = Bench::new();
+    like_root_changes(&bench.volume.join(".denizen"));
+    set_mtime(&bench.volume, 5, 0);
+    let written = write_beside(&bench, None).unwrap();
+    let restored = restore(&written.entry.path, &bench.into).unwrap();
+    assert_eq!(restored.beside, Beside::Nothing);
+    compare(&bench.volume, &bench.into);
+    // As it was before archives said so: the same without the comment on the first entry.
+    let stream = &unpacked(&written.entry.path)[1024..];
+    let digest: String =
+        sha2::Sha256::digest(stream).iter().map(|byte| format!("{byte:02x}")).collect();
+    let text = format!("denizen-seal 1 sha256:{digest} entries:{:020}", 6);
+    let mut old = zstd::encode_all(stream, 1).unwrap();
+    old.extend([0x5d, 0x2a, 0x4d, 0x18, 115, 0, 0, 0]);
+    old.extend(text.as_bytes());
+    let archive = bench.destination.join("old");
+    fs::write(&archive, old).unwrap();
+    fs::remove_dir_all(&bench.into).unwrap();
+    let restored = restore(&archive, &bench.into).unwrap();
+    assert_eq!((restored.beside, restored.sealed), (Beside::Unsaid, true));
+    compare(&bench.volume, &bench.into);
+}
+
 #[test]
 fn a_user_restores_what_root_wrote_with_warnings() {
     if !is_root() {
@@ -573,22 +825,12 @@ fn a_user_restores_what_root_wrote_with_warnings() {
     let written = write(&bench.volume, &bench.destination).unwrap();
     let archive = bench.dir.path().join("readable");
     fs::copy(&written.entry.path, &archive).unwrap();
-    let me = 65_534;
-    std::os::unix::fs::chown(bench.dir.path(), Some(me), Some(me)).unwrap();
-    std::os::unix::fs::chown(&archive, Some(me), Some(me)).unwrap();
-    let exe = bench.dir.path().join("exe");
-    fs::copy(std::env::current_exe().unwrap(), &exe).unwrap();
-    let command = in_child("restore", &[&archive, &bench.into]);
-    let mut other = Command::new(exe);
-    other.args(command.get_args()).current_dir("/").uid(me).gid(me);
-    for (key, value) in command.get_envs() {
-        other.env(key, value.unwrap());
-    }
+    let mut other = restore_as_nobody(&bench, &archive);
     let output = text(&other.output().unwrap());
     assert!(output.contains("restored") && output.contains("trusted.mark"), "{output}");
     assert!(output.contains("setuid"), "{output}");
     let meta = fs::metadata(bench.into.join("program")).unwrap();
-    assert_eq!((meta.mode() & 0o7777, meta.uid()), (0o755, me));
+    assert_eq!((meta.mode() & 0o7777, meta.uid()), (0o755, NOBODY));
     assert_eq!(fs::metadata(bench.into.join("closed")).unwrap().mode() & 0o7777, 0);
     // A failure at the very end, with every directory's mode set already.
     fs::remove_dir_all(&bench.into).unwrap();

@@ -7,7 +7,7 @@ use std::fs;
 use std::io::Write as _;
 use std::path::Path;
 
-use denizen_archive::{Error, verify};
+use denizen_archive::{Beside, Error, verify};
 use support::*;
 
 /// Size of the seal at the end of one of our files.
@@ -227,6 +227,28 @@ fn global_headers_that_would_change_entries() {
 }
 
 #[test]
+fn names_of_what_is_beside_lead_nowhere() {
+    let said = |entry: &str, name: &str| {
+        let mut stream = raw_stream(&[Raw::new("./", b'5')]);
+        let comment = extended(b'x', &record("comment", &format!("denizen-beside:{name}")));
+        let at = if entry == "first" { 0 } else { stream.len() };
+        stream.splice(at..at, comment);
+        stream.extend(raw_stream(&[file("a", b"x")]));
+        stream.extend(END);
+        stream
+    };
+    for name in ["..", ".", "../outside", "/etc", "a/b", "a\0"] {
+        assert!(damaged(&said("first", name)).contains("name"), "{name:?}");
+    }
+    for (entry, beside) in [("first", Beside::Named("a".into())), ("second", Beside::Unsaid)] {
+        let bench = Bench::new();
+        let archive = bench.destination.join("x.tar.zst");
+        pack(&archive, &said(entry, "a"));
+        assert_eq!(restore(&archive, &bench.into).unwrap().beside, beside);
+    }
+}
+
+#[test]
 fn impossible_sparse_maps() {
     let sparse = |map: &str, real: &str| {
         let mut records = record("GNU.sparse.major", "1");
@@ -311,6 +333,40 @@ fn bombs_do_not_take_memory() {
     assert!(matches!(error, Error::Damaged { .. }), "{error:?}");
     let grown = (peak_memory() - before) / 1024;
     assert!(grown < 200, "took {grown} MiB");
+}
+
+/// So many folders, next to each other or one in another, with attributes of 64 KiB each that no
+/// file system takes.
+fn folders_with_attributes(count: usize, nested: bool) -> Vec<u8> {
+    let value = "v".repeat(64 << 10);
+    let mut stream = Vec::new();
+    let mut name = String::from("./");
+    for number in 0..count {
+        if nested {
+            name.push_str("d/");
+        } else {
+            name = format!("./{number}/");
+        }
+        let records = [record("path", &name), record("SCHILY.xattr.none.such", &value)].concat();
+        stream.extend(extended(b'x', &records));
+        stream.extend(raw_stream(&[Raw::new("x", b'5')]));
+    }
+    stream.extend(END);
+    stream
+}
+
+#[test]
+fn only_the_folders_on_the_way_take_memory() {
+    let bench = Bench::new();
+    let archive = bench.destination.join("x.tar.zst");
+    pack(&archive, &folders_with_attributes(4200, false));
+    let restored = restore(&archive, &bench.into).unwrap();
+    assert_eq!(restored.warnings.len() as u64 + restored.more_warnings, 4200);
+    assert_eq!(fs::read_dir(&bench.into).unwrap().count(), 4200);
+    match reject(&folders_with_attributes(4200, true)) {
+        Error::Refused { reason, .. } => assert!(reason.contains("attributes"), "{reason}"),
+        other => panic!("{other:?}"),
+    }
 }
 
 #[test]

@@ -6,7 +6,7 @@ mod common;
 use std::path::Path;
 use std::sync::Arc;
 
-use common::text;
+use common::{cache, text};
 use denizen::{
     ArchiveError, Error, Isolation, Limits, MicroVmManager, VmPoolConfig, VmPoolRuntimeConfig,
 };
@@ -70,6 +70,40 @@ async fn two_imports_of_one_session_make_it_once() {
 }
 
 #[tokio::test]
+async fn a_sandbox_moves_with_all_that_is_its_own() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = VmPoolConfig {
+        enabled: true,
+        volume_root: folder.path().join("pool"),
+        backup_destination: Some(folder.path().join("backups")),
+        ..Default::default()
+    };
+    let builder = MicroVmManager::builder((&config).into());
+    let pool = builder.isolation(Isolation::Sandbox).cache(cache()).build().unwrap();
+    let [one, other] = [Uuid::new_v4(), Uuid::new_v4()];
+    let guard = pool.acquire(one).await.unwrap();
+    // As changes of a root look, by the name that those have in an archive.
+    let make = "mkdir -p .denizen/upper && echo {} > .denizen/base.json &&
+        echo mine > .denizen/upper/file && echo changed > /etc/of-the-root";
+    text(&guard, make).await;
+    drop(guard);
+    let archive = bytes(&pool, one).await;
+    pool.import(other, &archive[..]).await.unwrap();
+    pool.backup(one).await.unwrap();
+    text(&pool.acquire(one).await.unwrap(), "rm -r .denizen /etc/of-the-root").await;
+    // From before, by its name: the latest is of just now.
+    let before = pool.backups(one).await.unwrap().last().unwrap().name.clone();
+    pool.restore(one, Some(&before)).await.unwrap();
+    for session in [one, other] {
+        let look = "cat .denizen/upper/file /etc/of-the-root; ls -A . .denizen";
+        let found = text(&pool.acquire(session).await.unwrap(), look).await;
+        let expected = "mine\nchanged\n.:\n.denizen\n\n.denizen:\nbase.json\nupper\n";
+        assert_eq!(found, expected);
+    }
+    pool.shutdown().await.unwrap();
+}
+
+#[tokio::test]
 async fn content_that_fails_is_told_as_such() {
     let folder = tempfile::tempdir().unwrap();
     let pool = pool(folder.path());
@@ -106,7 +140,7 @@ async fn what_is_sent_without_end_is_not_received() {
     let limits = Limits { disk_bytes: Some(1 << 20), ..Limits::default() };
     let pool = common::opened(|| {
         let builder = MicroVmManager::builder((&config).into()).isolation(Isolation::Sandbox);
-        builder.cache(common::cache()).limits(limits.clone())
+        builder.cache(cache()).limits(limits.clone())
     });
     let pool = pool.await;
     let id = Uuid::new_v4();

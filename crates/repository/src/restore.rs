@@ -32,8 +32,8 @@ const AHEAD: usize = 32;
 
 /// The entries of a folder on the way through a tree.
 struct Folder {
-    /// `./a/b/`
-    path: Vec<u8>,
+    /// Length of its path, with the slash at its end.
+    path: usize,
     nodes: std::vec::IntoIter<Node>,
     /// Which of what is wanted may be in it; none if it is wanted as a whole.
     wanted: Option<Vec<usize>>,
@@ -71,7 +71,7 @@ impl Restorer<'_> {
         Error::Damaged { place, backup, problem: problem.into() }
     }
 
-    fn folder(&self, path: Vec<u8>, tree: &TreeId, wanted: Option<Vec<usize>>) -> Result<Folder> {
+    fn folder(&self, path: usize, tree: &TreeId, wanted: Option<Vec<usize>>) -> Result<Folder> {
         let tree = self.pieces.tree(tree).map_err(|problem| self.damaged(problem.text))?;
         Ok(Folder { path, nodes: tree.nodes.into_iter(), wanted })
     }
@@ -156,13 +156,16 @@ impl Restorer<'_> {
         let mut missing: HashSet<usize> = (0..wanted.len()).collect();
         let mut links: HashMap<(u64, u64), Named> = HashMap::new();
         let all = (!only.is_empty()).then(|| (0..wanted.len()).collect());
-        let mut way = vec![self.folder(b"./".to_vec(), &tree, all)?];
+        // One for all folders, which may be deep: `./a/b/`
+        let mut here = b"./".to_vec();
+        let mut way = vec![self.folder(here.len(), &tree, all)?];
         while let Some(folder) = way.last_mut() {
+            here.truncate(folder.path);
             let Some(node) = folder.nodes.next() else {
                 way.pop();
                 continue;
             };
-            let (mut path, mut within) = (folder.path.clone(), folder.wanted.clone());
+            let (mut path, mut within) = (here.clone(), folder.wanted.clone());
             let name = node::name(&node).map_err(|problem| {
                 self.damaged(format!("an entry in {} {problem}", shown(&path)))
             })?;
@@ -200,8 +203,9 @@ impl Restorer<'_> {
                 if telling.send(Told::Entry(member)).is_err() {
                     return Ok(());
                 }
-                path.push(b'/');
-                way.push(self.folder(path, &tree, within)?);
+                here.clone_from(&path);
+                here.push(b'/');
+                way.push(self.folder(here.len(), &tree, within)?);
                 continue;
             }
             // What is on the way to it must be a folder.

@@ -5,16 +5,18 @@ mod support;
 
 use std::ffi::OsStr;
 use std::fs;
+use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _, symlink};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use denizen_repository::{
     Counter, Destination, Entry, Error, Files as _, Owners, Repository, Source,
 };
-use rustix::fs::{AtFlags, CWD, FileType, Mode};
+use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags};
 use support::*;
 use uuid::Uuid;
 
@@ -149,6 +151,38 @@ fn many_files_come_back() {
         fs::write(folder.join(format!("file {number}")), format!("{number}")).unwrap();
     }
     there_and_back(&repository, &bench.volume);
+}
+
+/// Removes a tree that is deeper than the standard library can.
+struct Deep<'a>(&'a Path);
+
+impl Drop for Deep<'_> {
+    fn drop(&mut self) {
+        Command::new("rm").arg("-rf").arg(self.0).status().unwrap();
+    }
+}
+
+#[test]
+fn very_deep_trees_come_back() {
+    // With 16400, more than a restore once remembered the paths of; that takes a minute.
+    let depth = std::env::var("DENIZEN_DEPTH").map_or(2000, |it| it.parse().unwrap());
+    let (_, repository) = repository();
+    let bench = Bench::new();
+    let (_volume, _into) = (Deep(&bench.volume), Deep(&bench.into));
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY;
+    let open = |from: &OwnedFd| rustix::fs::openat(from, c"d", flags, Mode::empty());
+    let mut fd = rustix::fs::open(&bench.volume, flags, Mode::empty()).unwrap();
+    for _ in 0..depth {
+        rustix::fs::mkdirat(&fd, c"d", Mode::RWXU).unwrap();
+        fd = open(&fd).unwrap();
+    }
+    let written = write(&repository, Uuid::new_v4(), &bench.volume).unwrap();
+    restore(&repository, &written.entry.id, &bench.into).unwrap();
+    let mut fd = rustix::fs::open(bench.into.join("volume"), flags, Mode::empty()).unwrap();
+    for _ in 0..depth {
+        fd = open(&fd).unwrap();
+    }
+    assert!(open(&fd).is_err());
 }
 
 #[test]

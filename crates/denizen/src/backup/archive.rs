@@ -1,10 +1,11 @@
 //! Archives: each backup is one compressed tar file in a folder.
 
 use std::fs::{self, File};
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
-use denizen_archive::{Entry, Error as ArchiveError, Given, Owners};
+use denizen_archive::{Beside, Entry, Error as ArchiveError, Given, Owners};
 use denizen_repository::{Counter, Finding, Report};
 use uuid::Uuid;
 
@@ -186,13 +187,30 @@ pub(crate) fn unpack_given(
     for warning in &restored.warnings {
         tracing::warn!(archive = %given.name.display(), %warning, "restored with a loss");
     }
-    let beside = into.volume.join(denizen_archive::BESIDE);
+    let (name, is_said) = match restored.beside {
+        Beside::Nothing => return Ok(()),
+        Beside::Named(name) => (name, true),
+        Beside::Unsaid => (denizen_archive::BESIDE.into(), false),
+    };
+    let beside = into.volume.join(name);
+    let failed = |source| Error::volume("restore", &beside, source);
+    // The volume stays as it was saved, and may be closed to us as that.
+    let was = fs::metadata(&into.volume).map_err(failed)?;
+    let open = fs::Permissions::from_mode(was.permissions().mode() | 0o700);
+    fs::set_permissions(&into.volume, open).map_err(failed)?;
     if are_root_changes(&beside) {
         own_root_changes(&beside)?;
-        fs::rename(&beside, into.root_changes())
-            .map_err(|source| Error::volume("restore", &beside, source))?;
+        fs::rename(&beside, into.root_changes()).map_err(failed)?;
+    } else if is_said {
+        let detail = "what it has as changes of a root is none".to_owned();
+        return Err(ArchiveError::Damaged { path: given.name.to_owned(), detail }.into());
     }
-    Ok(())
+    let as_it_was = || {
+        let times = fs::FileTimes::new().set_modified(was.modified()?);
+        File::open(&into.volume)?.set_times(times)?;
+        fs::set_permissions(&into.volume, was.permissions())
+    };
+    as_it_was().map_err(failed)
 }
 
 /// Makes the folder of root changes ours, and what it says of them: they are no session's, but
@@ -214,4 +232,115 @@ pub(super) fn are_root_changes(folder: &Path) -> bool {
     is_folder(folder)
         && fs::symlink_metadata(&record).is_ok_and(|meta| meta.is_file())
         && fs::read_dir(folder).is_ok_and(|mut all| all.all(|entry| entry.is_ok_and(fits)))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use std::os::unix::fs::{MetadataExt as _, symlink};
+    use std::process::Command;
+
+    use super::*;
+
+    /// A folder that holds what changes of a root hold.
+    fn like_root_changes(path: &Path, content: &str) {
+        fs::create_dir_all(path.join("upper")).unwrap();
+        fs::write(path.join(RECORD), "{}").unwrap();
+        fs::write(path.join("upper/file"), content).unwrap();
+    }
+
+    fn site(folder: &Path, name: &str) -> Site {
+        let site = Site::in_folder(Uuid::nil(), folder.join(name));
+        fs::create_dir_all(&site.home).unwrap();
+        site
+    }
+
+    fn content(root_changes: &Path) -> String {
+        fs::read_to_string(root_changes.join("upper/file")).unwrap()
+    }
+
+    fn unpack(archive: &Path, into: &Site) -> Result<()> {
+        let file = File::open(archive).unwrap();
+        let given = Given { file: &file, name: archive, limit: None };
+        unpack_given(given, None, &into.home, &AtomicBool::new(false))
+    }
+
+    fn packed(site: &Site) -> PathBuf {
+        let now = jiff::Timestamp::now();
+        pack(site, site.home.parent().unwrap(), None, now, &AtomicBool::new(false)).unwrap().path
+    }
+
+    #[test]
+    fn nothing_of_a_session_is_left_out_for_its_name() {
+        let own: [&dyn Fn(&Path); 3] = [
+            &|path| like_root_changes(path, "its own"),
+            &|path| fs::write(path, "its own").unwrap(),
+            &|path| symlink("its own", path).unwrap(),
+        ];
+        for make in own {
+            for has_root in [true, false] {
+                let folder = tempfile::tempdir().unwrap();
+                let one = site(folder.path(), "one");
+                fs::create_dir(&one.volume).unwrap();
+                make(&one.volume.join(".denizen"));
+                if has_root {
+                    like_root_changes(&one.root_changes(), "the root's");
+                }
+                fs::set_permissions(&one.volume, fs::Permissions::from_mode(0o500)).unwrap();
+                let other = site(folder.path(), "other");
+                unpack(&packed(&one), &other).unwrap();
+                let never = AtomicBool::new(false);
+                let differs = |one: &Path, other: &Path| {
+                    denizen_archive::diff(Some(one), Some(other), &never).unwrap()
+                };
+                assert_eq!(differs(&one.volume, &other.volume), []);
+                assert_eq!(other.root_changes().exists(), has_root);
+                if has_root {
+                    assert_eq!(differs(&one.root_changes(), &other.root_changes()), []);
+                    assert_eq!(content(&other.root_changes()), "the root's");
+                }
+                let time = |site: &Site| {
+                    let meta = fs::metadata(&site.volume).unwrap();
+                    (meta.mtime(), meta.mtime_nsec())
+                };
+                assert_eq!(time(&one), time(&other));
+            }
+        }
+    }
+
+    /// Of before archives said what was beside the volume, which `tar` does not say either.
+    #[test]
+    fn an_archive_that_says_nothing_is_looked_into() {
+        let folder = tempfile::tempdir().unwrap();
+        let volume = folder.path().join("volume");
+        like_root_changes(&volume.join(".denizen"), "the root's");
+        fs::write(volume.join("file"), "its own").unwrap();
+        let archive = folder.path().join("old.tar.zst");
+        let mut tar = Command::new("tar");
+        tar.arg("--zstd").arg("-cf").arg(&archive).arg("-C").arg(&volume).arg(".");
+        assert!(tar.status().unwrap().success());
+        let into = site(folder.path(), "into");
+        unpack(&archive, &into).unwrap();
+        assert_eq!(content(&into.root_changes()), "the root's");
+        assert_eq!(fs::read_dir(&into.volume).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn what_is_said_to_be_beside_is_looked_at() {
+        let folder = tempfile::tempdir().unwrap();
+        let [volume, beside] = ["volume", "beside"].map(|name| folder.path().join(name));
+        fs::create_dir(&volume).unwrap();
+        fs::create_dir(&beside).unwrap();
+        symlink("/etc", beside.join("upper")).unwrap();
+        let source =
+            denizen_archive::Source { volume: &volume, beside: Some(&beside), owners: None };
+        let now = jiff::Timestamp::now();
+        let never = AtomicBool::new(false);
+        let written = denizen_archive::write(source, folder.path(), Uuid::nil(), now, &never);
+        let into = site(folder.path(), "into");
+        let error = unpack(&written.unwrap().entry.path, &into).unwrap_err();
+        assert!(matches!(error, Error::Backup(ArchiveError::Damaged { .. })), "{error}");
+        assert!(!into.root_changes().exists());
+    }
 }
