@@ -171,6 +171,14 @@ fn what_runs_in_the_background_outlives_its_daemon() {
     let pid = show("cat pid");
     for signal in [Signal::KILL, Signal::TERM] {
         user.exec("idle", "true");
+        // Whoever uses a new session does not wait until that is written down; killed before that,
+        // the daemon has one that was only being made.
+        let registry = user.state.path().join("pool/.denizen/registry.db");
+        until("it is written down", || {
+            let ask = "select count(*) from sessions where phase = 'active'";
+            let told = Command::new("sqlite3").arg(&registry).arg(ask).output().unwrap();
+            text(&told.stdout) == "2\n"
+        });
         let daemon = user.daemon_pid().unwrap();
         kill_process(Pid::from_raw(daemon).unwrap(), signal).unwrap();
         let line = format!("/proc/{daemon}/cmdline");
