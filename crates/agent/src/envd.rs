@@ -6,6 +6,7 @@
 //! [`Instances`]; nothing here knows of sessions.
 
 mod filesystem;
+mod hold;
 mod http;
 mod process;
 mod tail;
@@ -22,8 +23,10 @@ use denizen_envd::filesystem::FilesystemExt;
 use denizen_envd::process::ProcessExt;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::net::UnixStream;
+use tokio_util::sync::CancellationToken;
 
 pub use filesystem::{FilesystemService, Watchers};
+pub use hold::Hold;
 pub use process::{Job, JobInfo, Jobs, ProcessService, start_detached, start_foreground};
 pub use tail::Piece;
 
@@ -57,6 +60,9 @@ pub struct Instance {
     pub started: Started,
     /// Kept as long as the request, its response or a command in the foreground lasts.
     pub lease: Arc<dyn Any + Send + Sync>,
+    /// Cancelled when it is to be given up at once: what is being done in it for requests ends
+    /// then, whether or not their clients read or send.
+    pub over: CancellationToken,
 }
 
 impl Instance {
@@ -125,6 +131,7 @@ pub async fn serve_files(socket: UnixStream, workdir: PathBuf) -> std::io::Resul
         explain: Arc::new(|_| None),
         started: Arc::new(|_| {}),
         lease: Arc::new(()),
+        over: CancellationToken::new(),
         workdir,
     };
     let router = files(Arc::new(Within(instance)));

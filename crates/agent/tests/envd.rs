@@ -44,6 +44,7 @@ impl Place {
             explain: Arc::new(|_| None),
             started: Arc::new(|_| {}),
             lease: Arc::new(()),
+            over: tokio_util::sync::CancellationToken::new(),
         };
         Self { router: router(Arc::new(One(instance))), folder }
     }

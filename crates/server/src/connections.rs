@@ -7,18 +7,20 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use axum::Router;
-use axum::http::Request;
-use hyper::body::Incoming;
+use axum::http::{Request, Response};
+use axum::{BoxError, Router};
+use hyper::body::{Body, Incoming};
+use hyper::rt::{Read, Write};
 use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use hyper_util::server::conn::auto::Builder;
+use hyper_util::server::conn::auto::{Builder, HttpServerConnExec, UpgradeableConnection};
 use hyper_util::service::TowerToHyperService;
 use rustix::net::sockopt;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio_util::sync::{CancellationToken, DropGuard, WaitForCancellationFutureOwned};
+use tokio_util::task::TaskTracker;
 
 use crate::access::limits::{AtATime, network};
 use crate::access::tls::Tls;
@@ -43,8 +45,61 @@ const WINDOWS: u32 = 2 * 1024 * 1024;
 const SILENCE: [Duration; 3] =
     [Duration::from_secs(30), Duration::from_secs(10), Duration::from_mins(1)];
 
+/// How long whoever is still there when all else has ended may take to read what is left.
+const A_MOMENT: Duration = Duration::from_secs(1);
+
+/// All connections that are open.
+#[derive(Clone, Default)]
+pub(crate) struct Connections {
+    open: TaskTracker,
+    /// Cancelled when no further request is taken.
+    finishing: CancellationToken,
+    /// Cancelled when they are closed, whatever is being done on them.
+    ended: CancellationToken,
+}
+
+impl Connections {
+    /// Takes no further request on any of them: each is closed when it has its answers.
+    pub(crate) fn finish(&self) {
+        self.finishing.cancel();
+    }
+
+    /// Closes all of them, after a moment at most.
+    pub(crate) async fn end(&self) {
+        self.open.close();
+        let _ = tokio::time::timeout(A_MOMENT, self.open.wait()).await;
+        self.ended.cancel();
+        self.open.wait().await;
+    }
+
+    /// Has a connection served until it is closed, by either side.
+    fn spawn(&self, serving: impl Future<Output = ()> + Send + 'static) {
+        self.open.spawn(self.ended.clone().run_until_cancelled_owned(serving));
+    }
+
+    /// Serves what is asked on a connection.
+    async fn serve<I, S, B>(&self, serving: UpgradeableConnection<'_, I, S, TokioExecutor>)
+    where
+        I: Read + Write + Unpin + Send + 'static,
+        S: Service<Request<Incoming>, Response = Response<B>>,
+        S::Future: 'static,
+        S::Error: Into<BoxError>,
+        B: Body + 'static,
+        B::Error: Into<BoxError>,
+        TokioExecutor: HttpServerConnExec<S::Future, B>,
+    {
+        let mut serving = std::pin::pin!(serving);
+        // It ends as its client sees fit.
+        tokio::select! {
+            _ = &mut serving => return,
+            () = self.finishing.cancelled() => serving.as_mut().graceful_shutdown(),
+        }
+        let _ = serving.await;
+    }
+}
+
 /// Serves what comes by the Unix socket, for ever.
-pub(crate) async fn local(mut listener: OwnListener, app: Router) {
+pub(crate) async fn local(mut listener: OwnListener, app: Router, connections: Connections) {
     let app = TowerToHyperService::new(app);
     loop {
         let (stream, uid) = listener.accept().await;
@@ -53,11 +108,10 @@ pub(crate) async fn local(mut listener: OwnListener, app: Router) {
             request.extensions_mut().insert(Peer::Local { uid });
             app.call(request)
         });
-        tokio::spawn(async move {
+        let all = connections.clone();
+        connections.spawn(async move {
             let builder = Builder::new(TokioExecutor::new());
-            let serving = builder.serve_connection_with_upgrades(TokioIo::new(stream), service);
-            // It ends as its client sees fit.
-            let _ = serving.await;
+            all.serve(builder.serve_connection_with_upgrades(TokioIo::new(stream), service)).await;
         });
     }
 }
@@ -68,6 +122,7 @@ pub(crate) async fn remote(
     tls: Option<Arc<Tls>>,
     app: Router,
     access: Arc<Access>,
+    connections: Connections,
 ) {
     let of_one = AtATime::new(OF_ONE);
     let app = TowerToHyperService::new(app);
@@ -89,9 +144,10 @@ pub(crate) async fn remote(
             continue;
         }
         let (tls, app, access) = (tls.clone(), app.clone(), access.clone());
-        tokio::spawn(async move {
+        let all = connections.clone();
+        connections.spawn(async move {
             let _place = (place, one);
-            connection(stream, from, tls, app, access).await;
+            connection(stream, from, tls, app, access, &all).await;
         });
     }
 }
@@ -103,18 +159,19 @@ async fn connection(
     tls: Option<Arc<Tls>>,
     app: TowerToHyperService<Router>,
     access: Arc<Access>,
+    all: &Connections,
 ) {
     let deadline = tokio::time::Instant::now() + PATIENCE;
     let Ok(to) = prepare(&stream) else { return };
     let cut = CancellationToken::new();
     let peer = Peer::Tcp { from, to, tls: tls.is_some(), cut: cut.clone() };
     let Some(tls) = tls else {
-        return serve(Cuttable::new(stream, cut), peer, deadline, app, access).await;
+        return serve(Cuttable::new(stream, cut), peer, deadline, app, access, all).await;
     };
     let stream = tls.acceptor().await.accept(stream);
     // Who does not manage to say a word of TLS is nobody to talk to about it.
     if let Ok(Ok(stream)) = tokio::time::timeout_at(deadline, stream).await {
-        serve(Cuttable::new(stream, cut), peer, deadline, app, access).await;
+        serve(Cuttable::new(stream, cut), peer, deadline, app, access, all).await;
     }
 }
 
@@ -124,6 +181,7 @@ async fn serve(
     deadline: tokio::time::Instant,
     app: TowerToHyperService<Router>,
     access: Arc<Access>,
+    all: &Connections,
 ) {
     let begun = Arc::new(tokio::sync::Notify::new());
     let service = {
@@ -152,14 +210,14 @@ async fn serve(
         .keep_alive_interval(idle)
         .keep_alive_timeout(end);
     let serving = builder.serve_connection_with_upgrades(TokioIo::new(io), service);
-    let mut serving = std::pin::pin!(serving);
+    let mut serving = std::pin::pin!(all.serve(serving));
     // Until its first request, nothing else sees to it that there is one.
     tokio::select! {
-        _ = &mut serving => return,
+        () = &mut serving => return,
         () = tokio::time::sleep_until(deadline) => return,
         () = begun.notified() => {}
     }
-    let _ = serving.await;
+    serving.await;
 }
 
 /// Has the kernel see to it that a client that is gone is noticed.

@@ -169,7 +169,11 @@ async fn hand_over(resolver: &Resolver, request: Request) -> Result<Response, Co
     let lease = resolver.lease(request.headers()).await?;
     let limits = lease.guard.limit_watch();
     let mut requests = lease.within.requests(&lease).await?;
-    let response = match ask(&mut requests, for_the_agent(request)?, PATIENCE).await {
+    let answer = tokio::select! {
+        answer = ask(&mut requests, for_the_agent(request)?, PATIENCE) => answer,
+        () = lease.ended() => Err(ConnectError::aborted("the session is being stopped")),
+    };
+    let response = match answer {
         Err(error) if error.code == connectrpc::ErrorCode::DeadlineExceeded => {
             lease.within.give_up().await;
             return Err(error);
@@ -182,15 +186,10 @@ async fn hand_over(resolver: &Resolver, request: Request) -> Result<Response, Co
         }
         answer => answer?,
     };
-    // The session stays in use until the last byte is out.
     let (mut parts, body) = response.into_parts();
     parts.headers.remove("set-cookie");
     drop_hop_by_hop(&mut parts.headers);
-    let body = Body::new(body).into_data_stream().map(move |piece| {
-        let _ = &lease;
-        piece
-    });
-    Ok(Response::from_parts(parts, Body::from_stream(body)))
+    Ok(Response::from_parts(parts, Body::new(lease.hold(body))))
 }
 
 /// A request as the agent within gets it.

@@ -5,19 +5,26 @@
 //! the last of them is done, the guard is given back.
 
 use std::collections::HashMap;
+use std::pin::Pin;
 use std::sync::{Arc, Weak};
+use std::task::{Context, Poll};
 
+use axum::BoxError;
+use axum::body::Bytes;
 use axum::http::HeaderMap;
 use connectrpc::ConnectError;
 use denizen::{Error, Histogram, MicroVmManager, SessionName, VmExecutionGuard};
-use denizen_agent::envd::{Instance, Instances, Jobs, Watchers};
+use denizen_agent::envd::{Hold, Instance, Instances, Jobs, Watchers};
+use hyper::body::{Body, Frame, SizeHint};
 use parking_lot::Mutex;
+use tokio::sync::Notify;
 use tokio::time::Instant;
+use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use uuid::Uuid;
 
+use crate::SESSION;
 use crate::access::guard;
 use crate::files::Within;
-use crate::{Ending, SESSION};
 
 /// A guard that is shared.
 pub(crate) struct Lease {
@@ -26,9 +33,28 @@ pub(crate) struct Lease {
     watchers: Arc<Watchers>,
     pub(crate) within: Arc<Within>,
     starts: Arc<Mutex<Histogram>>,
+    /// Cancelled when whoever has it is to give it back.
+    ended: CancellationToken,
 }
 
 impl Lease {
+    /// Ends when the session is stopped by force, or the daemon ends: whatever takes long has to
+    /// give the lease back then. Cancel-safe.
+    pub(crate) async fn ended(&self) {
+        self.ended.cancelled().await;
+    }
+
+    /// A body that keeps its session in use until its last byte is out, and breaks off when the
+    /// lease has ended; also if nobody reads it.
+    pub(crate) fn hold<B>(self: Arc<Self>, body: B) -> Held<B> {
+        let ended = self.ended.clone();
+        Held {
+            body,
+            ended: Box::pin(ended.clone().cancelled_owned()),
+            _hold: Hold::new(self, ended),
+        }
+    }
+
     /// Where commands run and files are.
     pub(crate) fn instance(self: Arc<Self>) -> Result<Instance, Error> {
         let limits = self.guard.limit_watch();
@@ -41,18 +67,77 @@ impl Lease {
             env: self.guard.base_environment(),
             jobs: self.jobs.clone(),
             watchers: self.watchers.clone(),
+            over: self.ended.clone(),
             lease: self,
         })
     }
 }
 
+/// As [`Lease::hold`] makes it.
+pub(crate) struct Held<B> {
+    body: B,
+    ended: Pin<Box<WaitForCancellationFutureOwned>>,
+    _hold: Hold,
+}
+
+impl<B> Body for Held<B>
+where
+    B: Body<Data = Bytes, Error: Into<BoxError>> + Unpin,
+{
+    type Data = Bytes;
+    type Error = BoxError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        if self.ended.as_mut().poll(context).is_ready() {
+            return Poll::Ready(Some(Err("the session is being stopped".into())));
+        }
+        Pin::new(&mut self.body).poll_frame(context).map_err(Into::into)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
 #[derive(Default)]
 struct Slot {
-    /// Held while the guard is being acquired, so that it is acquired once.
-    lease: tokio::sync::Mutex<Weak<Lease>>,
+    shared: Mutex<Shared>,
+    /// Told when there is a lease to share, and when it may be taken again.
+    told: Notify,
     jobs: Mutex<Option<Arc<Jobs>>>,
     watchers: Arc<Watchers>,
     within: Arc<Within>,
+}
+
+#[derive(Default)]
+struct Shared {
+    lease: Weak<Lease>,
+    /// How many are ending the session by force: nobody is let in meanwhile.
+    ending: usize,
+}
+
+impl Shared {
+    /// The lease that there is, unless it is to be given back.
+    fn lease(&self) -> Option<Arc<Lease>> {
+        self.lease.upgrade().filter(|lease| !lease.ended.is_cancelled())
+    }
+}
+
+/// A session that nobody is let into, until this is dropped.
+pub(crate) struct Closed(Arc<Slot>);
+
+impl Drop for Closed {
+    fn drop(&mut self) {
+        self.0.shared.lock().ending -= 1;
+        self.0.told.notify_waiters();
+    }
 }
 
 /// All leases of the daemon.
@@ -64,13 +149,15 @@ pub(crate) struct Leases {
     acquires: Mutex<Histogram>,
     /// How long it took to start commands.
     starts: Arc<Mutex<Histogram>>,
+    /// Cancelled when the daemon ends, and every lease with it.
+    ended: CancellationToken,
 }
 
 impl Leases {
     pub(crate) fn new(pool: Arc<MicroVmManager>) -> Self {
         let last_use = Mutex::new(Instant::now());
-        let (slots, acquires, starts) = Default::default();
-        Self { pool, slots, last_use, acquires, starts }
+        let (slots, acquires, starts, ended) = Default::default();
+        Self { pool, slots, last_use, acquires, starts, ended }
     }
 
     /// The session of that name or UUID, if it is known.
@@ -94,32 +181,79 @@ impl Leases {
     /// image, if one is named. Cancel-safe.
     pub(crate) async fn take(&self, id: Uuid, image: Option<&str>) -> Result<Arc<Lease>, Error> {
         self.touch();
-        let slot = self.slots.lock().entry(id).or_default().clone();
-        let mut shared = slot.lease.lock().await;
-        if let Some(lease) = shared.upgrade() {
-            if image.is_some() {
-                let of = self.pool.inspect(id)?.image;
-                if of.as_deref() != image {
-                    return Err(Error::OtherImage { session: id, image: of });
-                }
-            }
-            return Ok(lease);
+        if self.ended.is_cancelled() {
+            return Err(Error::ShuttingDown);
         }
-        let begun = Instant::now();
-        let guard = match image {
-            Some(image) => self.pool.acquire_with_image(id, image).await?,
-            None => self.pool.acquire(id).await?,
-        };
-        self.acquires.lock().count(begun.elapsed());
+        let slot = self.slots.lock().entry(id).or_default().clone();
+        loop {
+            let mut told = std::pin::pin!(slot.told.notified());
+            told.as_mut().enable();
+            let (lease, closed) = {
+                let shared = slot.shared.lock();
+                (shared.lease(), shared.ending > 0)
+            };
+            if closed {
+                told.await;
+                continue;
+            }
+            if let Some(lease) = lease {
+                self.is_of(id, image)?;
+                return Ok(lease);
+            }
+            let begun = Instant::now();
+            // Everybody waits in the pool's own line, each no longer than that allows. Whoever is
+            // given the session shares it with the rest, who leave the line then.
+            let guard = tokio::select! {
+                guard = self.acquire(id, image) => guard?,
+                () = told => continue,
+            };
+            self.acquires.lock().count(begun.elapsed());
+            if let Some(lease) = self.share(&slot, id, guard)? {
+                self.forget_unused();
+                return Ok(lease);
+            }
+        }
+    }
+
+    async fn acquire(&self, id: Uuid, image: Option<&str>) -> Result<VmExecutionGuard, Error> {
+        match image {
+            Some(image) => self.pool.acquire_with_image(id, image).await,
+            None => self.pool.acquire(id).await,
+        }
+    }
+
+    /// That a session is of this image, if one is named.
+    fn is_of(&self, id: Uuid, image: Option<&str>) -> Result<(), Error> {
+        if image.is_some() {
+            let of = self.pool.inspect(id)?.image;
+            if of.as_deref() != image {
+                return Err(Error::OtherImage { session: id, image: of });
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes a lease of a guard, for all who want one; unless the session is being ended.
+    fn share(
+        &self,
+        slot: &Slot,
+        id: Uuid,
+        guard: VmExecutionGuard,
+    ) -> Result<Option<Arc<Lease>>, Error> {
         let logs = self.pool.session_folder(id)?.join("logs");
         let jobs = slot.jobs.lock().get_or_insert_with(|| Arc::new(Jobs::new(logs))).clone();
         let watchers = slot.watchers.clone();
         let within = slot.within.clone();
-        let lease = Arc::new(Lease { guard, jobs, watchers, within, starts: self.starts.clone() });
-        *shared = Arc::downgrade(&lease);
+        let (starts, ended) = (self.starts.clone(), self.ended.child_token());
+        let lease = Arc::new(Lease { guard, jobs, watchers, within, starts, ended });
+        let mut shared = slot.shared.lock();
+        if shared.ending > 0 {
+            return Ok(None);
+        }
+        shared.lease = Arc::downgrade(&lease);
         drop(shared);
-        self.forget_unused();
-        Ok(lease)
+        slot.told.notify_waiters();
+        Ok(Some(lease))
     }
 
     /// What was started in a session through the daemon, if anything was.
@@ -142,20 +276,28 @@ impl Leases {
         *self.last_use.lock() = Instant::now();
     }
 
-    /// Kills what was started in a session through the daemon. Its requests then give the guard
-    /// back on their own.
-    pub(crate) async fn kill(&self, id: Uuid) {
-        let slot = self.slots.lock().get(&id).cloned();
-        if let Some(slot) = slot {
-            slot.kill(Ending::Stop).await;
-        }
+    /// Ends what is being done in a session through the daemon, and waits until its guard is given
+    /// back. Nobody is let in until what is returned is dropped. What runs in the background is
+    /// not touched: it may be frozen, and whoever stops the session ends it. Cancel-safe.
+    ///
+    /// # Errors
+    /// As [`MicroVmManager::released`].
+    pub(crate) async fn close(&self, id: Uuid) -> Result<Closed, Error> {
+        let slot = self.slots.lock().entry(id).or_default().clone();
+        slot.shared.lock().ending += 1;
+        let closed = Closed(slot);
+        // Those in line leave it.
+        closed.0.told.notify_waiters();
+        closed.0.end();
+        self.pool.released(id).await?;
+        Ok(closed)
     }
 
-    /// As [`Leases::kill`], in all sessions; what runs in the background may be left.
-    pub(crate) async fn kill_all(&self, ending: Ending) {
-        let all: Vec<_> = self.slots.lock().values().cloned().collect();
-        for slot in all {
-            slot.kill(ending).await;
+    /// As [`Leases::close`], of all sessions and for good. Waits for nothing.
+    pub(crate) fn close_all(&self) {
+        self.ended.cancel();
+        for slot in self.slots.lock().values() {
+            slot.end();
         }
     }
 
@@ -177,19 +319,18 @@ impl Leases {
 }
 
 impl Slot {
-    async fn kill(&self, ending: Ending) {
+    /// Has the lease given back, if there is one.
+    fn end(&self) {
         self.watchers.clear();
-        let jobs = self.jobs.lock().clone();
-        match (jobs, ending) {
-            (Some(jobs), Ending::Stop) => jobs.kill_all().await,
-            (Some(jobs), Ending::Leave) => jobs.kill_foreground().await,
-            (None, _) => {}
+        let lease = self.shared.lock().lease();
+        if let Some(lease) = lease {
+            lease.ended.cancel();
         }
     }
 
     fn is_used(&self) -> bool {
-        let leased = self.lease.try_lock().map_or(true, |lease| lease.strong_count() > 0);
-        leased || self.jobs.lock().as_ref().is_some_and(|jobs| !jobs.is_empty())
+        self.shared.lock().lease.strong_count() > 0
+            || self.jobs.lock().as_ref().is_some_and(|jobs| !jobs.is_empty())
     }
 }
 

@@ -13,13 +13,13 @@ use connectrpc::{
 };
 use denizen_envd::filesystem as wire;
 use denizen_envd::filesystem::__buffa::oneof;
-use futures::stream;
+use futures::{StreamExt, stream};
 use notify::event::{ModifyKind, RenameMode};
 use notify::{EventKind, RecommendedWatcher, RecursiveMode, Watcher as _};
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
-use super::{Instance, Instances, blocking, keepalive, refused};
+use super::{Hold, Instance, Instances, blocking, keepalive, refused};
 
 /// Most changes that wait for a client to ask for them.
 const MOST_EVENTS: usize = 16_384;
@@ -396,6 +396,8 @@ impl<I: Instances> wire::Filesystem for FilesystemService<I> {
             |event: Event| wire::WatchDirResponse { event: Some(event), ..Default::default() };
         let start = item(wire::watch_dir_response::StartEvent::default().into());
         // The instance stays in use as long as somebody watches.
+        let over = instance.over.clone().cancelled_owned();
+        let instance = Hold::new(instance.lease, instance.over);
         let changes = stream::unfold(Some((watch, instance)), move |state| async move {
             let (watch, instance) = state?;
             loop {
@@ -413,7 +415,8 @@ impl<I: Instances> wire::Filesystem for FilesystemService<I> {
                 }
             }
         });
-        let items = futures::StreamExt::chain(stream::iter([Ok(start)]), changes);
+        let changes = changes.take_until(over);
+        let items = stream::iter([Ok(start)]).chain(changes);
         Response::ok(Box::pin(items) as ServiceStream<wire::WatchDirResponse>)
     }
 

@@ -30,7 +30,11 @@ pub(crate) async fn connect(
     }
     let id = api.leases.find(&session)?;
     let lease = api.leases.take(id, None).await?;
-    let inside = reach(&lease, port).await.map_err(|error| {
+    let reached = tokio::select! {
+        reached = reach(&lease, port) => reached,
+        () = lease.ended() => Err(std::io::Error::other("the session is being stopped")),
+    };
+    let inside = reached.map_err(|error| {
         let detail = format!("port {port} of session {session} cannot be reached: {error}");
         Refused::new(Code::Port, detail)
     })?;
@@ -39,8 +43,10 @@ pub(crate) async fn connect(
         let Ok(outside) = upgrade.await else { return };
         let (mut outside, mut inside) = (TokioIo::new(outside), inside);
         // Either side may end it at any time.
-        let _ = tokio::io::copy_bidirectional(&mut outside, &mut inside).await;
-        drop(lease);
+        tokio::select! {
+            _ = tokio::io::copy_bidirectional(&mut outside, &mut inside) => {}
+            () = lease.ended() => {}
+        }
     });
     let headers = [("connection", "upgrade"), ("upgrade", "tcp")];
     Ok((StatusCode::SWITCHING_PROTOCOLS, headers).into_response())

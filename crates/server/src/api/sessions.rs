@@ -15,6 +15,7 @@ use super::extract::{Json, Path, Query};
 use super::refusal::{Answer, Refused};
 use super::{Api, wire};
 use crate::access::Caller;
+use crate::lease::Closed;
 
 /// Most sessions in one part of a list.
 const MOST: usize = 1000;
@@ -209,20 +210,18 @@ pub(crate) async fn stop(
     Query(Force { force }): Query<Force>,
 ) -> Answer<StatusCode> {
     let id = api.leases.find(&session)?;
-    end(&api, id, force).await?;
+    drop(end(&api, id, force).await?);
     Ok(StatusCode::NO_CONTENT)
 }
 
-/// With force, what runs in the foreground is ended first; its requests then give the guard
-/// back on their own.
-async fn end(api: &Api, id: Uuid, force: bool) -> Result<(), Error> {
+/// With force, what requests do in it is ended first, and they give the guard back on their own;
+/// then nobody is let in until what is returned is dropped.
+async fn end(api: &Api, id: Uuid, force: bool) -> Result<Option<Closed>, Error> {
+    let mut closed = None;
     loop {
         match api.pool.stop(id, force).await {
-            Err(Error::InUse { .. }) if force => {
-                api.leases.kill(id).await;
-                api.pool.released(id).await?;
-            }
-            done => return done,
+            Err(Error::InUse { .. }) if force => closed = Some(api.leases.close(id).await?),
+            done => return done.map(|()| closed),
         }
     }
 }
@@ -237,14 +236,16 @@ pub(crate) async fn remove(
     Query(Force { force }): Query<Force>,
 ) -> Answer<StatusCode> {
     let id = api.leases.find(&session)?;
+    let mut closed = None;
     if force {
         api.pool.inspect(id)?;
-        match end(&api, id, true).await {
-            Ok(()) | Err(Error::VolumeMissing { .. }) => {}
-            Err(error) => return Err(error.into()),
-        }
+        closed = match end(&api, id, true).await {
+            Err(Error::VolumeMissing { .. }) => None,
+            ended => ended?,
+        };
     }
     api.pool.remove(id).await?;
+    drop(closed);
     Ok(StatusCode::NO_CONTENT)
 }
 
