@@ -151,13 +151,20 @@ pub(crate) struct Leases {
     starts: Arc<Mutex<Histogram>>,
     /// Cancelled when the daemon ends, and every lease with it.
     ended: CancellationToken,
+    /// Whoever has a copy is doing something.
+    busy: Arc<()>,
+}
+
+/// Something that the daemon does without a session's guard; until this is dropped.
+pub(crate) struct Busy {
+    _one: Arc<()>,
 }
 
 impl Leases {
     pub(crate) fn new(pool: Arc<MicroVmManager>) -> Self {
         let last_use = Mutex::new(Instant::now());
-        let (slots, acquires, starts, ended) = Default::default();
-        Self { pool, slots, last_use, acquires, starts, ended }
+        let (slots, acquires, starts, ended, busy) = Default::default();
+        Self { pool, slots, last_use, acquires, starts, ended, busy }
     }
 
     /// The session of that name or UUID, if it is known.
@@ -301,9 +308,15 @@ impl Leases {
         }
     }
 
-    /// Whether any command is being run or any guard is held.
+    /// Keeps the daemon from leaving because nothing runs.
+    pub(crate) fn busy(&self) -> Busy {
+        self.touch();
+        Busy { _one: self.busy.clone() }
+    }
+
+    /// Whether any command is being run, any guard is held or anything else is being done.
     pub(crate) fn any(&self) -> bool {
-        self.slots.lock().values().any(|slot| slot.is_used())
+        Arc::strong_count(&self.busy) > 1 || self.slots.lock().values().any(|slot| slot.is_used())
     }
 
     pub(crate) fn used_since(&self, then: Instant) -> bool {

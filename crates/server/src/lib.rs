@@ -17,6 +17,9 @@ mod metrics;
 mod rest;
 mod web;
 
+#[cfg(test)]
+mod tests;
+
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
