@@ -255,7 +255,10 @@ fn scopes_and_prefixes_hold() {
         3
     );
     assert_eq!(daemon.ask(&read, "POST /v1/sessions/ci-a/stop").code(), forbidden);
-    assert_eq!(daemon.ask(&read, "GET /v1/sessions/ci-a/export").code(), forbidden);
+    for rest in ["export", "processes", "processes/1/output", "logs/1"] {
+        let line = format!("GET /v1/sessions/ci-a/{rest}");
+        assert_eq!(daemon.ask(&read, &line).code(), forbidden, "{line}");
+    }
     assert_eq!(daemon.ask(&read, "HEAD /v1/sessions").status, 200);
     assert_eq!(daemon.ask(&all, "POST /v1/sessions/ci-a/stop").status, 204);
     for line in ["GET /v1/keys", "POST /v1/shutdown", "GET /v1/nowhere", "PATCH /v1/sessions"] {
