@@ -744,6 +744,16 @@ fn nobody_forges_a_line_of_the_audit_log() {
     assert!(lines[2]["peer"].as_str().unwrap().starts_with("127.0.0.1:"));
     assert!(lines[2]["milliseconds"].is_u64());
     assert_eq!(lines[3]["who"], json!(null));
+    // A header is no session of a route that has none; the one that was made is told.
+    let key_and_header = [("x-api-key", key.as_str()), ("denizen-session", "good")];
+    let body = r#"{"name": "new"}"#;
+    let made = daemon.ask_with("POST /v1/sessions", &key_and_header, body).json();
+    let fork = daemon.ask(&key, "POST /v1/sessions/new/fork").json();
+    let lines = daemon.audit();
+    let told = |line: &Value| (line["session"].clone(), line["made"].clone());
+    assert_eq!(told(&lines[4]), (json!(null), made["id"].clone()));
+    assert_eq!(told(&lines[5]), (json!("new"), fork["id"].clone()));
+    assert_eq!(told(&lines[2]), (json!("good"), json!(null)));
     let text = std::fs::read_to_string(daemon.user.state.path().join("audit.log")).unwrap();
     assert!(!text.contains(key.rsplit('_').next().unwrap()));
     assert!(text.chars().all(|c| c == '\n' || (' '..='~').contains(&c)), "{text}");

@@ -18,8 +18,8 @@ use axum::extract::{FromRequestParts, MatchedPath, RawPathParams, Request, State
 use axum::http::header::{
     ACCESS_CONTROL_ALLOW_HEADERS, ACCESS_CONTROL_ALLOW_METHODS, ACCESS_CONTROL_ALLOW_ORIGIN,
     ACCESS_CONTROL_EXPOSE_HEADERS, ACCESS_CONTROL_MAX_AGE, ACCESS_CONTROL_REQUEST_HEADERS,
-    ACCESS_CONTROL_REQUEST_METHOD, AUTHORIZATION, CONTENT_TYPE, HOST, ORIGIN, RETRY_AFTER, VARY,
-    WWW_AUTHENTICATE, X_CONTENT_TYPE_OPTIONS,
+    ACCESS_CONTROL_REQUEST_METHOD, AUTHORIZATION, CONTENT_TYPE, HOST, LOCATION, ORIGIN, RETRY_AFTER,
+    VARY, WWW_AUTHENTICATE, X_CONTENT_TYPE_OPTIONS,
 };
 use axum::http::request::Parts;
 use axum::http::uri::{Authority, PathAndQuery, Uri};
@@ -188,6 +188,7 @@ pub(crate) async fn guard(
         }
     };
     record.status = Some(answer.status());
+    record.made = made(&answer);
     match origin {
         Some(origin) => allow(answer, &origin),
         None => answer,
@@ -264,9 +265,18 @@ async fn admit(access: &Access, parts: &mut Parts, record: &mut Record) -> Resul
     }
 }
 
-/// The session that a request is about, as its handler will read it.
+/// The id of the session that was made, if one was without being named in the path.
+fn made(answer: &Response) -> Option<String> {
+    let created = answer.status() == StatusCode::CREATED;
+    let place = answer.headers().get(LOCATION).filter(|_| created)?.to_str().ok()?;
+    place.strip_prefix("/v1/sessions/").map(str::to_owned)
+}
+
+/// The session that a request is about, as its handler will read it: in the path, or in a header
+/// if it is one for envd. What a header says elsewhere means nothing.
 async fn session(parts: &mut Parts, route: &str) -> Option<String> {
     if !route.contains("{session}") {
+        rules::of_envd(parts.uri.path())?;
         return named(&parts.headers).map(str::to_owned);
     }
     let params = RawPathParams::from_request_parts(parts, &()).await.ok()?;
@@ -445,6 +455,7 @@ struct Record {
     need: Option<Need>,
     route: String,
     session: Option<String>,
+    made: Option<String>,
     status: Option<StatusCode>,
     /// Whether it is one of more refusals than anybody wants to read.
     is_one_of_many: bool,
@@ -461,6 +472,7 @@ impl Record {
             need: None,
             route: String::new(),
             session: None,
+            made: None,
             status: None,
             is_one_of_many: false,
         }
@@ -497,6 +509,7 @@ impl Drop for Record {
             "method": shortened(method),
             "route": self.route,
             "session": self.session.as_deref().map(shortened),
+            "made": self.made,
             "status": self.status.map(|status| status.as_u16()),
             "milliseconds": u64::try_from(self.begin.elapsed().as_millis()).unwrap_or(u64::MAX),
         }));
