@@ -859,3 +859,21 @@ fn slow_and_silent_clients_are_sent_away() {
     }
     assert!(begin.elapsed() < Duration::from_secs(25), "{:?}", begin.elapsed());
 }
+
+#[test]
+fn what_one_key_has_made_is_not_given_to_another() {
+    let daemon = Daemon::start(&[]);
+    let make = |headers: &[(&str, &str)]| {
+        let headers = [headers, &[("idempotency-key", "1")]].concat();
+        let made = daemon.ask_with("POST /v1/sessions", &headers, "{}");
+        assert_eq!(made.status, 201, "{}", made.body);
+        made.json()["id"].clone()
+    };
+    let ((_, one), (_, other)) = (daemon.key(&[]), daemon.key(&[]));
+    let bearer = format!("Bearer {one}");
+    let first = make(&[("x-access-token", &one)]);
+    assert_ne!(make(&[("x-access-token", &other)]), first);
+    // However a key is sent, it is the same one.
+    assert_eq!(make(&[("authorization", &bearer)]), first);
+    assert_eq!(make(&[("x-api-key", &one)]), first);
+}

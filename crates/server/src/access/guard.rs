@@ -32,7 +32,7 @@ use hyper::body::{Body as _, Frame, SizeHint};
 use jiff::Timestamp;
 
 use super::keys::Scope;
-use super::limits::{One, network};
+use super::limits::network;
 use super::rules::{self, Need, On};
 use super::{Access, Caller, Front, Peer};
 use crate::SESSION;
@@ -344,17 +344,25 @@ fn allow(mut answer: Response, origin: &HeaderValue) -> Response {
 
 /// Has a request answered. All of it ends when what its caller was let in by does: the handler,
 /// the answer's body, and a connection that it has become.
-async fn pass(access: Arc<Access>, caller: Caller, mut request: Request, next: Next) -> Response {
+async fn pass(
+    access: Arc<Access>,
+    mut caller: Caller,
+    mut request: Request,
+    next: Next,
+) -> Response {
     let peer = request.extensions().get::<Peer>().cloned();
-    request.extensions_mut().insert(caller.clone());
-    let Some(Peer::Tcp { cut, .. }) = peer else { return next.run(request).await };
-    let one = match caller.counted_as() {
-        Some(id) => match access.at_a_time.begin(id) {
-            Some(one) => Some(one),
-            None => return No::TooOften(Duration::ZERO).into_response(),
-        },
-        None => None,
+    let Some(Peer::Tcp { cut, .. }) = peer else {
+        request.extensions_mut().insert(caller);
+        return next.run(request).await;
     };
+    if let Some(id) = caller.counted_as() {
+        match access.at_a_time.begin(id) {
+            Some(one) => caller.open = Some(Arc::new(one)),
+            None => return No::TooOften(Duration::ZERO).into_response(),
+        }
+    }
+    request.extensions_mut().insert(caller.clone());
+    // It has the caller, and with that its place.
     let mut over = Box::pin(access.over(caller));
     let (request, broke_off) = patient(request);
     let mut answer = tokio::select! {
@@ -373,7 +381,6 @@ async fn pass(access: Arc<Access>, caller: Caller, mut request: Request, next: N
     headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     if answer.status() == StatusCode::SWITCHING_PROTOCOLS {
         tokio::spawn(async move {
-            let _one = one;
             tokio::select! {
                 () = over => cut.cancel(),
                 () = cut.cancelled() => {}
@@ -381,7 +388,7 @@ async fn pass(access: Arc<Access>, caller: Caller, mut request: Request, next: N
         });
         return answer;
     }
-    answer.map(|body| Body::new(Held { body, over, _one: one }))
+    answer.map(|body| Body::new(Held { body, over }))
 }
 
 /// A request whose body does not stand still for long, and what tells whether that broke off. A
@@ -417,7 +424,6 @@ fn patient(request: Request) -> (Request, Arc<AtomicBool>) {
 struct Held<F> {
     body: Body,
     over: Pin<Box<F>>,
-    _one: Option<One<String>>,
 }
 
 impl<F: Future<Output = ()>> hyper::body::Body for Held<F> {

@@ -108,12 +108,13 @@ pub(crate) async fn create(
             begin(&api, id, image).await
         }
     };
-    made(&api, &headers, &words, work).await
+    made(&api, caller, &headers, &words, work).await
 }
 
 /// Answers with a session that was made, once for each idempotency key.
 async fn made(
     api: &Api,
+    caller: Caller,
     headers: &HeaderMap,
     request: &[&str],
     work: impl Future<Output = Answer<Session>> + Send + 'static,
@@ -123,7 +124,7 @@ async fn made(
         let made = serde_json::to_value(work.await?).unwrap_or_default();
         Ok((StatusCode::CREATED, made))
     };
-    let (status, made) = api.repeats.once(headers, request, work).await?;
+    let (status, made) = api.repeats.once(caller, headers, request, work).await?;
     let location = format!("/v1/sessions/{}", made["id"].as_str().unwrap_or_default());
     Ok((status, [(header::LOCATION, location)], made).into_response())
 }
@@ -287,5 +288,5 @@ pub(crate) async fn fork(
             Ok(wire::session(api.pool.inspect(made)?))
         }
     };
-    made(&api, &headers, &words, work).await
+    made(&api, caller, &headers, &words, work).await
 }
