@@ -842,20 +842,27 @@ fn slow_and_silent_clients_are_sent_away() {
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
         b"\x16\x03\x01\x02\0",
     ];
-    let clients = (0..100).flat_map(|_| beginnings).map(|bytes| {
+    // One that has asked what needs no key, by HTTP/2: GET /healthz of 127.0.0.1.
+    let head = b"\x82\x86\x04\x08/healthz\x01\x09127.0.0.1";
+    let mut asked = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0".to_vec();
+    asked.extend([0, 0, u8::try_from(head.len()).unwrap(), 1, 5, 0, 0, 0, 1]);
+    asked.extend(head);
+    let beginnings = beginnings.into_iter().chain([&asked[..]]);
+    let clients = (0..100).flat_map(|_| beginnings.clone()).map(|bytes| {
         let mut stream = daemon.connect();
         stream.write_all(bytes).unwrap();
-        stream
+        (stream, bytes == asked)
     });
     let clients: Vec<_> = clients.collect();
     let begin = Instant::now();
     // They are in nobody's way.
     assert_eq!(daemon.ask(&key, "GET /v1/sessions").status, 200);
-    for mut client in clients {
+    for (mut client, asked) in clients {
         let mut rest = Vec::new();
         if let Err(error) = client.read_to_end(&mut rest) {
             assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset, "{error}");
         }
+        assert_eq!(rest.windows(3).any(|it| it == b"ok\n"), asked, "{rest:?}");
     }
     assert!(begin.elapsed() < Duration::from_secs(25), "{:?}", begin.elapsed());
 }

@@ -245,6 +245,9 @@ async fn admit(access: &Access, parts: &mut Parts, record: &mut Record) -> Resul
         })?,
     };
     record.caller = Some(caller.clone());
+    if let (Some(Peer::Tcp { known, .. }), Some(_)) = (&record.peer, caller.counted_as()) {
+        known.store(true, Ordering::Relaxed);
+    }
     if let Some(id) = caller.counted_as() {
         access.requests.count(id, Instant::now()).map_err(No::TooOften)?;
     }

@@ -17,6 +17,7 @@ mod tokens;
 use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use denizen::MicroVmManager;
@@ -63,6 +64,8 @@ pub(crate) enum Peer {
         tls: bool,
         /// Ends the connection, whatever is being done on it.
         cut: tokio_util::sync::CancellationToken,
+        /// Whether it has ever come with a good key or token.
+        known: Arc<AtomicBool>,
     },
 }
 
