@@ -884,3 +884,21 @@ fn what_one_key_has_made_is_not_given_to_another() {
     assert_eq!(make(&[("authorization", &bearer)]), first);
     assert_eq!(make(&[("x-api-key", &one)]), first);
 }
+
+#[test]
+fn what_is_refused_leaves_nothing_behind() {
+    let daemon = Daemon::start(&[]);
+    let (_, key) = daemon.key(&[]);
+    let random = uuid::Uuid::new_v4();
+    let keys = daemon.user.state.path().join("keys.json");
+    let before = std::fs::read_to_string(&keys).unwrap();
+    let tokens = daemon.ask(&key, &format!("DELETE /v1/sessions/{random}/tokens"));
+    assert_eq!(tokens.code(), (404, "unknown_session".to_owned()));
+    assert_eq!(std::fs::read_to_string(&keys).unwrap(), before);
+    let made = daemon.ask(&key, "PUT /v1/sessions/ci-1?image=nothere");
+    assert!(made.status >= 400, "{}", made.body);
+    // A name that was given is one that is unknown in another way.
+    let known = |name: &str| daemon.ask(&key, &format!("POST /v1/sessions/{name}/start")).json();
+    let detail = |name: &str| known(name)["detail"].as_str().unwrap().replace(name, "");
+    assert_eq!(detail("ci-1"), detail("ci-2"));
+}

@@ -91,6 +91,7 @@ pub(crate) async fn create(
     let work = {
         let (api, name, image) = (api.clone(), name.clone(), image.clone());
         async move {
+            let image = known(&api, image).await?;
             let id = match &name {
                 None => Uuid::new_v4(),
                 // A UUID is no name: whoever has one wants that session.
@@ -131,12 +132,17 @@ async fn made(
 
 /// Starts a session, which is made of the image if it is not there.
 async fn begin(api: &Api, id: Uuid, image: Option<String>) -> Answer<Session> {
-    let image = match image {
-        Some(name) => Some(api.pool.image(&name).await?.name),
-        None => None,
-    };
     drop(api.leases.take(id, image.as_deref()).await?);
     Ok(wire::session(api.pool.inspect(id)?))
+}
+
+/// The whole name of an image that there is. To be asked for before a session is given a name,
+/// which stays.
+async fn known(api: &Api, image: Option<String>) -> Answer<Option<String>> {
+    Ok(match image {
+        Some(name) => Some(api.pool.image(&name).await?.name),
+        None => None,
+    })
 }
 
 /// Show a session.
@@ -170,6 +176,7 @@ pub(crate) async fn ensure(
     Path(session): Path<String>,
     Query(Image { image }): Query<Image>,
 ) -> Answer<(StatusCode, axum::Json<Session>)> {
+    let image = known(&api, image).await?;
     let id = api.leases.find_or_name(&session).await?;
     let status = match api.pool.inspect(id) {
         Ok(_) => StatusCode::OK,
