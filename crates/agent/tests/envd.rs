@@ -252,3 +252,16 @@ async fn the_instance_says_how_it_is() {
     let vars = r#"{"envVars": {"A": "b"}}"#;
     assert_eq!(place.post("/init", kind, vars).await.0, StatusCode::BAD_REQUEST);
 }
+
+#[tokio::test]
+async fn only_files_are_as_large_as_they_are() {
+    let place = Place::new();
+    let much = vec![b' '; 3 << 20];
+    let kind = "application/json";
+    let (status, _) = place.post("/init", kind, much.clone()).await;
+    assert_eq!(status, StatusCode::PAYLOAD_TOO_LARGE);
+    let (status, _) = place.post("/init", kind, "{}").await;
+    assert_eq!(status, StatusCode::NO_CONTENT);
+    let (status, _) = place.post("/files?path=large", "application/octet-stream", much).await;
+    assert_eq!(status, StatusCode::OK);
+}

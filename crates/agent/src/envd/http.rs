@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use axum::body::Body;
-use axum::extract::{FromRequest, Multipart, Query, Request, State};
+use axum::extract::{DefaultBodyLimit, FromRequest, Multipart, Query, Request, State};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
@@ -25,15 +25,18 @@ use tokio_util::io::{ReaderStream, StreamReader};
 
 use super::{Hold, Instance, Instances, blocking, refused};
 
+/// The most that is read of what a new sandbox is sent, in bytes.
+const INIT: usize = 1 << 20;
+
 pub(super) fn router<I: Instances>(instances: Arc<I>) -> Router {
     Router::new()
         .route("/health", get(|| async { StatusCode::NO_CONTENT }))
         .route("/files", get(download::<I>).post(upload::<I>))
         .route("/envs", get(envs::<I>))
         .route("/metrics", get(metrics::<I>))
-        .route("/init", post(init::<I>))
+        .route("/init", post(init::<I>).layer(DefaultBodyLimit::max(INIT)))
         // Files are as large as they are.
-        .layer(axum::extract::DefaultBodyLimit::disable())
+        .layer(DefaultBodyLimit::disable())
         .with_state(instances)
 }
 
