@@ -20,9 +20,11 @@ mod wire;
 
 use std::sync::Arc;
 
+use axum::Router;
+use axum::body::Bytes;
 use axum::http::Uri;
+use axum::http::header::CONTENT_TYPE;
 use axum::routing::any;
-use axum::{Json, Router};
 use denizen::MicroVmManager;
 use denizen_api::Code;
 use tokio::sync::Notify;
@@ -115,11 +117,11 @@ pub fn description() -> OpenApi {
 
 pub(crate) fn router(api: Api) -> Router {
     let (router, description) = described().split_for_parts();
+    // Strings and numbers: this cannot fail. Made once: anybody may ask for it.
+    let description = Bytes::from(serde_json::to_vec(&description).unwrap_or_default());
+    let described = move || std::future::ready(([(CONTENT_TYPE, "application/json")], description));
     router
-        .route(
-            "/v1/openapi.json",
-            axum::routing::get(move || std::future::ready(Json(description.clone()))),
-        )
+        .route("/v1/openapi.json", axum::routing::get(described))
         .route("/v1/{*rest}", any(nothing))
         .method_not_allowed_fallback(no_method)
         .with_state(api)
