@@ -26,6 +26,14 @@ pub use process::{
 /// Request header by which a creation that is asked for again is not done again.
 pub const IDEMPOTENCY_KEY: &str = "idempotency-key";
 
+/// Text as a part of a URI: all but unreserved characters (RFC 3986, 2.3) are escaped.
+pub fn escape(text: &str) -> String {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~".contains(&byte);
+    text.bytes()
+        .map(|byte| if plain(byte) { char::from(byte).into() } else { format!("%{byte:02X}") })
+        .collect()
+}
+
 /// A session.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(ToSchema))]

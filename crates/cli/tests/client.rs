@@ -145,3 +145,12 @@ c.sendall(c.recv(100).upper())";
     assert_eq!(answer, b"HELLO");
     assert_eq!(code(&client.port("a", 7071).await.err().unwrap()), Some(Code::Port));
 }
+
+#[tokio::test]
+async fn a_full_disk_is_not_taken_for_a_daemon_that_is_gone() {
+    let user = User::new();
+    let client = client(&user);
+    let mut full = tokio::fs::OpenOptions::new().write(true).open("/dev/full").await.unwrap();
+    let failed = client.download("/v1/openapi.json", &mut full).await.unwrap_err();
+    assert!(matches!(failed, Error::Write(_)), "{failed}");
+}

@@ -18,8 +18,8 @@ use axum::extract::{FromRequestParts, MatchedPath, RawPathParams, Request, State
 use axum::http::header::{
     ACCESS_CONTROL_ALLOW_HEADERS, ACCESS_CONTROL_ALLOW_METHODS, ACCESS_CONTROL_ALLOW_ORIGIN,
     ACCESS_CONTROL_EXPOSE_HEADERS, ACCESS_CONTROL_MAX_AGE, ACCESS_CONTROL_REQUEST_HEADERS,
-    ACCESS_CONTROL_REQUEST_METHOD, AUTHORIZATION, CONTENT_TYPE, HOST, LOCATION, ORIGIN, RETRY_AFTER,
-    VARY, WWW_AUTHENTICATE, X_CONTENT_TYPE_OPTIONS,
+    ACCESS_CONTROL_REQUEST_METHOD, AUTHORIZATION, CONTENT_TYPE, HOST, LOCATION, ORIGIN, VARY,
+    X_CONTENT_TYPE_OPTIONS,
 };
 use axum::http::request::Parts;
 use axum::http::uri::{Authority, PathAndQuery, Uri};
@@ -65,7 +65,7 @@ pub(crate) fn by_path<B>(front: &Front, request: &mut axum::http::Request<B>) {
         return;
     }
     let rest = request.uri().path_and_query().map_or("/", PathAndQuery::as_str);
-    let session = escape(&session);
+    let session = denizen_api::escape(&session);
     let path = format!("/v1/sessions/{session}/ports/{port}{rest}");
     // Both parts of it were parts of a URI.
     if let Ok(path) = path.parse::<PathAndQuery>() {
@@ -73,13 +73,6 @@ pub(crate) fn by_path<B>(front: &Front, request: &mut axum::http::Request<B>) {
         parts.path_and_query = Some(path);
         *request.uri_mut() = Uri::from_parts(parts).unwrap_or_default();
     }
-}
-
-fn escape(text: &str) -> String {
-    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~".contains(&byte);
-    text.bytes()
-        .map(|byte| if plain(byte) { char::from(byte).into() } else { format!("%{byte:02X}") })
-        .collect()
 }
 
 /// The port and session of a host `<port>-<session>.<domain>`.
@@ -159,9 +152,7 @@ impl IntoResponse for No {
         };
         let seconds = wait.as_secs() + 1;
         let why = format!("too many requests: try again in {seconds} s");
-        let mut answer = Refused::new(Code::RateLimited, why).into_response();
-        answer.headers_mut().insert(RETRY_AFTER, seconds.into());
-        answer
+        Refused::new(Code::RateLimited, why).after(seconds).into_response()
     }
 }
 
@@ -209,11 +200,7 @@ fn refuse(no: No, record: &mut Record) -> Response {
         }
         (_, no) => no,
     };
-    let mut answer = no.into_response();
-    if answer.status() == StatusCode::UNAUTHORIZED {
-        answer.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
-    }
-    answer
+    no.into_response()
 }
 
 /// Who asks, if they may ask for that.
