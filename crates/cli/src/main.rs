@@ -367,9 +367,9 @@ async fn act(cli: Cli, settings: config::Settings, range: Range) -> Result<i32> 
             show::session(&show::value(client.session(&session).await?)?, json)?;
         }
         Verb::Events { session } => {
-            let mut lines = client.lines("/v1/events").await?;
-            while let Some(line) = lines.next().await? {
-                show::event(&line, session.as_deref(), json)?;
+            let mut events = client.events(session.as_deref(), None).await?;
+            loop {
+                show::told(events.next().await?, json)?;
             }
         }
         Verb::Logs { session, job } => {

@@ -2,6 +2,7 @@
 
 use std::io::Write;
 
+use denizen_client::Told;
 use serde_json::Value;
 
 use crate::config::Settings;
@@ -250,15 +251,15 @@ fn list<const N: usize>(
     table(heads, items.map(|item| fields.map(|field| text(&item[field]))))
 }
 
-/// One event, if it is of the session asked for.
-pub fn event(line: &str, session: Option<&str>, as_json: bool) -> Result<()> {
-    let value: Value =
-        serde_json::from_str(line).map_err(|error| Failure::new(error.to_string()))?;
-    if session.is_some_and(|session| value["name"] != *session && value["session"] != *session) {
-        return Ok(());
-    }
+/// What is told of what happens.
+pub fn told(told: Told, as_json: bool) -> Result<()> {
+    let value = match told {
+        Told::Event(event) => value(event)?,
+        Told::Lost if as_json => serde_json::json!({ "event": "lost" }),
+        Told::Lost => return print("some events are lost: they came faster than they were read\n"),
+    };
     if as_json {
-        return print(&format!("{line}\n"));
+        return print(&format!("{value}\n"));
     }
     let who = value["name"].as_str().or(value["session"].as_str()).unwrap_or_default();
     let what = text(&value["event"]).replace('_', " ");

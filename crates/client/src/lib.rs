@@ -39,7 +39,7 @@ use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 
 pub use denizen_api as api;
 pub use denizen_api::{NewProcess, escape};
-pub use stream::{Events, Lines, Piece, Run, RunEvent};
+pub use stream::{Events, Lines, Piece, Run, RunEvent, Told};
 pub use target::{Stream, Target};
 
 use api::{
