@@ -303,7 +303,7 @@ fn main() -> ExitCode {
             std::process::exit(code);
         }
         Err(failure) => {
-            eprintln!("denizen: {failure}");
+            eprintln!("denizen: {}", show::harmless(&failure.to_string()));
             ExitCode::from(failure.code)
         }
     }
