@@ -43,12 +43,17 @@ fn stalled(user: &User) -> Vec<UnixStream> {
     let folder = send(user, "GET /files?path=.&format=tar", &["denizen-session: a"], "");
     let port = "GET /v1/sessions/a/ports/8000";
     let port = send(user, port, &["connection: upgrade", "upgrade: tcp"], "");
-    for (stream, wanted) in [(&yes, 200), (&read, 200), (&folder, 200), (&port, 101)] {
+    let file = send(user, "GET /v1/sessions/a/files/~/big", &[], "");
+    let begun = [(&yes, 200), (&read, 200), (&folder, 200), (&port, 101), (&file, 200)];
+    for (stream, wanted) in begun {
         assert_eq!(status(stream), wanted);
     }
     let headers = ["denizen-session: a", "content-length: 1000"];
     let write = send(user, "POST /files?path=new", &headers, "its beginning");
-    vec![yes, read, folder, port, write]
+    let put = send(user, "PUT /v1/sessions/a/files/~/newer", &headers, "its beginning");
+    // What listens there never answers.
+    let asked = send(user, "GET /v1/sessions/a/ports/8000/", &[], "");
+    vec![yes, read, folder, port, file, write, put, asked]
 }
 
 /// Runs the program, which must not take long.
