@@ -350,11 +350,18 @@ export interface Size {
 
 /** The shell of that tag in a terminal, which goes on without us; it is started if none runs. */
 export async function shell(session: string, tag: string, size: Size): Promise<number> {
-  const there = (await processes(session)).find((it) => it.tag === tag && !it.ended);
-  if (there) return there.pid;
+  // The oldest, so that all who look find the same one.
+  const running = async () =>
+    (await processes(session)).find((it) => it.tag === tag && !it.ended)?.pid;
+  const there = await running();
+  if (there !== undefined) return there;
   // The pool's shell, whichever that is, as an interactive one.
   const asked = { shell: 'exec "$0" -i', tag, terminal: size, stdin: true, detach: true };
-  return (await json<{ pid: number }>("POST", `${of(session)}/processes`, asked)).pid;
+  const { pid } = await json<{ pid: number }>("POST", `${of(session)}/processes`, asked);
+  // Another page may have looked at the same time: then its shell, or ours, is one too many.
+  const first = (await running()) ?? pid;
+  if (first !== pid) await signal(session, pid, 9);
+  return first;
 }
 
 /** What a command prints and has printed, as far as that is kept, after so many bytes. */

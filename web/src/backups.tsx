@@ -195,7 +195,13 @@ export function BackupsTab(props: { me: api.Me; session: api.Session; reload: ()
         >
           <p>
             Its files become what <code>{from.backup ? short(from.backup) : from.snapshot}</code> has.
-            {session.unsaved && <strong> It has changes that are in no backup: they are lost.</strong>}
+            {session.unsaved && (
+              <strong>
+                {" "}
+                It has changes that are in no backup: they are backed up first, and lost where there
+                is no place for backups.
+              </strong>
+            )}
           </p>
           <label class="check">
             <input type="checkbox" name="force" /> end what runs in it first

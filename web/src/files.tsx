@@ -1,6 +1,6 @@
 // The files of a session: one folder at a time.
 
-import { useRef, useState } from "preact/hooks";
+import { useEffect, useRef, useState } from "preact/hooks";
 import * as api from "./api";
 import { perform, useLoaded } from "./live";
 import { linkTo } from "./sessions";
@@ -9,9 +9,14 @@ import { ActionsColumn, bytes, Dialog, Empty, Field, Table, Trouble, When } from
 export function FilesTab({ session, path }: { session: string; path: string[] }) {
   const parts = path.filter(Boolean);
   const folder = parts.join("/");
-  const { value, error, reload } = useLoaded(() => api.list(session, folder), [session, folder], {
-    every: 5000,
-  });
+  // Looking starts the session and is a use of it. So this is done when somebody asks for it or
+  // comes back, not every few seconds: a page that was left open would never let it sleep.
+  const { value, error, reload } = useLoaded(() => api.list(session, folder), [session, folder]);
+  useEffect(() => {
+    const look = () => void reload();
+    addEventListener("focus", look);
+    return () => removeEventListener("focus", look);
+  }, [session, folder]);
   const input = useRef<HTMLInputElement>(null);
   const [over, setOver] = useState(false);
   const [making, setMaking] = useState(false);
@@ -75,6 +80,9 @@ export function FilesTab({ session, path }: { session: string; path: string[] })
           ))}
         </nav>
         <div class="actions">
+          <button type="button" onClick={() => void reload()}>
+            Look again
+          </button>
           <button type="button" onClick={() => input.current?.click()}>
             Upload
           </button>

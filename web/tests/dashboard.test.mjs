@@ -244,6 +244,26 @@ test("all is done by keyboard alone", async () => {
   assert.equal(await focused(), "End shell");
 });
 
+test("two pages that come at once have one shell", async () => {
+  const { key } = await daemon.createKey("two", "admin");
+  await daemon.denizen("create", "two");
+  const pages = await Promise.all([open(), open()]);
+  for (const { page } of pages) {
+    await signIn(page, key);
+    await page.getByRole("link", { name: "two", exact: true }).click();
+    await page.getByRole("heading", { name: "two", exact: true }).waitFor();
+  }
+  await Promise.all(pages.map(({ page }) => terminal(page)));
+  const shells = async () => {
+    const headers = { authorization: `Bearer ${key}` };
+    const answer = await fetch(new URL("/v1/sessions/two/processes", daemon.address), { headers });
+    return (await answer.json()).processes.filter((it) => !it.ended).length;
+  };
+  // One that is ended may be on its way out.
+  const begin = Date.now();
+  while ((await shells()) !== 1) assert.ok(Date.now() - begin < PATIENCE, "there are more");
+});
+
 for (const colorScheme of ["light", "dark"]) {
   test(`nothing is hard to use or overflows: ${colorScheme}`, async (t) => {
     const { key } = await daemon.createKey(`axe-${colorScheme}`, "admin");

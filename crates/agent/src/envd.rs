@@ -6,6 +6,7 @@
 //! [`Instances`]; nothing here knows of sessions.
 
 mod filesystem;
+mod hold;
 mod http;
 mod process;
 mod tail;
@@ -24,8 +25,10 @@ use denizen_envd::filesystem::FilesystemExt;
 use denizen_envd::process::ProcessExt;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::net::UnixStream;
+use tokio_util::sync::CancellationToken;
 
 pub use filesystem::{FilesystemService, Watchers};
+pub use hold::Hold;
 pub use process::{Job, JobInfo, Jobs, KeptLogs, ProcessService, start_detached, start_foreground};
 pub use tail::Piece;
 
@@ -66,6 +69,9 @@ pub struct Instance {
     pub trace: Trace,
     /// Kept as long as the request, its response or a command in the foreground lasts.
     pub lease: Arc<dyn Any + Send + Sync>,
+    /// Cancelled when it is to be given up at once: what is being done in it for requests ends
+    /// then, whether or not their clients read or send.
+    pub over: CancellationToken,
 }
 
 impl Instance {
@@ -153,6 +159,7 @@ pub async fn serve_files(socket: UnixStream, workdir: PathBuf) -> std::io::Resul
         started: Arc::new(|_| {}),
         trace: Arc::new(|| (tracing::Span::none(), Vec::new())),
         lease: Arc::new(()),
+        over: CancellationToken::new(),
         workdir: workdir.clone(),
     };
     let router = files(Arc::new(Within(instance))).merge(own(workdir));

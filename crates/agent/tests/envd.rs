@@ -17,6 +17,8 @@ use denizen_agent::envd::{Instance, Instances, Jobs, KeptLogs, router};
 use serde_json::{Value, json};
 use tower::ServiceExt;
 
+mod common;
+
 struct One(Instance);
 
 impl Instances for One {
@@ -45,6 +47,7 @@ impl Place {
             started: Arc::new(|_| {}),
             trace: Arc::new(|| (tracing::Span::none(), Vec::new())),
             lease: Arc::new(()),
+            over: tokio_util::sync::CancellationToken::new(),
         };
         Self { router: router(Arc::new(One(instance))), folder }
     }
@@ -251,4 +254,38 @@ async fn the_instance_says_how_it_is() {
     assert_eq!(place.post("/init", kind, "{}").await.0, StatusCode::NO_CONTENT);
     let vars = r#"{"envVars": {"A": "b"}}"#;
     assert_eq!(place.post("/init", kind, vars).await.0, StatusCode::BAD_REQUEST);
+}
+
+#[tokio::test]
+async fn only_files_are_as_large_as_they_are() {
+    let place = Place::new();
+    let much = vec![b' '; 3 << 20];
+    let kind = "application/json";
+    let (status, _) = place.post("/init", kind, much.clone()).await;
+    assert_eq!(status, StatusCode::PAYLOAD_TOO_LARGE);
+    let (status, _) = place.post("/init", kind, "{}").await;
+    assert_eq!(status, StatusCode::NO_CONTENT);
+    let (status, _) = place.post("/files?path=large", "application/octet-stream", much).await;
+    assert_eq!(status, StatusCode::OK);
+}
+
+#[tokio::test]
+async fn a_reader_that_stands_still_does_not_hold_a_command_in_the_background_up() {
+    let place = Place::new();
+    // More than what is kept for a reader that has no room.
+    let line = "head -c 4M /dev/zero; touch done; sleep 100";
+    let request = json!({ "process": { "cmd": "sh", "args": ["-c", line] } }).to_string();
+    let mut body = vec![0];
+    body.extend(u32::try_from(request.len()).unwrap().to_be_bytes());
+    body.extend(request.as_bytes());
+    let request = Request::post("/process.Process/Start")
+        .header("content-type", "application/connect+json")
+        .body(Body::from(body))
+        .unwrap();
+    let unread = place.router.clone().oneshot(request).await.unwrap();
+    assert_eq!(unread.status(), StatusCode::OK);
+    common::until("it goes on", || place.path("done").exists()).await;
+    // Who reads then is told that something is missing.
+    let read = to_bytes(unread.into_body(), usize::MAX).await.unwrap();
+    assert!(String::from_utf8_lossy(&read).contains("data_loss"));
 }

@@ -117,17 +117,9 @@ pub struct Change {
     pub escaped: String,
 }
 
-/// Bytes as a part of a URL: all but unreserved characters (RFC 3986) and slashes are escaped.
-pub fn escape(bytes: &[u8]) -> String {
-    bytes
-        .iter()
-        .map(|byte| match byte {
-            b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' | b'/' => {
-                char::from(*byte).to_string()
-            }
-            byte => format!("%{byte:02X}"),
-        })
-        .collect()
+/// As [`escape`](crate::escape), of a path: slashes stay, and it may be no text.
+pub fn escape_path(path: &[u8]) -> String {
+    super::escape_but(path, b"/")
 }
 
 #[cfg(test)]
@@ -159,6 +151,6 @@ mod tests {
 
     #[test]
     fn what_is_escaped_has_nothing_that_means_something() {
-        assert_eq!(escape(b"/a b/%?#&+\xff\n"), "/a%20b/%25%3F%23%26%2B%FF%0A");
+        assert_eq!(escape_path(b"/a b/%?#&+\xff\n"), "/a%20b/%25%3F%23%26%2B%FF%0A");
     }
 }

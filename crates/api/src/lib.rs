@@ -21,7 +21,9 @@ use uuid::Uuid;
 
 pub use access::{Key, Keys, MadeKey, NewKey, NewToken, Scope, Token, Whoami};
 pub use event::Event;
-pub use file::{Change, ChangeKind, Entry, Folder, UPLOAD_OFFSET, Upload, UploadPlace, escape};
+pub use file::{
+    Change, ChangeKind, Entry, Folder, UPLOAD_OFFSET, Upload, UploadPlace, escape_path,
+};
 pub use problem::{CONTENT_TYPE as PROBLEM, Code, Problem};
 pub use process::{
     Command, Ended, NewProcess, Output, OutputStream, Process, Processes, Signal, Size, Started,
@@ -29,6 +31,21 @@ pub use process::{
 
 /// Request header by which a creation that is asked for again is not done again.
 pub const IDEMPOTENCY_KEY: &str = "idempotency-key";
+
+/// Text as a part of a URI: all but unreserved characters (RFC 3986, 2.3) are escaped.
+pub fn escape(text: &str) -> String {
+    escape_but(text.as_bytes(), b"")
+}
+
+fn escape_but(bytes: &[u8], others: &[u8]) -> String {
+    let plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"-._~".contains(byte);
+    let plain = |byte: &u8| plain(byte) || others.contains(byte);
+    let escaped = |byte: &u8| match byte {
+        byte if plain(byte) => char::from(*byte).to_string(),
+        byte => format!("%{byte:02X}"),
+    };
+    bytes.iter().map(escaped).collect()
+}
 
 /// A session.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

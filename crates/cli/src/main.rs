@@ -345,7 +345,7 @@ fn main() -> ExitCode {
             std::process::exit(code);
         }
         Err(failure) => {
-            eprintln!("denizen: {failure}");
+            eprintln!("denizen: {}", show::harmless(&failure.to_string()));
             ExitCode::from(failure.code)
         }
     }
@@ -437,9 +437,9 @@ async fn ask(
             show::session(&show::value(client.session(&session).await?)?, json)?;
         }
         Verb::Events { session } => {
-            let mut lines = client.lines("/v1/events").await?;
-            while let Some(line) = lines.next().await? {
-                show::event(&line, session.as_deref(), json)?;
+            let mut events = client.events(session.as_deref(), None).await?;
+            loop {
+                show::told(events.next().await?, json)?;
             }
         }
         Verb::Logs { session, job } => {

@@ -9,7 +9,7 @@ use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 
 use crate::client::Client;
-use crate::{Failure, Result};
+use crate::{Failure, Result, show};
 
 /// Listens, says where, and joins what comes.
 pub async fn run(
@@ -43,7 +43,9 @@ pub async fn run(
                         Ok(mut theirs) => {
                             let _ = copy_bidirectional(&mut ours, &mut theirs).await;
                         }
-                        Err(error) => eprintln!("denizen: {error}"),
+                        Err(error) => {
+                            eprintln!("denizen: {}", show::harmless(&error.to_string()));
+                        }
                     }
                 });
             }

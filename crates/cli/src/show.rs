@@ -2,6 +2,7 @@
 
 use std::io::Write;
 
+use denizen_client::Told;
 use serde_json::Value;
 
 use crate::config::Settings;
@@ -41,7 +42,7 @@ pub fn sessions(value: &Value, as_json: bool) -> Result<()> {
     }
     let rows = value.as_array().into_iter().flatten().map(|session| {
         let state = match session["operation"].as_str() {
-            Some(operation) => format!("{} ({operation})", text(&session["state"])),
+            Some(operation) => format!("{} ({})", text(&session["state"]), harmless(operation)),
             None if session["in_use"] == true => format!("{} (in use)", text(&session["state"])),
             None => text(&session["state"]),
         };
@@ -51,7 +52,7 @@ pub fn sessions(value: &Value, as_json: bool) -> Result<()> {
             _ => "no",
         };
         [
-            session["name"].as_str().map_or_else(|| "-".to_owned(), str::to_owned),
+            if session["name"].is_null() { "-".to_owned() } else { text(&session["name"]) },
             text(&session["id"]),
             state,
             text(&session["isolation"]),
@@ -114,7 +115,10 @@ pub fn keys(value: &Value, as_json: bool) -> Result<()> {
     let or_none = |value: &Value| if value.is_null() { "-".to_owned() } else { text(value) };
     let day = |value: &Value| or_none(value).chars().take("2026-01-31T12:00".len()).collect();
     let rows = value["keys"].as_array().into_iter().flatten().map(|key| {
-        let sessions = key["sessions"].as_str().map_or("all".to_owned(), |it| format!("{it}*"));
+        let sessions = match &key["sessions"] {
+            Value::Null => "all".to_owned(),
+            prefix => format!("{}*", text(prefix)),
+        };
         [
             text(&key["id"]),
             text(&key["name"]),
@@ -146,8 +150,8 @@ pub fn all_backups(value: &Value, as_json: bool) -> Result<()> {
     }
     let rows = value.as_array().into_iter().flatten();
     let whose = |it: &Value| match &it["session_name"] {
-        Value::String(name) => name.clone(),
-        _ => text(&it["session"]),
+        Value::Null => text(&it["session"]),
+        name => text(name),
     };
     table(
         ["SESSION", "TAKEN", "FORMAT", "ADDED", "HOST", "NAME"],
@@ -185,7 +189,7 @@ pub fn report(value: &Value, as_json: bool) -> Result<()> {
     }
     let mut lines = String::new();
     for finding in value["findings"].as_array().into_iter().flatten() {
-        lines.push_str(&backups::finding(finding));
+        lines.push_str(&harmless(&backups::finding(finding)));
         lines.push('\n');
     }
     let count = value["backups"].as_u64().unwrap_or(0);
@@ -263,17 +267,18 @@ fn list<const N: usize>(
     table(heads, items.map(|item| fields.map(|field| text(&item[field]))))
 }
 
-/// One event, if it is of the session asked for.
-pub fn event(line: &str, session: Option<&str>, as_json: bool) -> Result<()> {
-    let value: Value =
-        serde_json::from_str(line).map_err(|error| Failure::new(error.to_string()))?;
-    if session.is_some_and(|session| value["name"] != *session && value["session"] != *session) {
-        return Ok(());
-    }
+/// What is told of what happens.
+pub fn told(told: Told, as_json: bool) -> Result<()> {
+    let value = match told {
+        Told::Event(event) => value(event)?,
+        Told::Lost if as_json => serde_json::json!({ "event": "lost" }),
+        Told::Lost => return print("some events are lost: they came faster than they were read\n"),
+    };
     if as_json {
-        return print(&format!("{line}\n"));
+        return print(&format!("{value}\n"));
     }
-    let who = value["name"].as_str().or(value["session"].as_str()).unwrap_or_default();
+    let who = [&value["name"], &value["session"]].into_iter().find(|it| !it.is_null());
+    let who = who.map(text).unwrap_or_default();
     let what = text(&value["event"]).replace('_', " ");
     let mut more = ["operation", "backup", "snapshot", "error", "missed", "resource"]
         .iter()
@@ -281,7 +286,7 @@ pub fn event(line: &str, session: Option<&str>, as_json: bool) -> Result<()> {
         .map(|field| format!(" {}", text(&value[*field])))
         .collect::<String>();
     if value["event"] == "progress" {
-        more = format!(" {}", progress::said(&value));
+        more = format!(" {}", harmless(&progress::said(&value)));
     }
     if value["limit"].is_u64() {
         more.push_str(&format!(" {} of {}", size(&value["used"]), size(&value["limit"])));
@@ -370,8 +375,24 @@ fn size(value: &Value) -> String {
     value.as_u64().map_or_else(|| text(value), bytes)
 }
 
+/// A value on one line.
 fn text(value: &Value) -> String {
-    value.as_str().map_or_else(|| value.to_string(), str::to_owned)
+    let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+    harmless(&text).replace('\n', "\\n").replace('\t', "\\t")
+}
+
+/// What others may have written, with nothing in it that a terminal obeys but the ends of lines.
+pub fn harmless(text: &str) -> String {
+    let turns = |c: char| matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    let mut shown = String::with_capacity(text.len());
+    for c in text.chars() {
+        if turns(c) || c.is_control() && !matches!(c, '\n' | '\t') {
+            shown.extend(c.escape_default());
+        } else {
+            shown.push(c);
+        }
+    }
+    shown
 }
 
 #[allow(clippy::cast_possible_truncation)] // Whole seconds are what is shown.
@@ -400,5 +421,18 @@ pub fn span(seconds: u64) -> String {
         60..=3599 => format!("{} min", seconds / 60),
         3600..=86399 => format!("{} h", seconds / 3600),
         _ => format!("{} days", seconds / 86400),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_terminal_obeys_what_others_wrote() {
+        let hostile = "a\u{1b}[2J\u{9b}2J\r\u{7f}\u{202e}\n\tä";
+        assert_eq!(harmless(hostile), "a\\u{1b}[2J\\u{9b}2J\\r\\u{7f}\\u{202e}\n\tä");
+        assert_eq!(text(&Value::from("a\nb\u{1b}")), "a\\nb\\u{1b}");
+        assert_eq!(text(&serde_json::json!({ "a": "\u{9b}" })), r#"{"a":"\u{9b}"}"#);
     }
 }

@@ -255,7 +255,10 @@ fn scopes_and_prefixes_hold() {
         3
     );
     assert_eq!(daemon.ask(&read, "POST /v1/sessions/ci-a/stop").code(), forbidden);
-    assert_eq!(daemon.ask(&read, "GET /v1/sessions/ci-a/export").code(), forbidden);
+    for rest in ["export", "processes", "processes/1/output", "logs/1"] {
+        let line = format!("GET /v1/sessions/ci-a/{rest}");
+        assert_eq!(daemon.ask(&read, &line).code(), forbidden, "{line}");
+    }
     assert_eq!(daemon.ask(&read, "HEAD /v1/sessions").status, 200);
     assert_eq!(daemon.ask(&all, "POST /v1/sessions/ci-a/stop").status, 204);
     for line in ["GET /v1/keys", "POST /v1/shutdown", "GET /v1/nowhere", "PATCH /v1/sessions"] {
@@ -741,6 +744,16 @@ fn nobody_forges_a_line_of_the_audit_log() {
     assert!(lines[2]["peer"].as_str().unwrap().starts_with("127.0.0.1:"));
     assert!(lines[2]["milliseconds"].is_u64());
     assert_eq!(lines[3]["who"], json!(null));
+    // A header is no session of a route that has none; the one that was made is told.
+    let key_and_header = [("x-api-key", key.as_str()), ("denizen-session", "good")];
+    let body = r#"{"name": "new"}"#;
+    let made = daemon.ask_with("POST /v1/sessions", &key_and_header, body).json();
+    let fork = daemon.ask(&key, "POST /v1/sessions/new/fork").json();
+    let lines = daemon.audit();
+    let told = |line: &Value| (line["session"].clone(), line["made"].clone());
+    assert_eq!(told(&lines[4]), (json!(null), made["id"].clone()));
+    assert_eq!(told(&lines[5]), (json!("new"), fork["id"].clone()));
+    assert_eq!(told(&lines[2]), (json!("good"), json!(null)));
     let text = std::fs::read_to_string(daemon.user.state.path().join("audit.log")).unwrap();
     assert!(!text.contains(key.rsplit('_').next().unwrap()));
     assert!(text.chars().all(|c| c == '\n' || (' '..='~').contains(&c)), "{text}");
@@ -829,20 +842,63 @@ fn slow_and_silent_clients_are_sent_away() {
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
         b"\x16\x03\x01\x02\0",
     ];
-    let clients = (0..100).flat_map(|_| beginnings).map(|bytes| {
+    // One that has asked what needs no key, by HTTP/2: GET /healthz of 127.0.0.1.
+    let head = b"\x82\x86\x04\x08/healthz\x01\x09127.0.0.1";
+    let mut asked = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0".to_vec();
+    asked.extend([0, 0, u8::try_from(head.len()).unwrap(), 1, 5, 0, 0, 0, 1]);
+    asked.extend(head);
+    let beginnings = beginnings.into_iter().chain([&asked[..]]);
+    let clients = (0..100).flat_map(|_| beginnings.clone()).map(|bytes| {
         let mut stream = daemon.connect();
         stream.write_all(bytes).unwrap();
-        stream
+        (stream, bytes == asked)
     });
     let clients: Vec<_> = clients.collect();
     let begin = Instant::now();
     // They are in nobody's way.
     assert_eq!(daemon.ask(&key, "GET /v1/sessions").status, 200);
-    for mut client in clients {
+    for (mut client, asked) in clients {
         let mut rest = Vec::new();
         if let Err(error) = client.read_to_end(&mut rest) {
             assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset, "{error}");
         }
+        assert_eq!(rest.windows(3).any(|it| it == b"ok\n"), asked, "{rest:?}");
     }
     assert!(begin.elapsed() < Duration::from_secs(25), "{:?}", begin.elapsed());
+}
+
+#[test]
+fn what_one_key_has_made_is_not_given_to_another() {
+    let daemon = Daemon::start(&[]);
+    let make = |headers: &[(&str, &str)]| {
+        let headers = [headers, &[("idempotency-key", "1")]].concat();
+        let made = daemon.ask_with("POST /v1/sessions", &headers, "{}");
+        assert_eq!(made.status, 201, "{}", made.body);
+        made.json()["id"].clone()
+    };
+    let ((_, one), (_, other)) = (daemon.key(&[]), daemon.key(&[]));
+    let bearer = format!("Bearer {one}");
+    let first = make(&[("x-access-token", &one)]);
+    assert_ne!(make(&[("x-access-token", &other)]), first);
+    // However a key is sent, it is the same one.
+    assert_eq!(make(&[("authorization", &bearer)]), first);
+    assert_eq!(make(&[("x-api-key", &one)]), first);
+}
+
+#[test]
+fn what_is_refused_leaves_nothing_behind() {
+    let daemon = Daemon::start(&[]);
+    let (_, key) = daemon.key(&[]);
+    let random = uuid::Uuid::new_v4();
+    let keys = daemon.user.state.path().join("keys.json");
+    let before = std::fs::read_to_string(&keys).unwrap();
+    let tokens = daemon.ask(&key, &format!("DELETE /v1/sessions/{random}/tokens"));
+    assert_eq!(tokens.code(), (404, "unknown_session".to_owned()));
+    assert_eq!(std::fs::read_to_string(&keys).unwrap(), before);
+    let made = daemon.ask(&key, "PUT /v1/sessions/ci-1?image=nothere");
+    assert!(made.status >= 400, "{}", made.body);
+    // A name that was given is one that is unknown in another way.
+    let known = |name: &str| daemon.ask(&key, &format!("POST /v1/sessions/{name}/start")).json();
+    let detail = |name: &str| known(name)["detail"].as_str().unwrap().replace(name, "");
+    assert_eq!(detail("ci-1"), detail("ci-2"));
 }

@@ -5,7 +5,7 @@ mod common;
 
 use common::{User, text};
 use denizen_client::api::{Code, NewKey, NewSession, NewToken, OutputStream, Scope, Size};
-use denizen_client::{Client, Error, NewProcess, Run, RunEvent, Target};
+use denizen_client::{Client, Error, NewProcess, Run, RunEvent, Target, Told};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 fn client(user: &User) -> Client {
@@ -45,7 +45,7 @@ async fn sessions_commands_and_events() {
     let made = client.create(&new, Some("key")).await.unwrap();
     assert_eq!(client.create(&new, Some("key")).await.unwrap(), made);
     assert_eq!(code(&client.create(&new, None).await.unwrap_err()), Some(Code::AlreadyExists));
-    let created = events.next().await.unwrap().unwrap();
+    let Told::Event(created) = events.next().await.unwrap() else { panic!("it is lost") };
     assert_eq!((created.event.as_str(), created.session), ("created", made.id));
 
     let run = NewProcess::shell("echo hello; pwd; exit 3");
@@ -62,7 +62,12 @@ async fn sessions_commands_and_events() {
     client.stop("a", false).await.unwrap();
     let last = events.last().unwrap().to_owned();
     let mut again = client.events(None, Some(&last)).await.unwrap();
-    assert_eq!(again.next().await.unwrap().unwrap().event, "started");
+    let Told::Event(next) = again.next().await.unwrap() else { panic!("it is lost") };
+    assert_eq!(next.event, "started");
+    // Of another daemon's events nobody knows which came after.
+    let mut others = client.events(None, Some("other-1")).await.unwrap();
+    assert_eq!(others.next().await.unwrap(), Told::Lost);
+    assert!(matches!(others.next().await.unwrap(), Told::Event(_)));
     client.ensure("b", None).await.unwrap();
     let names: Vec<_> = client.sessions().await.unwrap().into_iter().map(|it| it.name).collect();
     assert_eq!(names, [Some("a".to_owned()), Some("b".to_owned())]);
@@ -245,4 +250,13 @@ async fn keys_and_tokens() {
     let token = client.create_token("a", asked).await.unwrap();
     assert!(token.session == session.id && token.token.starts_with("dt_"));
     client.void_tokens("a").await.unwrap();
+}
+
+#[tokio::test]
+async fn a_full_disk_is_not_taken_for_a_daemon_that_is_gone() {
+    let user = User::new();
+    let client = client(&user);
+    let mut full = tokio::fs::OpenOptions::new().write(true).open("/dev/full").await.unwrap();
+    let failed = client.download("/v1/openapi.json", &mut full).await.unwrap_err();
+    assert!(matches!(failed, Error::Write(_)), "{failed}");
 }

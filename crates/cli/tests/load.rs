@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 
 use common::User;
 use denizen_client::api::NewSession;
-use denizen_client::{Client, NewProcess, Run, RunEvent, Target, empty, path};
+use denizen_client::{Client, NewProcess, Run, RunEvent, Target, Told, empty, path};
 use http_body_util::{BodyExt, Full};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
@@ -195,9 +195,10 @@ async fn event(load: &Load, session: &str) -> Result<()> {
     load.client.stop(session, true).await.map_err(text)?;
     load.client.ensure(session, None).await.map_err(text)?;
     loop {
-        let event = events.next().await.map_err(text)?.ok_or("some are lost")?;
-        if event.event == "started" {
-            return Ok(());
+        match events.next().await.map_err(text)? {
+            Told::Event(event) if event.event == "started" => return Ok(()),
+            Told::Event(_) => {}
+            Told::Lost => return Err("some are lost".to_owned()),
         }
     }
 }

@@ -248,11 +248,8 @@ fn websockets_pass_both_ways_and_are_a_use() {
         "sec-websocket-version: 13",
         "sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==",
     ];
-    for (path, host) in [
-        ("/v1/sessions/a/ports/8000/ws", vec![]),
-        ("/ws", vec!["host: 8000-a.box.example.org", "origin: http://8000-a.box.example.org"]),
-    ] {
-        let mut socket = daemon.open("GET", path, &[&upgrade[..], &host].concat());
+    let open = |path, host: &[&str]| {
+        let mut socket = daemon.open("GET", path, &[&upgrade[..], host].concat());
         let mut head = Vec::new();
         while !head.ends_with(b"\r\n\r\n") {
             let mut byte = [0];
@@ -261,6 +258,13 @@ fn websockets_pass_both_ways_and_are_a_use() {
         }
         let head = text(&head).to_lowercase();
         assert!(head.starts_with("http/1.1 101 "), "{head}");
+        (socket, head)
+    };
+    for (path, host) in [
+        ("/v1/sessions/a/ports/8000/ws", vec![]),
+        ("/ws", vec!["host: 8000-a.box.example.org", "origin: http://8000-a.box.example.org"]),
+    ] {
+        let (mut socket, head) = open(path, &host);
         // The accept of the standard's own example (1.3).
         assert!(head.contains("sec-websocket-accept: s3pplmbitxaq9kygzzhzrbk+xoo=\r\n"), "{head}");
         assert!(head.contains("upgrade: websocket\r\n"), "{head}");
@@ -279,6 +283,11 @@ fn websockets_pass_both_ways_and_are_a_use() {
         drop(socket);
         until("nobody uses it", || !daemon.is_in_use());
     }
+    // One that is only held does not keep its session from being stopped.
+    let (mut socket, _) = open("/v1/sessions/a/ports/8000/ws", &[]);
+    assert!(daemon.user.run(&["stop", "--force", "a"]).status.success());
+    assert_eq!(daemon.user.json(&["inspect", "a"])["state"], "stopped");
+    let _ = socket.read_to_end(&mut Vec::new());
 }
 
 #[test]

@@ -32,7 +32,7 @@ fn file(session: &str, file: &Path, query: &str) -> String {
     let file = file.as_os_str().as_encoded_bytes();
     // In the volume it begins with what the API has for that, which is nothing to escape.
     let slash = if file.starts_with(b"/") { "" } else { "/" };
-    path(session, &format!("/files{slash}{}{query}", api::escape(file)))
+    path(session, &format!("/files{slash}{}{query}", api::escape_path(file)))
 }
 
 impl Client {
@@ -82,7 +82,7 @@ impl Client {
         to: impl AsRef<Path>,
         replace: bool,
     ) -> Result<Entry> {
-        let to = api::escape(to.as_ref().as_os_str().as_encoded_bytes());
+        let to = api::escape_path(to.as_ref().as_os_str().as_encoded_bytes());
         let query = format!("?to={to}&replace={replace}");
         typed(self.json("POST", &file(session, from.as_ref(), &query)).await?)
     }
@@ -181,12 +181,12 @@ impl Client {
                 Err(error) => return Ok(Some(self.gone(error))),
                 Ok(None) => break,
                 Ok(Some(piece)) => {
-                    into.write_all(&piece).await.map_err(|error| self.gone(error))?;
+                    into.write_all(&piece).await.map_err(Error::Write)?;
                     *copied += piece.len() as u64;
                 }
             }
         }
-        into.flush().await.map_err(|error| self.gone(error))?;
+        into.flush().await.map_err(Error::Write)?;
         Ok(None)
     }
 
@@ -249,7 +249,7 @@ impl Client {
                             problem.code,
                             api::Code::BadOffset | api::Code::BrokenOff | api::Code::Uploading
                         ),
-                        Error::Address(_) => false,
+                        Error::Address(_) | Error::Write(_) => false,
                     };
                     tries += 1;
                     if !goes_on || tries > TRIES {

@@ -28,7 +28,7 @@ use bytes::Bytes;
 use connectrpc::client::SharedHttp2Connection;
 use denizen_envd::filesystem::FilesystemClient;
 use denizen_envd::process::ProcessClient;
-use futures::TryStreamExt;
+use futures::StreamExt;
 use http_body_util::combinators::BoxBody;
 use http_body_util::{BodyExt, Full};
 use hyper::Response;
@@ -39,9 +39,9 @@ use serde::de::DeserializeOwned;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 
 pub use denizen_api as api;
-pub use denizen_api::NewProcess;
+pub use denizen_api::{NewProcess, escape};
 pub use files::Changes;
-pub use stream::{Events, Lines, Piece, Run, RunEvent};
+pub use stream::{Events, Lines, Piece, Run, RunEvent, Told};
 pub use target::{Stream, Target};
 
 use api::{
@@ -74,6 +74,9 @@ pub enum Error {
     /// The answer is none that this client understands.
     #[error("the daemon's answer is not understood: {0}")]
     Answer(String),
+    /// What is read cannot be written where it was to go.
+    #[error("cannot write what the daemon sends: {0}")]
+    Write(std::io::Error),
 }
 
 /// What a request gives.
@@ -463,13 +466,15 @@ impl Client {
     /// be written.
     ///
     /// # Errors
-    /// [`Error`]; also that it cannot be written.
+    /// [`Error`]; [`Error::Write`] if it is `into` that takes no more.
     pub async fn download(&self, path: &str, into: &mut (impl AsyncWrite + Unpin)) -> Result<()> {
         let response = self.request("GET", path, None, empty()).await?;
-        let body = response.into_body().into_data_stream().map_err(std::io::Error::other);
-        let mut body = tokio_util::io::StreamReader::new(body);
-        tokio::io::copy(&mut body, into).await.map_err(|error| self.gone(error))?;
-        into.flush().await.map_err(|error| self.gone(error))
+        let mut body = response.into_body().into_data_stream();
+        while let Some(bytes) = body.next().await {
+            let bytes = bytes.map_err(|error| self.gone(error))?;
+            into.write_all(&bytes).await.map_err(Error::Write)?;
+        }
+        into.flush().await.map_err(Error::Write)
     }
 
     /// A client of sessions' processes by envd's protocol.
@@ -606,18 +611,6 @@ async fn refusal(response: Response<Incoming>) -> Error {
 /// No content.
 pub fn empty() -> BoxBody<Bytes, std::io::Error> {
     Full::new(Bytes::new()).map_err(|never| match never {}).boxed()
-}
-
-/// A part of a URI: all but unreserved characters (RFC 3986) are escaped.
-pub fn escape(text: &str) -> String {
-    text.bytes()
-        .map(|byte| match byte {
-            b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => {
-                char::from(byte).to_string()
-            }
-            byte => format!("%{byte:02X}"),
-        })
-        .collect()
 }
 
 /// The query of a URI, if there is something to ask for.

@@ -98,6 +98,15 @@ impl Sent {
     }
 }
 
+/// What there is to say of what happens.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Told {
+    /// This has happened.
+    Event(Event),
+    /// Some events are not kept any more, and would be here.
+    Lost,
+}
+
 /// What happens.
 pub struct Events(Sent);
 
@@ -106,14 +115,14 @@ impl Events {
         Self(Sent::new(target, response))
     }
 
-    /// The next event; none in its place if some are lost. Cancel-safe.
+    /// What is told next. There is no end of it but an error. Cancel-safe.
     ///
     /// # Errors
     /// [`Error::Gone`] if the daemon has ended: ask for what comes after [`Events::last`].
-    pub async fn next(&mut self) -> Result<Option<Event>> {
+    pub async fn next(&mut self) -> Result<Told> {
         match self.0.next().await? {
-            Some((kind, _)) if kind == "lost" => Ok(None),
-            Some((_, data)) => typed(data).map(Some),
+            Some((kind, _)) if kind == "lost" => Ok(Told::Lost),
+            Some((_, data)) => typed(data).map(Told::Event),
             None => Err(self.0.broken_off()),
         }
     }

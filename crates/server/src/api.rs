@@ -21,9 +21,11 @@ mod wire;
 
 use std::sync::Arc;
 
+use axum::Router;
+use axum::body::Bytes;
 use axum::http::Uri;
+use axum::http::header::CONTENT_TYPE;
 use axum::routing::any;
-use axum::{Json, Router};
 use denizen::MicroVmManager;
 use denizen_api::Code;
 use tokio::sync::Notify;
@@ -152,11 +154,12 @@ pub fn description() -> OpenApi {
 
 /// The API, with what is about access.
 pub(crate) fn router(api: Api, access: Arc<Access>) -> Router {
-    let description = description();
-    let machines = axum::routing::get(move || std::future::ready(Json(description.clone())));
+    // Strings and numbers: this cannot fail. Made once: anybody may ask for it.
+    let description = Bytes::from(serde_json::to_vec(&description()).unwrap_or_default());
+    let machines = move || std::future::ready(([(CONTENT_TYPE, "application/json")], description));
     let root = axum::routing::get(files::read).put(files::write).post(files::rename);
     Router::from(described())
-        .route("/v1/openapi.json", machines)
+        .route("/v1/openapi.json", axum::routing::get(machines))
         // The rest of a path is not empty: the root of a session, and of what a port serves.
         .route("/v1/sessions/{session}/files/", root.delete(files::remove))
         .route("/v1/sessions/{session}/ports/{port}/", any(ports::proxy))

@@ -4,21 +4,25 @@
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use axum::Router;
-use axum::http::Request;
-use hyper::body::Incoming;
+use axum::body::Bytes;
+use axum::http::{Request, Response};
+use axum::{BoxError, Router};
+use hyper::body::{Body, Frame, Incoming, SizeHint};
+use hyper::rt::{Read, Write};
 use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use hyper_util::server::conn::auto::Builder;
+use hyper_util::server::conn::auto::{Builder, HttpServerConnExec, UpgradeableConnection};
 use hyper_util::service::TowerToHyperService;
 use rustix::net::sockopt;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::{CancellationToken, DropGuard, WaitForCancellationFutureOwned};
+use tokio_util::task::TaskTracker;
 
 use crate::access::limits::{AtATime, network};
 use crate::access::tls::Tls;
@@ -33,6 +37,8 @@ const OF_ONE: usize = CONNECTIONS / 2;
 const HEAD: u16 = 32 * 1024;
 /// How long a client may take to send these, also after the request before.
 const PATIENCE: Duration = Duration::from_secs(15);
+/// How long a client that has come with a good key may have no request under way.
+const IDLE: Duration = Duration::from_mins(3);
 /// The most requests at a time on one connection of HTTP/2.
 const STREAMS: u32 = 256;
 /// What is taken in of a request that nobody reads yet, and of all of a connection.
@@ -43,8 +49,61 @@ const WINDOWS: u32 = 2 * 1024 * 1024;
 const SILENCE: [Duration; 3] =
     [Duration::from_secs(30), Duration::from_secs(10), Duration::from_mins(1)];
 
+/// How long whoever is still there when all else has ended may take to read what is left.
+const A_MOMENT: Duration = Duration::from_secs(1);
+
+/// All connections that are open.
+#[derive(Clone, Default)]
+pub(crate) struct Connections {
+    open: TaskTracker,
+    /// Cancelled when no further request is taken.
+    finishing: CancellationToken,
+    /// Cancelled when they are closed, whatever is being done on them.
+    ended: CancellationToken,
+}
+
+impl Connections {
+    /// Takes no further request on any of them: each is closed when it has its answers.
+    pub(crate) fn finish(&self) {
+        self.finishing.cancel();
+    }
+
+    /// Closes all of them, after a moment at most.
+    pub(crate) async fn end(&self) {
+        self.open.close();
+        let _ = tokio::time::timeout(A_MOMENT, self.open.wait()).await;
+        self.ended.cancel();
+        self.open.wait().await;
+    }
+
+    /// Has a connection served until it is closed, by either side.
+    fn spawn(&self, serving: impl Future<Output = ()> + Send + 'static) {
+        self.open.spawn(self.ended.clone().run_until_cancelled_owned(serving));
+    }
+
+    /// Serves what is asked on a connection.
+    async fn serve<I, S, B>(&self, serving: UpgradeableConnection<'_, I, S, TokioExecutor>)
+    where
+        I: Read + Write + Unpin + Send + 'static,
+        S: Service<Request<Incoming>, Response = Response<B>>,
+        S::Future: 'static,
+        S::Error: Into<BoxError>,
+        B: Body + 'static,
+        B::Error: Into<BoxError>,
+        TokioExecutor: HttpServerConnExec<S::Future, B>,
+    {
+        let mut serving = std::pin::pin!(serving);
+        // It ends as its client sees fit.
+        tokio::select! {
+            _ = &mut serving => return,
+            () = self.finishing.cancelled() => serving.as_mut().graceful_shutdown(),
+        }
+        let _ = serving.await;
+    }
+}
+
 /// Serves what comes by the Unix socket, for ever.
-pub(crate) async fn local(mut listener: OwnListener, app: Router) {
+pub(crate) async fn local(mut listener: OwnListener, app: Router, connections: Connections) {
     let app = TowerToHyperService::new(app);
     loop {
         let (stream, uid) = listener.accept().await;
@@ -53,11 +112,10 @@ pub(crate) async fn local(mut listener: OwnListener, app: Router) {
             request.extensions_mut().insert(Peer::Local { uid });
             app.call(request)
         });
-        tokio::spawn(async move {
+        let all = connections.clone();
+        connections.spawn(async move {
             let builder = Builder::new(TokioExecutor::new());
-            let serving = builder.serve_connection_with_upgrades(TokioIo::new(stream), service);
-            // It ends as its client sees fit.
-            let _ = serving.await;
+            all.serve(builder.serve_connection_with_upgrades(TokioIo::new(stream), service)).await;
         });
     }
 }
@@ -68,6 +126,7 @@ pub(crate) async fn remote(
     tls: Option<Arc<Tls>>,
     app: Router,
     access: Arc<Access>,
+    connections: Connections,
 ) {
     let of_one = AtATime::new(OF_ONE);
     let app = TowerToHyperService::new(app);
@@ -89,9 +148,10 @@ pub(crate) async fn remote(
             continue;
         }
         let (tls, app, access) = (tls.clone(), app.clone(), access.clone());
-        tokio::spawn(async move {
+        let all = connections.clone();
+        connections.spawn(async move {
             let _place = (place, one);
-            connection(stream, from, tls, app, access).await;
+            connection(stream, from, tls, app, access, &all).await;
         });
     }
 }
@@ -103,38 +163,43 @@ async fn connection(
     tls: Option<Arc<Tls>>,
     app: TowerToHyperService<Router>,
     access: Arc<Access>,
+    all: &Connections,
 ) {
     let deadline = tokio::time::Instant::now() + PATIENCE;
     let Ok(to) = prepare(&stream) else { return };
     let cut = CancellationToken::new();
-    let peer = Peer::Tcp { from, to, tls: tls.is_some(), cut: cut.clone() };
+    let known = Arc::default();
+    let peer = Peer::Tcp { from, to, tls: tls.is_some(), cut: cut.clone(), known };
     let Some(tls) = tls else {
-        return serve(Cuttable::new(stream, cut), peer, deadline, app, access).await;
+        return serve(Cuttable::new(stream, cut), peer, app, access, all).await;
     };
     let stream = tls.acceptor().await.accept(stream);
     // Who does not manage to say a word of TLS is nobody to talk to about it.
     if let Ok(Ok(stream)) = tokio::time::timeout_at(deadline, stream).await {
-        serve(Cuttable::new(stream, cut), peer, deadline, app, access).await;
+        serve(Cuttable::new(stream, cut), peer, app, access, all).await;
     }
 }
 
 async fn serve(
     io: Cuttable<impl AsyncRead + AsyncWrite + Unpin + Send + 'static>,
     peer: Peer,
-    deadline: tokio::time::Instant,
     app: TowerToHyperService<Router>,
     access: Arc<Access>,
+    all: &Connections,
 ) {
-    let begun = Arc::new(tokio::sync::Notify::new());
-    let service = {
-        let begun = begun.clone();
-        service_fn(move |mut request: Request<Incoming>| {
-            begun.notify_one();
-            guard::by_path(&access.front(), &mut request);
-            request.extensions_mut().insert(peer.clone());
-            app.call(request)
-        })
+    let known = match &peer {
+        Peer::Tcp { known, .. } => known.clone(),
+        Peer::Local { .. } => Arc::default(),
     };
+    let (under_way, quiet) = watch::channel(0);
+    let under_way = Arc::new(under_way);
+    let service = service_fn(move |mut request: Request<Incoming>| {
+        let one = UnderWay::begin(under_way.clone());
+        guard::by_path(&access.front(), &mut request);
+        request.extensions_mut().insert(peer.clone());
+        let answer = app.call(request);
+        async move { answer.await.map(|answer| answer.map(|body| Answer { body, _one: one })) }
+    });
     let mut builder = Builder::new(TokioExecutor::new());
     builder
         .http1()
@@ -152,14 +217,68 @@ async fn serve(
         .keep_alive_interval(idle)
         .keep_alive_timeout(end);
     let serving = builder.serve_connection_with_upgrades(TokioIo::new(io), service);
-    let mut serving = std::pin::pin!(serving);
-    // Until its first request, nothing else sees to it that there is one.
+    let mut serving = std::pin::pin!(all.serve(serving));
     tokio::select! {
-        _ = &mut serving => return,
-        () = tokio::time::sleep_until(deadline) => return,
-        () = begun.notified() => {}
+        () = &mut serving => {}
+        () = unasked(quiet, &known) => {}
     }
-    let _ = serving.await;
+}
+
+/// Ends when no request has been under way for too long: nobody else is to wait for the place of
+/// a client that does nothing.
+async fn unasked(mut under_way: watch::Receiver<usize>, known: &AtomicBool) {
+    loop {
+        // Cannot fail: the service has the other end.
+        if under_way.wait_for(|requests| *requests == 0).await.is_err() {
+            return std::future::pending().await;
+        }
+        let limit = if known.load(Ordering::Relaxed) { IDLE } else { PATIENCE };
+        if tokio::time::timeout(limit, under_way.changed()).await.is_err() {
+            return;
+        }
+    }
+}
+
+/// A request, until its answer is out.
+struct UnderWay(Arc<watch::Sender<usize>>);
+
+impl UnderWay {
+    fn begin(all: Arc<watch::Sender<usize>>) -> Self {
+        all.send_modify(|requests| *requests += 1);
+        Self(all)
+    }
+}
+
+impl Drop for UnderWay {
+    fn drop(&mut self) {
+        self.0.send_modify(|requests| *requests -= 1);
+    }
+}
+
+/// An answer's body, with which its request ends.
+struct Answer {
+    body: axum::body::Body,
+    _one: UnderWay,
+}
+
+impl Body for Answer {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        Pin::new(&mut self.body).poll_frame(context)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
 }
 
 /// Has the kernel see to it that a client that is gone is noticed.

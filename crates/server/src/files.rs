@@ -10,10 +10,13 @@ use std::time::Duration;
 
 use axum::body::Body;
 use axum::extract::{Request, State};
+use axum::http::response::Parts;
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use connectrpc::ConnectError;
 use denizen_agent::init::Spawned;
+use denizen_api::UPLOAD_OFFSET;
+use denizen_envd::MODE;
 use futures::StreamExt;
 use hyper::body::{Body as _, Incoming};
 use hyper::client::conn::http2::{self, SendRequest};
@@ -147,6 +150,7 @@ pub(crate) async fn forward(State(resolver): State<Arc<Resolver>>, request: Requ
             let status = match error.code {
                 connectrpc::ErrorCode::InvalidArgument => StatusCode::BAD_REQUEST,
                 connectrpc::ErrorCode::DeadlineExceeded => StatusCode::GATEWAY_TIMEOUT,
+                connectrpc::ErrorCode::Unimplemented => StatusCode::BAD_GATEWAY,
                 connectrpc::ErrorCode::ResourceExhausted => StatusCode::INSUFFICIENT_STORAGE,
                 connectrpc::ErrorCode::FailedPrecondition => StatusCode::CONFLICT,
                 connectrpc::ErrorCode::Aborted | connectrpc::ErrorCode::Unavailable => {
@@ -174,7 +178,7 @@ pub(crate) async fn pass(lease: Arc<Lease>, request: Request) -> Result<Response
     let mut requests = lease.within.requests(&lease).await?;
     let answer = tokio::select! {
         answer = ask(&mut requests, for_the_agent(request)?, PATIENCE) => answer,
-        () = lease.ended() => Err(ConnectError::aborted("the session was stopped")),
+        () = lease.ended() => Err(ConnectError::aborted("the session is being stopped")),
     };
     let response = match answer {
         Err(error) if error.code == connectrpc::ErrorCode::DeadlineExceeded => {
@@ -190,9 +194,44 @@ pub(crate) async fn pass(lease: Arc<Lease>, request: Request) -> Result<Response
         answer => answer?,
     };
     let (mut parts, body) = response.into_parts();
-    parts.headers.remove("set-cookie");
-    drop_hop_by_hop(&mut parts.headers);
+    from_the_agent(&mut parts)?;
     Ok(Response::from_parts(parts, Body::new(lease.hold(body))))
+}
+
+/// The headers of an agent's answer that are passed on. Whatever else it says would count for all
+/// of our origin, and it may be whoever runs within.
+const PASSED: [&str; 13] = [
+    "accept-ranges",
+    "cache-control",
+    "connect-accept-encoding",
+    "connect-content-encoding",
+    "content-encoding",
+    "content-length",
+    "content-range",
+    "content-type",
+    "etag",
+    "last-modified",
+    UPLOAD_OFFSET,
+    "vary",
+    MODE,
+];
+
+/// An agent's answer as a client gets it. It leads nowhere else: a client could follow it with
+/// what lets it in here.
+fn from_the_agent(parts: &mut Parts) -> Result<(), ConnectError> {
+    let status = parts.status;
+    let leads_away = status.is_redirection() && status != StatusCode::NOT_MODIFIED;
+    if status.is_informational() || leads_away {
+        return Err(ConnectError::unimplemented(format!("the session's agent answers {status}")));
+    }
+    let mut passed = HeaderMap::new();
+    for name in PASSED {
+        if let Some(value) = parts.headers.get(name) {
+            passed.insert(name, value.clone());
+        }
+    }
+    parts.headers = passed;
+    Ok(())
 }
 
 /// A request as the agent within gets it.

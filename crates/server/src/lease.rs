@@ -6,7 +6,6 @@
 
 use std::collections::HashMap;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -16,17 +15,18 @@ use axum::body::Bytes;
 use axum::http::HeaderMap;
 use connectrpc::ConnectError;
 use denizen::{Error, Histogram, MicroVmManager, SessionName, VmExecutionGuard};
-use denizen_agent::envd::{Instance, Instances, Jobs, KeptLogs, Watchers};
+use denizen_agent::envd::{Hold, Instance, Instances, Jobs, KeptLogs, Watchers};
 use hyper::body::{Body, Frame, SizeHint};
 use parking_lot::Mutex;
+use tokio::sync::Notify;
 use tokio::time::Instant;
-use tokio_util::sync::{CancellationToken, DropGuard, WaitForCancellationFutureOwned};
+use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tracing::Instrument;
 use uuid::Uuid;
 
 use crate::access::guard;
 use crate::files::Within;
-use crate::{Ending, SESSION, trace};
+use crate::{SESSION, trace};
 
 /// A guard that is shared.
 pub(crate) struct Lease {
@@ -47,23 +47,14 @@ impl Lease {
     }
 
     /// A body that keeps its session in use until its last byte is out, and breaks off when the
-    /// session is stopped by force; also if nobody reads it.
+    /// lease has ended; also if nobody reads it.
     pub(crate) fn hold<B>(self: Arc<Self>, body: B) -> Held<B> {
-        let done = CancellationToken::new();
         let ended = self.ended.clone();
-        let held = Held {
+        Held {
             body,
             ended: Box::pin(ended.clone().cancelled_owned()),
-            _done: done.clone().drop_guard(),
-        };
-        tokio::spawn(async move {
-            tokio::select! {
-                () = done.cancelled() => {}
-                () = ended.cancelled() => {}
-            }
-            drop(self);
-        });
-        held
+            _hold: Hold::new(self, ended),
+        }
     }
 
     /// Where commands run and files are, for a request with these headers.
@@ -79,27 +70,17 @@ impl Lease {
             env: self.guard.base_environment(),
             jobs: self.jobs.clone(),
             watchers: self.watchers.clone(),
+            over: self.ended.clone(),
             lease: self,
         })
     }
-}
-
-#[derive(Default)]
-struct Slot {
-    /// Held while the guard is being acquired, so that it is acquired once.
-    lease: tokio::sync::Mutex<Weak<Lease>>,
-    jobs: Mutex<Option<Arc<Jobs>>>,
-    watchers: Arc<Watchers>,
-    within: Arc<Within>,
-    /// Of the lease that there is; after that was ended, of the next one.
-    ended: Mutex<CancellationToken>,
 }
 
 /// As [`Lease::hold`] makes it.
 pub(crate) struct Held<B> {
     body: B,
     ended: Pin<Box<WaitForCancellationFutureOwned>>,
-    _done: DropGuard,
+    _hold: Hold,
 }
 
 impl<B> Body for Held<B>
@@ -114,7 +95,7 @@ where
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
         if self.ended.as_mut().poll(context).is_ready() {
-            return Poll::Ready(Some(Err("the session was stopped".into())));
+            return Poll::Ready(Some(Err("the session is being stopped".into())));
         }
         Pin::new(&mut self.body).poll_frame(context).map_err(Into::into)
     }
@@ -128,6 +109,40 @@ where
     }
 }
 
+#[derive(Default)]
+struct Slot {
+    shared: Mutex<Shared>,
+    /// Told when there is a lease to share, and when it may be taken again.
+    told: Notify,
+    jobs: Mutex<Option<Arc<Jobs>>>,
+    watchers: Arc<Watchers>,
+    within: Arc<Within>,
+}
+
+#[derive(Default)]
+struct Shared {
+    lease: Weak<Lease>,
+    /// How many are ending the session by force: nobody is let in meanwhile.
+    ending: usize,
+}
+
+impl Shared {
+    /// The lease that there is, unless it is to be given back.
+    fn lease(&self) -> Option<Arc<Lease>> {
+        self.lease.upgrade().filter(|lease| !lease.ended.is_cancelled())
+    }
+}
+
+/// A session that nobody is let into, until this is dropped.
+pub(crate) struct Closed(Arc<Slot>);
+
+impl Drop for Closed {
+    fn drop(&mut self) {
+        self.0.shared.lock().ending -= 1;
+        self.0.told.notify_waiters();
+    }
+}
+
 /// All leases of the daemon.
 pub(crate) struct Leases {
     pool: Arc<MicroVmManager>,
@@ -137,9 +152,18 @@ pub(crate) struct Leases {
     acquires: Mutex<Histogram>,
     /// How long it took to start commands.
     starts: Arc<Mutex<Histogram>>,
-    /// Whether nobody is given a session any more who has none.
-    closed: AtomicBool,
+    /// Cancelled when nobody is given a session any more who has none.
+    closing: CancellationToken,
+    /// Cancelled when the daemon ends, and every lease with it.
+    ended: CancellationToken,
+    /// Whoever has a copy is doing something.
+    busy: Arc<()>,
     logs: KeptLogs,
+}
+
+/// Something that the daemon does without a session's guard; until this is dropped.
+pub(crate) struct Busy {
+    _one: Arc<()>,
 }
 
 /// How often it is looked whether commands still run, when the daemon waits for their end.
@@ -148,8 +172,8 @@ const LOOK: Duration = Duration::from_millis(20);
 impl Leases {
     pub(crate) fn new(pool: Arc<MicroVmManager>, logs: KeptLogs) -> Self {
         let last_use = Mutex::new(Instant::now());
-        let (slots, acquires, starts, closed) = Default::default();
-        Self { pool, slots, last_use, acquires, starts, closed, logs }
+        let (slots, acquires, starts, closing, ended, busy) = Default::default();
+        Self { pool, slots, last_use, acquires, starts, closing, ended, busy, logs }
     }
 
     /// The session of that name or UUID, if it is known.
@@ -174,37 +198,79 @@ impl Leases {
     pub(crate) async fn take(&self, id: Uuid, image: Option<&str>) -> Result<Arc<Lease>, Error> {
         self.touch();
         let slot = self.slots.lock().entry(id).or_default().clone();
-        let mut shared = slot.lease.lock().await;
-        if let Some(lease) = shared.upgrade() {
-            if image.is_some() {
-                let of = self.pool.inspect(id)?.image;
-                if of.as_deref() != image {
-                    return Err(Error::OtherImage { session: id, image: of });
-                }
+        loop {
+            let mut told = std::pin::pin!(slot.told.notified());
+            told.as_mut().enable();
+            let (lease, closed) = {
+                let shared = slot.shared.lock();
+                (shared.lease(), shared.ending > 0)
+            };
+            if closed {
+                told.await;
+                continue;
             }
-            return Ok(lease);
+            if let Some(lease) = lease {
+                self.is_of(id, image)?;
+                return Ok(lease);
+            }
+            let begun = Instant::now();
+            // Everybody waits in the pool's own line, each no longer than that allows. Whoever is
+            // given the session shares it with the rest, who leave the line then.
+            let guard = tokio::select! {
+                biased;
+                () = self.closing.cancelled() => return Err(Error::ShuttingDown),
+                guard = self.acquire(id, image) => guard?,
+                () = told => continue,
+            };
+            self.acquires.lock().count(begun.elapsed());
+            if let Some(lease) = self.share(&slot, id, guard)? {
+                self.forget_unused();
+                return Ok(lease);
+            }
         }
-        if self.closed.load(Ordering::Relaxed) {
-            return Err(Error::ShuttingDown);
-        }
-        let begun = Instant::now();
+    }
+
+    async fn acquire(&self, id: Uuid, image: Option<&str>) -> Result<VmExecutionGuard, Error> {
         let span = tracing::info_span!("acquire", session = %id);
-        let guard = match image {
-            Some(image) => self.pool.acquire_with_image(id, image).instrument(span).await?,
-            None => self.pool.acquire(id).instrument(span).await?,
-        };
-        self.acquires.lock().count(begun.elapsed());
+        match image {
+            Some(image) => self.pool.acquire_with_image(id, image).instrument(span).await,
+            None => self.pool.acquire(id).instrument(span).await,
+        }
+    }
+
+    /// That a session is of this image, if one is named.
+    fn is_of(&self, id: Uuid, image: Option<&str>) -> Result<(), Error> {
+        if image.is_some() {
+            let of = self.pool.inspect(id)?.image;
+            if of.as_deref() != image {
+                return Err(Error::OtherImage { session: id, image: of });
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes a lease of a guard, for all who want one; unless the session is being ended.
+    fn share(
+        &self,
+        slot: &Slot,
+        id: Uuid,
+        guard: VmExecutionGuard,
+    ) -> Result<Option<Arc<Lease>>, Error> {
         let logs = self.pool.session_folder(id)?.join("logs");
         let new = || Arc::new(Jobs::new(logs, self.logs));
         let jobs = slot.jobs.lock().get_or_insert_with(new).clone();
         let watchers = slot.watchers.clone();
         let within = slot.within.clone();
-        let (starts, ended) = (self.starts.clone(), slot.ended.lock().clone());
+        let (starts, ended) = (self.starts.clone(), self.ended.child_token());
         let lease = Arc::new(Lease { guard, jobs, watchers, within, starts, ended });
-        *shared = Arc::downgrade(&lease);
+        let mut shared = slot.shared.lock();
+        if shared.ending > 0 {
+            return Ok(None);
+        }
+        shared.lease = Arc::downgrade(&lease);
         drop(shared);
-        self.forget_unused();
-        Ok(lease)
+        slot.told.notify_waiters();
+        Ok(Some(lease))
     }
 
     /// What was started in a session through the daemon, if anything was.
@@ -227,26 +293,41 @@ impl Leases {
         *self.last_use.lock() = Instant::now();
     }
 
-    /// Kills what was started in a session through the daemon, and breaks off what is being read of
-    /// it or written to it. Its requests then give the guard back on their own.
-    pub(crate) async fn kill(&self, id: Uuid) {
-        let slot = self.slots.lock().get(&id).cloned();
-        if let Some(slot) = slot {
-            slot.kill(Ending::Stop).await;
+    /// Ends what is being done in a session through the daemon, and waits until its guard is given
+    /// back. Nobody is let in until what is returned is dropped. What runs in the background is
+    /// not touched: it may be frozen, and whoever stops the session ends it. Cancel-safe.
+    ///
+    /// # Errors
+    /// As [`MicroVmManager::released`].
+    pub(crate) async fn close(&self, id: Uuid) -> Result<Closed, Error> {
+        let slot = self.slots.lock().entry(id).or_default().clone();
+        slot.shared.lock().ending += 1;
+        let closed = Closed(slot);
+        // Those in line leave it.
+        closed.0.told.notify_waiters();
+        closed.0.end();
+        self.pool.released(id).await?;
+        Ok(closed)
+    }
+
+    /// As [`Leases::close`], of all sessions and for good. Waits for nothing.
+    pub(crate) fn close_all(&self) {
+        self.close_to_others();
+        self.ended.cancel();
+        for slot in self.slots.lock().values() {
+            slot.end();
         }
     }
 
-    /// As [`Leases::kill`], in all sessions; what runs in the background may be left.
-    pub(crate) async fn kill_all(&self, ending: Ending) {
-        let all: Vec<_> = self.slots.lock().values().cloned().collect();
-        for slot in all {
-            slot.kill(ending).await;
-        }
+    /// Keeps the daemon from leaving because nothing runs.
+    pub(crate) fn busy(&self) -> Busy {
+        self.touch();
+        Busy { _one: self.busy.clone() }
     }
 
     /// From now on, only who uses a session may go on to.
-    pub(crate) fn close(&self) {
-        self.closed.store(true, Ordering::Relaxed);
+    pub(crate) fn close_to_others(&self) {
+        self.closing.cancel();
     }
 
     /// Ends when nothing runs in the foreground. Cancel-safe.
@@ -260,9 +341,9 @@ impl Leases {
         }
     }
 
-    /// Whether any command is being run or any guard is held.
+    /// Whether any command is being run, any guard is held or anything else is being done.
     pub(crate) fn any(&self) -> bool {
-        self.slots.lock().values().any(|slot| slot.is_used())
+        Arc::strong_count(&self.busy) > 1 || self.slots.lock().values().any(|slot| slot.is_used())
     }
 
     pub(crate) fn used_since(&self, then: Instant) -> bool {
@@ -278,14 +359,12 @@ impl Leases {
 }
 
 impl Slot {
-    async fn kill(&self, ending: Ending) {
+    /// Has the lease given back, if there is one.
+    fn end(&self) {
         self.watchers.clear();
-        std::mem::take(&mut *self.ended.lock()).cancel();
-        let jobs = self.jobs.lock().clone();
-        match (jobs, ending) {
-            (Some(jobs), Ending::Stop) => jobs.kill_all().await,
-            (Some(jobs), Ending::Leave) => jobs.kill_foreground().await,
-            (None, _) => {}
+        let lease = self.shared.lock().lease();
+        if let Some(lease) = lease {
+            lease.ended.cancel();
         }
     }
 
@@ -294,8 +373,8 @@ impl Slot {
     }
 
     fn is_used(&self) -> bool {
-        let leased = self.lease.try_lock().map_or(true, |lease| lease.strong_count() > 0);
-        leased || self.jobs.lock().as_ref().is_some_and(|jobs| !jobs.is_empty())
+        self.shared.lock().lease.strong_count() > 0
+            || self.jobs.lock().as_ref().is_some_and(|jobs| !jobs.is_empty())
     }
 }
 

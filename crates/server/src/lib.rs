@@ -18,6 +18,9 @@ mod rest;
 mod trace;
 mod web;
 
+#[cfg(test)]
+mod tests;
+
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -37,6 +40,7 @@ use crate::access::tls::Tls;
 use crate::access::{Access, guard};
 pub use crate::access::{Certificate, Front, KeyInfo, Keys, KeysError};
 pub use crate::api::description;
+use crate::connections::Connections;
 use crate::lease::Leases;
 use crate::listener::OwnListener;
 
@@ -293,10 +297,12 @@ impl Daemon {
             .layer(axum::middleware::from_fn(trace::traced))
             .layer(axum::middleware::from_fn(rest::read_on));
         let mut servers = JoinSet::new();
+        let connections = Connections::default();
         for listener in remote {
-            servers.spawn(connections::remote(listener, tls.clone(), app.clone(), access.clone()));
+            let (tls, app, access) = (tls.clone(), app.clone(), access.clone());
+            servers.spawn(connections::remote(listener, tls, app, access, connections.clone()));
         }
-        servers.spawn(connections::local(listener, app));
+        servers.spawn(connections::local(listener, app, connections.clone()));
         servers.spawn(access::remember_use(access.clone()));
         let ending = tokio::select! {
             Some(ending) = stop.next() => {
@@ -313,10 +319,11 @@ impl Daemon {
             }
         };
         tell();
-        // Nobody new; then nothing that runs in the foreground; then the pool.
+        // Nobody new; then nothing that requests do in sessions; then the pool. Who is still there
+        // has a moment to read how that ended.
         servers.shutdown().await;
         remove();
-        leases.close();
+        leases.close_to_others();
         let mut ending = ending;
         if ending == Ending::Leave {
             tokio::select! {
@@ -325,14 +332,15 @@ impl Daemon {
                 Some(sooner) = stop.next() => ending = sooner,
             }
         }
-        leases.kill_all(ending).await;
+        connections.finish();
+        leases.close_all();
         access.keys.remember_use();
-        drop(leases);
-        match ending {
-            Ending::Stop => pool.shutdown().await?,
-            Ending::Leave => pool.leave().await?,
-        }
-        Ok(())
+        let ended = match ending {
+            Ending::Stop => pool.shutdown().await,
+            Ending::Leave => pool.leave().await,
+        };
+        connections.end().await;
+        Ok(ended?)
     }
 }
 

@@ -14,10 +14,10 @@ use connectrpc::{
 use denizen_api::ChangeKind;
 use denizen_envd::filesystem as wire;
 use denizen_envd::filesystem::__buffa::oneof;
-use futures::stream;
+use futures::{StreamExt, stream};
 use parking_lot::Mutex;
 
-use super::{Instance, Instances, blocking, keepalive, refused};
+use super::{Hold, Instance, Instances, blocking, keepalive, refused};
 use crate::watch::{self, Missed};
 
 /// Most watchers that an instance's clients have without a stream.
@@ -327,6 +327,8 @@ impl<I: Instances> wire::Filesystem for FilesystemService<I> {
             |event: Event| wire::WatchDirResponse { event: Some(event), ..Default::default() };
         let start = item(wire::watch_dir_response::StartEvent::default().into());
         // The instance stays in use as long as somebody watches.
+        let over = instance.over.clone().cancelled_owned();
+        let instance = Hold::new(instance.lease, instance.over);
         let changes = stream::unfold(Some((watch, instance)), move |state| async move {
             let (watch, instance) = state?;
             match tokio::time::timeout(silence, watch.next()).await {
@@ -338,7 +340,8 @@ impl<I: Instances> wire::Filesystem for FilesystemService<I> {
                 }
             }
         });
-        let items = futures::StreamExt::chain(stream::iter([Ok(start)]), changes);
+        let changes = changes.take_until(over);
+        let items = stream::iter([Ok(start)]).chain(changes);
         Response::ok(Box::pin(items) as ServiceStream<wire::WatchDirResponse>)
     }
 

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use axum::body::Body;
-use axum::extract::{FromRequest, Multipart, Query, Request, State};
+use axum::extract::{DefaultBodyLimit, FromRequest, Multipart, Query, Request, State};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
@@ -18,12 +18,15 @@ use axum::{Json, Router};
 use bytes::Bytes;
 use connectrpc::{ConnectError, ErrorCode};
 use denizen_envd::{MODE, folder};
-use futures::{Stream, StreamExt, TryStreamExt};
+use futures::{Stream, TryStreamExt};
 use serde::{Deserialize, Serialize};
 use tokio_util::io::ReaderStream;
 
-use super::{Instance, Instances, blocking, refused};
+use super::{Hold, Instance, Instances, blocking, refused};
 use crate::files::upload::{self, Failed};
+
+/// The most that is read of what a new sandbox is sent, in bytes.
+const INIT: usize = 1 << 20;
 
 pub(super) fn router<I: Instances>(instances: Arc<I>) -> Router {
     Router::new()
@@ -31,9 +34,9 @@ pub(super) fn router<I: Instances>(instances: Arc<I>) -> Router {
         .route("/files", get(download::<I>).post(upload::<I>))
         .route("/envs", get(envs::<I>))
         .route("/metrics", get(metrics::<I>))
-        .route("/init", post(init::<I>))
+        .route("/init", post(init::<I>).layer(DefaultBodyLimit::max(INIT)))
         // Files are as large as they are.
-        .layer(axum::extract::DefaultBodyLimit::disable())
+        .layer(DefaultBodyLimit::disable())
         .with_state(instances)
 }
 
@@ -105,16 +108,9 @@ async fn download<I: Instances>(
     ];
     // No more than was promised, though the file may grow.
     let file = tokio::io::AsyncReadExt::take(tokio::fs::File::from_std(file), metadata.len());
-    let body = holding(instance, ReaderStream::new(file));
+    // The instance stays in use until the last byte is out.
+    let body = Hold::new(instance.lease, instance.over).keep(ReaderStream::new(file));
     Ok((headers, Body::from_stream(body)).into_response())
-}
-
-/// The instance stays in use until the last byte is out.
-fn holding<T>(instance: Instance, stream: impl Stream<Item = T>) -> impl Stream<Item = T> {
-    stream.map(move |item| {
-        let _ = &instance;
-        item
-    })
 }
 
 fn open(path: &Path) -> Result<(File, std::fs::Metadata), ConnectError> {
@@ -139,7 +135,8 @@ async fn download_folder(instance: Instance, path: PathBuf) -> Result<Body, Conn
         let text = format!("{} is not a folder", path.display());
         return Err(ConnectError::invalid_argument(text));
     }
-    Ok(Body::from_stream(holding(instance, folder::send(path))))
+    let hold = Hold::new(instance.lease, instance.over);
+    Ok(Body::from_stream(hold.keep(folder::send(path))))
 }
 
 #[derive(Serialize)]
@@ -155,6 +152,12 @@ async fn upload<I: Instances>(
     request: Request,
 ) -> Answer<Response> {
     let instance = instances.instance(request.headers()).await?;
+    let over = instance.over.clone();
+    let received = over.run_until_cancelled_owned(take_in(instance, query, request)).await;
+    received.unwrap_or_else(|| Err(ConnectError::aborted("the session is being stopped").into()))
+}
+
+async fn take_in(instance: Instance, query: FileQuery, request: Request) -> Answer<Response> {
     let broken = |error: &dyn std::fmt::Display| {
         ConnectError::invalid_argument(format!("the upload broke off: {error}"))
     };

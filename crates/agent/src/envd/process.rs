@@ -1,12 +1,14 @@
 //! `process.Process`: requests become [`crate::Agent`] calls, output becomes events. A stream
-//! that is read slowly slows its command down, it never fills memory.
+//! that is read slowly slows its command down, it never fills memory; one that is not read at all
+//! holds up only a command in the foreground, and that only for as long as it may run.
 
 use std::any::Any;
 use std::collections::{HashMap, VecDeque};
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime};
 
 use connectrpc::{
@@ -20,6 +22,7 @@ use parking_lot::Mutex;
 use tokio::io::AsyncWriteExt;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
+use tokio_util::sync::{CancellationToken, DropGuard};
 use tracing::Instrument;
 
 use super::tail::{Piece, Tail};
@@ -52,6 +55,9 @@ impl Default for KeptLogs {
 const ENDED: usize = 8;
 const ENDED_FOR: Duration = Duration::from_mins(10);
 
+/// How long a command in the background waits for a reader that has no room.
+const STANDSTILL: Duration = Duration::from_secs(10);
+
 /// The commands of one instance.
 #[derive(Debug)]
 pub struct Jobs {
@@ -75,7 +81,12 @@ pub struct Job {
     terminal: bool,
     started_at: SystemTime,
     stdin: tokio::sync::Mutex<Option<Stdin>>,
-    readers: Mutex<Vec<mpsc::Sender<Event>>>,
+    readers: Mutex<Vec<mpsc::Sender<Chunk>>>,
+    /// How it ended, and why if there is more to say; or why that is not known.
+    end: OnceLock<Result<(Exit, Option<String>), String>>,
+    /// Cancelled when it is to be killed: nobody is waited for any more who reads it.
+    over: CancellationToken,
+    timed_out: AtomicBool,
     /// What it has printed last, if it may go on without anybody who reads it.
     tail: Option<Arc<Tail>>,
 }
@@ -99,14 +110,6 @@ pub struct JobInfo {
     pub started_at: SystemTime,
     /// How it ended, and why if there is more to say.
     pub ended: Option<(Exit, Option<String>)>,
-}
-
-#[derive(Clone, Debug)]
-enum Event {
-    Data(Chunk),
-    /// How it ended, and why if there is more to say.
-    End(Exit, Option<String>),
-    Lost(String),
 }
 
 impl Jobs {
@@ -201,24 +204,6 @@ impl Jobs {
             }
         }
         Ok(())
-    }
-
-    /// Kills all that runs in the foreground or was started through this service.
-    pub async fn kill_all(&self) {
-        self.kill(|_| true).await;
-    }
-
-    /// Kills what runs in the foreground.
-    pub async fn kill_foreground(&self) {
-        self.kill(|job| job.foreground).await;
-    }
-
-    async fn kill(&self, which: impl Fn(&Job) -> bool) {
-        let all: Vec<_> = self.running.lock().values().filter(|job| which(job)).cloned().collect();
-        for job in all {
-            // One that ends by itself meanwhile is what was wanted.
-            let _ = job.child.kill_tree().await;
-        }
     }
 
     fn select(&self, selector: Option<&wire::ProcessSelector>) -> Result<Arc<Job>, ConnectError> {
@@ -333,7 +318,7 @@ impl<I: Instances> ProcessService<I> {
 enum Mode {
     /// It is killed.
     Foreground,
-    /// It goes on; output that nobody follows is thrown away.
+    /// It goes on; of output that nobody follows only the last is kept.
     Background,
     /// It goes on, and its output is logged.
     Detached,
@@ -343,7 +328,8 @@ async fn start(
     instance: &Instance,
     request: wire::StartRequest,
     mode: Mode,
-) -> Result<(Arc<Job>, mpsc::Receiver<Event>), ConnectError> {
+    deadline: Option<Instant>,
+) -> Result<(Arc<Job>, mpsc::Receiver<Chunk>), ConnectError> {
     let config = request.process.into_option().unwrap_or_default();
     if config.cmd.is_empty() {
         return Err(ConnectError::invalid_argument("process.cmd is empty: name a program"));
@@ -406,15 +392,48 @@ async fn start(
         tail: (mode != Mode::Foreground).then(Arc::default),
         stdin: tokio::sync::Mutex::new(stdin),
         readers: Mutex::new(vec![sender]),
+        end: OnceLock::new(),
+        // What goes on in the background is ended by whoever ends the instance.
+        over: match mode {
+            Mode::Foreground => instance.over.child_token(),
+            Mode::Background | Mode::Detached => CancellationToken::new(),
+        },
+        timed_out: AtomicBool::new(false),
     });
     instance.jobs.running.lock().insert(pid, job.clone());
     // Only a command in the foreground keeps the session in use by itself; what goes on in
     // the background counts as processes left running.
     let lease = (mode == Mode::Foreground).then(|| instance.lease.clone());
     let explain = instance.explain.clone();
+    tokio::spawn(end_in_time(job.clone(), deadline));
     let pump = pump(instance.jobs.clone(), job.clone(), output, log, lease, explain);
     tokio::spawn(pump.instrument(span));
     Ok((job, receiver))
+}
+
+/// Kills a command at its deadline or when it is over, whether or not anybody reads it.
+async fn end_in_time(job: Arc<Job>, deadline: Option<Instant>) {
+    let deadline = async {
+        match deadline {
+            Some(at) => tokio::time::sleep_until(at).await,
+            None => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        // What it has left running in the background is nobody's here.
+        biased;
+        _ = job.child.wait() => return,
+        () = job.over.cancelled() => {}
+        () = deadline => job.timed_out.store(true, Ordering::Relaxed),
+    }
+    job.over.cancel();
+    // It may have ended by itself, which is just as well.
+    let _ = job.child.kill_tree().await;
+}
+
+/// So long from now; none if that is never.
+fn after(timeout: Duration) -> Option<Instant> {
+    Instant::now().checked_add(timeout)
 }
 
 /// A terminal's columns and rows, within what makes sense.
@@ -444,29 +463,25 @@ async fn pump(
                 if let Some(tail) = &job.tail {
                     tail.push(&chunk);
                 }
-                tell(&job, &Event::Data(chunk)).await;
+                tell(&job, &chunk).await;
             }
             Ok(None) => match job.child.wait().await {
                 Ok(exit) => {
                     tracing::Span::current().record("exit_code", exit.code());
-                    break Event::End(exit, explain(exit));
+                    break Ok((exit, explain(exit)));
                 }
-                Err(error) => break Event::Lost(error.to_string()),
+                Err(error) => break Err(error.to_string()),
             },
-            Err(error) => break Event::Lost(error.to_string()),
+            Err(error) => break Err(error.to_string()),
         }
     };
-    if let (Some(file), Event::End(exit, why)) = (&mut log, &end) {
+    if let (Some(file), Ok((exit, why))) = (&mut log, &end) {
         let why = why.as_ref().map(|why| format!("; {why}")).unwrap_or_default();
         // The log is whole without this line.
         let _ = file.write(format!("[denizen: {}{why}]\n", status(*exit)).as_bytes());
     }
     if let Some(tail) = &job.tail {
-        tail.finish(match &end {
-            Event::End(exit, why) => Ok((*exit, why.clone())),
-            Event::Lost(why) => Err(why.clone()),
-            Event::Data(_) => Err(String::new()),
-        });
+        tail.finish(end.clone());
         let mut ended = jobs.ended.lock();
         if ended.len() == ENDED {
             ended.pop_front();
@@ -475,19 +490,29 @@ async fn pump(
     }
     jobs.running.lock().remove(&job.child.pid());
     drop(lease);
-    tell(&job, &end).await;
+    // Set once, here. Readers look for it when their channel is closed.
+    let _ = job.end.set(end);
     job.readers.lock().clear();
 }
 
-/// Waits until each reader has room: a slow one slows the command down.
-async fn tell(job: &Job, event: &Event) {
+/// Waits until each reader has room, so that a slow one slows the command down: for as long as
+/// it may run, if it is one in the foreground; otherwise who stands still is read to no more.
+async fn tell(job: &Job, chunk: &Chunk) {
     let readers = job.readers.lock().clone();
-    let mut gone = false;
-    for reader in &readers {
-        gone |= reader.send(event.clone()).await.is_err();
-    }
-    if gone {
-        job.readers.lock().retain(|reader| !reader.is_closed());
+    let all = readers.iter().map(|reader| async {
+        let sent = reader.send(chunk.clone());
+        if job.foreground {
+            return sent.await.is_ok();
+        }
+        matches!(tokio::time::timeout(STANDSTILL, sent).await, Ok(Ok(())))
+    });
+    let told = tokio::select! {
+        told = futures::future::join_all(all) => told,
+        () = job.over.cancelled() => return,
+    };
+    let lost = readers.iter().zip(told).filter(|(_, told)| !told);
+    for (reader, _) in lost {
+        job.readers.lock().retain(|it| !it.same_channel(reader));
     }
 }
 
@@ -575,31 +600,27 @@ struct OldLog {
     bytes: u64,
 }
 
-/// Kills the command when the stream that holds this is dropped before its end.
-struct KillOnDrop(Option<Arc<Job>>);
-
-impl Drop for KillOnDrop {
-    fn drop(&mut self) {
-        if let Some(job) = self.0.take() {
-            tokio::spawn(async move {
-                // It may have ended by itself, which is just as well.
-                let _ = job.child.kill_tree().await;
-            });
-        }
-    }
-}
-
 struct Follow {
     job: Arc<Job>,
-    events: mpsc::Receiver<Event>,
-    kill: KillOnDrop,
+    chunks: mpsc::Receiver<Chunk>,
+    /// Kills the command when the stream is dropped before its end.
+    _kill: Option<DropGuard>,
     keepalive: Duration,
-    deadline: Option<tokio::time::Instant>,
     first: bool,
     ended: bool,
 }
 
 impl Follow {
+    fn new(job: Arc<Job>, chunks: mpsc::Receiver<Chunk>, keepalive: Duration) -> Self {
+        let kill = job.foreground.then(|| job.over.clone().drop_guard());
+        Self { _kill: kill, ..Self::of_another(job, chunks, keepalive) }
+    }
+
+    /// As it was started by another request, which it goes with.
+    fn of_another(job: Arc<Job>, chunks: mpsc::Receiver<Chunk>, keepalive: Duration) -> Self {
+        Self { job, chunks, _kill: None, keepalive, first: true, ended: false }
+    }
+
     async fn next(&mut self) -> Option<Result<wire::ProcessEvent, ConnectError>> {
         if std::mem::take(&mut self.first) {
             let start =
@@ -609,51 +630,39 @@ impl Follow {
         if self.ended {
             return None;
         }
-        let deadline = async {
-            match self.deadline {
-                Some(at) => tokio::time::sleep_until(at).await,
-                None => std::future::pending().await,
-            }
-        };
-        let next = tokio::select! {
-            biased;
-            next = self.events.recv() => next,
-            () = deadline => {
+        match tokio::time::timeout(self.keepalive, self.chunks.recv()).await {
+            Err(_) => Some(Ok(event(wire::process_event::KeepAlive::default()))),
+            Ok(Some(chunk)) => Some(Ok(data(&chunk))),
+            Ok(None) => {
                 self.ended = true;
-                // If it cannot be killed, the deadline is over all the same.
-                let _ = self.job.child.kill_tree().await;
-                self.kill.0 = None;
-                return Some(Err(ConnectError::deadline_exceeded(
-                    "the command ran into its timeout and was killed",
-                )));
-            }
-            () = tokio::time::sleep(self.keepalive) => {
-                return Some(Ok(event(wire::process_event::KeepAlive::default())));
-            }
-        };
-        match next {
-            Some(Event::Data(chunk)) => Some(Ok(data(&chunk))),
-            Some(Event::End(exit, error)) => {
-                self.ended = true;
-                self.kill.0 = None;
-                let end = wire::process_event::EndEvent {
-                    exit_code: exit.code(),
-                    exited: matches!(exit, Exit::Code(_)),
-                    status: status(exit),
-                    error,
-                    ..Default::default()
-                };
-                Some(Ok(event(end)))
-            }
-            Some(Event::Lost(error)) => {
-                self.ended = true;
-                Some(Err(ConnectError::unavailable(error)))
-            }
-            None => {
-                self.ended = true;
-                Some(Err(ConnectError::unavailable("the command is gone")))
+                Some(self.end())
             }
         }
+    }
+
+    /// What there is to say when nothing more will come.
+    fn end(&self) -> Result<wire::ProcessEvent, ConnectError> {
+        let (exit, error) = match self.job.end.get() {
+            _ if self.job.timed_out.load(Ordering::Relaxed) => {
+                return Err(ConnectError::deadline_exceeded(
+                    "the command ran into its timeout and was killed",
+                ));
+            }
+            Some(Ok(end)) => end.clone(),
+            Some(Err(why)) => return Err(ConnectError::unavailable(why.clone())),
+            None => {
+                return Err(ConnectError::data_loss(
+                    "this stream was not read, and the command did not wait for it: connect anew",
+                ));
+            }
+        };
+        Ok(event(wire::process_event::EndEvent {
+            exit_code: exit.code(),
+            exited: matches!(exit, Exit::Code(_)),
+            status: status(exit),
+            error,
+            ..Default::default()
+        }))
     }
 
     fn stream(self) -> impl Stream<Item = Result<wire::ProcessEvent, ConnectError>> + Send {
@@ -673,22 +682,7 @@ pub async fn start_detached(
     request: wire::StartRequest,
     timeout: Option<Duration>,
 ) -> Result<Arc<Job>, ConnectError> {
-    let (job, _) = start(instance, request, Mode::Detached).await?;
-    if let Some(timeout) = timeout {
-        let limited = job.clone();
-        tokio::spawn(async move {
-            let end = async {
-                match limited.read(u64::MAX) {
-                    Some(pieces) => pieces.for_each(|_| async {}).await,
-                    None => std::future::pending().await,
-                }
-            };
-            if tokio::time::timeout(timeout, end).await.is_err() {
-                // It may have ended by itself, which is just as well.
-                let _ = limited.child.kill_tree().await;
-            }
-        });
-    }
+    let (job, _) = start(instance, request, Mode::Detached, timeout.and_then(after)).await?;
     Ok(job)
 }
 
@@ -705,18 +699,9 @@ pub async fn start_foreground(
     impl Stream<Item = Result<wire::ProcessEvent, ConnectError>> + Send + 'static,
     ConnectError,
 > {
-    let (job, events) = start(instance, request, Mode::Foreground).await?;
-    let follow = Follow {
-        kill: KillOnDrop(Some(job.clone())),
-        job,
-        events,
-        keepalive: super::KEEPALIVE,
-        // One that is further away than any clock goes is none.
-        deadline: timeout.and_then(|timeout| Instant::now().checked_add(timeout)),
-        first: true,
-        ended: false,
-    };
-    Ok(follow.stream())
+    let deadline = timeout.and_then(after);
+    let (job, chunks) = start(instance, request, Mode::Foreground, deadline).await?;
+    Ok(Follow::new(job, chunks, super::KEEPALIVE).stream())
 }
 
 fn event(event: impl Into<oneof::process_event::Event>) -> wire::ProcessEvent {
@@ -777,17 +762,13 @@ impl<I: Instances> wire::Process for ProcessService<I> {
     > {
         let selector = request.to_owned_message().process.into_option();
         let job = self.job(&context, selector.as_ref()).await?;
-        let (sender, events) = mpsc::channel(BACKLOG);
+        let (sender, chunks) = mpsc::channel(BACKLOG);
         job.readers.lock().push(sender);
-        let follow = Follow {
-            job,
-            events,
-            kill: KillOnDrop(None),
-            keepalive: keepalive(context.headers()),
-            deadline: None,
-            first: true,
-            ended: false,
-        };
+        // It may have ended since it was found, and nobody closes this channel then.
+        if job.end.get().is_some() {
+            job.readers.lock().clear();
+        }
+        let follow = Follow::of_another(job, chunks, keepalive(context.headers()));
         let items = follow.stream().map(|item| {
             item.map(|event| wire::ConnectResponse { event: event.into(), ..Default::default() })
         });
@@ -809,17 +790,8 @@ impl<I: Instances> wire::Process for ProcessService<I> {
             Mode::Background
         };
         let instance = self.0.instance(context.headers()).await?;
-        let (job, events) = start(&instance, request.to_owned_message(), mode).await?;
-        let kill = KillOnDrop((mode == Mode::Foreground).then(|| job.clone()));
-        let follow = Follow {
-            job,
-            events,
-            kill,
-            keepalive: keepalive(context.headers()),
-            deadline,
-            first: true,
-            ended: false,
-        };
+        let (job, chunks) = start(&instance, request.to_owned_message(), mode, deadline).await?;
+        let follow = Follow::new(job, chunks, keepalive(context.headers()));
         let items = follow.stream().map(|item| {
             item.map(|event| wire::StartResponse { event: event.into(), ..Default::default() })
         });

@@ -15,7 +15,7 @@ use axum::http::header::CONTENT_TYPE;
 use axum::http::{HeaderMap, HeaderValue, StatusCode};
 use axum::response::IntoResponse;
 use axum::response::sse::{Event, KeepAlive, Sse};
-use denizen_api::{Change, Code, Entry, Folder, escape};
+use denizen_api::{Change, Code, Entry, Folder, escape_path};
 use denizen_envd::folder as tar;
 use futures::TryStreamExt;
 use rustix::fs::{CWD, RenameFlags, renameat_with};
@@ -44,7 +44,7 @@ pub(super) fn entry(path: &Path) -> io::Result<Entry> {
     Ok(Entry {
         name: path.file_name().unwrap_or_default().to_string_lossy().into_owned(),
         path: path.to_string_lossy().into_owned(),
-        escaped: escape(path.as_os_str().as_encoded_bytes()),
+        escaped: escape_path(path.as_os_str().as_encoded_bytes()),
         kind: kind(&there).to_owned(),
         size: there.len(),
         mode: format!("{:04o}", there.mode() & 0o7777),
@@ -95,7 +95,7 @@ fn part(path: &Path, limit: usize, after: Option<&OsString>) -> io::Result<Folde
     let mut names = least.into_sorted_vec();
     let more = names.len() > limit;
     names.truncate(limit);
-    let next = names.last().filter(|_| more).map(|last| escape(last.as_encoded_bytes()));
+    let next = names.last().filter(|_| more).map(|last| escape_path(last.as_encoded_bytes()));
     let mut entries = Vec::with_capacity(names.len());
     for name in names {
         match entry(&path.join(name)) {
@@ -199,7 +199,7 @@ pub(super) async fn watch(path: PathBuf, recursive: bool) -> Answer {
         let told = |kind, path: &Path| Change {
             kind,
             path: path.to_string_lossy().into_owned(),
-            escaped: escape(path.as_os_str().as_encoded_bytes()),
+            escaped: escape_path(path.as_os_str().as_encoded_bytes()),
         };
         Watch::new(&folder, recursive, told).map_err(|error| {
             let text = format!("{} cannot be watched: {error}", folder.display());

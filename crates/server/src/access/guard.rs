@@ -18,8 +18,8 @@ use axum::extract::{MatchedPath, Request, State};
 use axum::http::header::{
     ACCESS_CONTROL_ALLOW_HEADERS, ACCESS_CONTROL_ALLOW_METHODS, ACCESS_CONTROL_ALLOW_ORIGIN,
     ACCESS_CONTROL_EXPOSE_HEADERS, ACCESS_CONTROL_MAX_AGE, ACCESS_CONTROL_REQUEST_HEADERS,
-    ACCESS_CONTROL_REQUEST_METHOD, AUTHORIZATION, CONTENT_TYPE, HOST, ORIGIN, RETRY_AFTER, VARY,
-    WWW_AUTHENTICATE, X_CONTENT_TYPE_OPTIONS,
+    ACCESS_CONTROL_REQUEST_METHOD, AUTHORIZATION, CONTENT_TYPE, HOST, LOCATION, ORIGIN, VARY,
+    X_CONTENT_TYPE_OPTIONS,
 };
 use axum::http::request::Parts;
 use axum::http::uri::{Authority, PathAndQuery, Uri};
@@ -31,7 +31,7 @@ use futures::StreamExt;
 use hyper::body::{Body as _, Frame, SizeHint};
 use jiff::Timestamp;
 
-use super::limits::{One, network};
+use super::limits::network;
 use super::rules::{self, Need, On};
 use super::{Access, Caller, Front, Peer};
 use crate::SESSION;
@@ -71,7 +71,7 @@ pub(crate) fn by_path<B>(front: &Front, request: &mut axum::http::Request<B>) {
         return;
     }
     let rest = request.uri().path_and_query().map_or("/", PathAndQuery::as_str);
-    let session = escape(&session);
+    let session = denizen_api::escape(&session);
     let path = format!("/v1/sessions/{session}/ports/{port}{rest}");
     // Both parts of it were parts of a URI.
     if let Ok(path) = path.parse::<PathAndQuery>() {
@@ -80,13 +80,6 @@ pub(crate) fn by_path<B>(front: &Front, request: &mut axum::http::Request<B>) {
         *request.uri_mut() = Uri::from_parts(parts).unwrap_or_default();
         request.extensions_mut().insert(ByName);
     }
-}
-
-fn escape(text: &str) -> String {
-    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~".contains(&byte);
-    text.bytes()
-        .map(|byte| if plain(byte) { char::from(byte).into() } else { format!("%{byte:02X}") })
-        .collect()
 }
 
 /// The port and session of a host `<port>-<session>.<domain>`.
@@ -166,9 +159,7 @@ impl IntoResponse for No {
         };
         let seconds = wait.as_secs() + 1;
         let why = format!("too many requests: try again in {seconds} s");
-        let mut answer = Refused::new(Code::RateLimited, why).into_response();
-        answer.headers_mut().insert(RETRY_AFTER, seconds.into());
-        answer
+        Refused::new(Code::RateLimited, why).after(seconds).into_response()
     }
 }
 
@@ -195,6 +186,7 @@ pub(crate) async fn guard(
         }
     };
     record.status = Some(answer.status());
+    record.made = made(&answer);
     match origin {
         Some(origin) => allow(answer, &origin),
         None => answer,
@@ -215,11 +207,7 @@ fn refuse(no: No, record: &mut Record) -> Response {
         }
         (_, no) => no,
     };
-    let mut answer = no.into_response();
-    if answer.status() == StatusCode::UNAUTHORIZED {
-        answer.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
-    }
-    answer
+    no.into_response()
 }
 
 /// Who asks, if they may ask for that.
@@ -252,6 +240,9 @@ fn admit(access: &Access, parts: &mut Parts, record: &mut Record) -> Result<Call
         })?,
     };
     record.caller = Some(caller.clone());
+    if let (Some(Peer::Tcp { known, .. }), Some(_)) = (&record.peer, caller.counted_as()) {
+        known.store(true, Ordering::Relaxed);
+    }
     if let Some(id) = caller.counted_as() {
         access.requests.count(id, Instant::now()).map_err(No::TooOften)?;
     }
@@ -272,9 +263,18 @@ fn admit(access: &Access, parts: &mut Parts, record: &mut Record) -> Result<Call
     }
 }
 
-/// The session that a request is about, as its handler will read it.
+/// The id of the session that was made, if one was without being named in the path.
+fn made(answer: &Response) -> Option<String> {
+    let created = answer.status() == StatusCode::CREATED;
+    let place = answer.headers().get(LOCATION).filter(|_| created)?.to_str().ok()?;
+    place.strip_prefix("/v1/sessions/").map(str::to_owned)
+}
+
+/// The session that a request is about, as its handler will read it: in the path, or in a header
+/// if it is one for envd. What a header says elsewhere means nothing.
 fn session(parts: &Parts, route: &str) -> Option<String> {
     if !route.contains("{session}") {
+        rules::of_envd(parts.uri.path())?;
         return named(&parts.headers).map(str::to_owned);
     }
     extract::session(parts.uri.path()).map(|(session, _)| session.into_owned())
@@ -340,17 +340,25 @@ fn allow(mut answer: Response, origin: &HeaderValue) -> Response {
 
 /// Has a request answered. All of it ends when what its caller was let in by does: the handler,
 /// the answer's body, and a connection that it has become.
-async fn pass(access: Arc<Access>, caller: Caller, mut request: Request, next: Next) -> Response {
+async fn pass(
+    access: Arc<Access>,
+    mut caller: Caller,
+    mut request: Request,
+    next: Next,
+) -> Response {
     let peer = request.extensions().get::<Peer>().cloned();
-    request.extensions_mut().insert(caller.clone());
-    let Some(Peer::Tcp { cut, .. }) = peer else { return next.run(request).await };
-    let one = match caller.counted_as() {
-        Some(id) => match access.at_a_time.begin(id) {
-            Some(one) => Some(one),
-            None => return No::TooOften(Duration::ZERO).into_response(),
-        },
-        None => None,
+    let Some(Peer::Tcp { cut, .. }) = peer else {
+        request.extensions_mut().insert(caller);
+        return next.run(request).await;
     };
+    if let Some(id) = caller.counted_as() {
+        match access.at_a_time.begin(id) {
+            Some(one) => caller.open = Some(Arc::new(one)),
+            None => return No::TooOften(Duration::ZERO).into_response(),
+        }
+    }
+    request.extensions_mut().insert(caller.clone());
+    // It has the caller, and with that its place.
     let mut over = Box::pin(access.over(caller));
     let (request, broke_off) = patient(request);
     let mut answer = tokio::select! {
@@ -369,7 +377,6 @@ async fn pass(access: Arc<Access>, caller: Caller, mut request: Request, next: N
     headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     if answer.status() == StatusCode::SWITCHING_PROTOCOLS {
         tokio::spawn(async move {
-            let _one = one;
             tokio::select! {
                 () = over => cut.cancel(),
                 () = cut.cancelled() => {}
@@ -377,7 +384,7 @@ async fn pass(access: Arc<Access>, caller: Caller, mut request: Request, next: N
         });
         return answer;
     }
-    answer.map(|body| Body::new(Held { body, over, _one: one }))
+    answer.map(|body| Body::new(Held { body, over }))
 }
 
 /// A request whose body does not stand still for long, and what tells whether that broke off. A
@@ -413,7 +420,6 @@ fn patient(request: Request) -> (Request, Arc<AtomicBool>) {
 struct Held<F> {
     body: Body,
     over: Pin<Box<F>>,
-    _one: Option<One<String>>,
 }
 
 impl<F: Future<Output = ()>> hyper::body::Body for Held<F> {
@@ -452,6 +458,7 @@ struct Record {
     need: Option<Need>,
     route: String,
     session: Option<String>,
+    made: Option<String>,
     status: Option<StatusCode>,
     /// Whether it is one of more refusals than anybody wants to read.
     is_one_of_many: bool,
@@ -469,6 +476,7 @@ impl Record {
             need: None,
             route: String::new(),
             session: None,
+            made: None,
             status: None,
             is_one_of_many: false,
         }
@@ -506,6 +514,7 @@ impl Drop for Record {
             "method": shortened(method),
             "route": self.route,
             "session": self.session.as_deref().map(shortened),
+            "made": self.made,
             "status": self.status.map(|status| status.as_u16()),
             "milliseconds": u64::try_from(self.begin.elapsed().as_millis()).unwrap_or(u64::MAX),
         }));

@@ -48,12 +48,14 @@ impl<K: Eq + Hash> Rate<K> {
 }
 
 /// What goes on at a time, for each of those who do it.
+#[derive(Debug)]
 pub(crate) struct AtATime<K: Eq + Hash> {
     most: usize,
     all: Mutex<HashMap<K, usize>>,
 }
 
 /// One of them; it is over when this is dropped.
+#[derive(Debug)]
 pub(crate) struct One<K: Eq + Hash> {
     of: Arc<AtATime<K>>,
     by: K,

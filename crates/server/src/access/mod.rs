@@ -16,6 +16,7 @@ mod tokens;
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use denizen::MicroVmManager;
@@ -26,7 +27,7 @@ use uuid::Uuid;
 
 use self::audit::Audit;
 pub use self::keys::{KeyInfo, Keys, KeysError};
-use self::limits::{AtATime, Rate};
+use self::limits::{AtATime, One, Rate};
 pub use self::tls::Certificate;
 use self::tokens::Token;
 use crate::api::Refused;
@@ -63,6 +64,8 @@ pub(crate) enum Peer {
         tls: bool,
         /// Ends the connection, whatever is being done on it.
         cut: tokio_util::sync::CancellationToken,
+        /// Whether it has ever come with a good key or token.
+        known: Arc<AtomicBool>,
     },
 }
 
@@ -96,6 +99,8 @@ pub(crate) struct Caller {
     scope: Scope,
     reach: Reach,
     expires: Option<Timestamp>,
+    /// Its place among the requests that it may have open, until the last copy of this is gone.
+    open: Option<Arc<One<String>>>,
 }
 
 impl Caller {
@@ -106,6 +111,7 @@ impl Caller {
             scope: Scope::Admin,
             reach: Reach::All,
             expires: None,
+            open: None,
         }
     }
 
@@ -118,6 +124,7 @@ impl Caller {
             // No session has this one.
             reach: Reach::One(Uuid::nil()),
             expires: None,
+            open: None,
         }
     }
 
@@ -127,6 +134,16 @@ impl Caller {
             Credential::Local { .. } | Credential::None => None,
             Credential::Key(id) => Some(id.clone()),
             Credential::Token(token) => Some(token.session.to_string()),
+        }
+    }
+
+    /// What keeps its requests apart from others': whatever it is called, it is let in by this.
+    pub(crate) fn identity(&self) -> String {
+        match &self.credential {
+            Credential::Local { uid } => format!("uid {uid}"),
+            Credential::Key(id) => format!("key {id}"),
+            Credential::Token(token) => format!("token {}", token.session),
+            Credential::None => String::new(),
         }
     }
 
@@ -262,6 +279,7 @@ impl Access {
                 reach: Reach::One(token.session),
                 expires: Timestamp::from_second(token.expires).ok(),
                 credential: Credential::Token(token),
+                open: None,
             });
         }
         let info = self.keys.key(secret)?;
@@ -271,6 +289,7 @@ impl Access {
             scope: info.scope,
             reach: info.sessions.map_or(Reach::All, Reach::Prefix),
             expires: info.expires_at,
+            open: None,
         })
     }
 

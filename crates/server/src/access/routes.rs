@@ -136,6 +136,7 @@ async fn void_tokens(
     Path(session): Path<String>,
 ) -> Answer<StatusCode> {
     let session = access.leases.find(&session)?;
+    access.pool.inspect(session)?;
     changing(access, move |access| access.keys.void_tokens(session)).await?;
     Ok(StatusCode::NO_CONTENT)
 }

@@ -68,6 +68,7 @@ pub(crate) async fn verify(
     State(api): State<Api>,
     Query(Depth { read_data }): Query<Depth>,
 ) -> Answer<axum::Json<BackupReport>> {
+    let _busy = api.leases.busy();
     Ok(axum::Json(wire::report(api.pool.verify_backups(read_data).await?)))
 }
 
@@ -79,6 +80,7 @@ pub(crate) async fn forget(
     State(api): State<Api>,
     Json(Forget { dry_run, retention }): Json<Forget>,
 ) -> Answer<axum::Json<Vec<Backup>>> {
+    let _busy = api.leases.busy();
     let retention = match retention {
         Some(retention) => wire::retention(retention),
         None => api.pool.retention()?,
@@ -101,6 +103,7 @@ pub(crate) async fn delete(
     State(api): State<Api>,
     Path(backup): Path<String>,
 ) -> Answer<axum::Json<Backup>> {
+    let _busy = api.leases.busy();
     Ok(axum::Json(wire::backup(api.pool.delete_backup(&backup).await?)))
 }
 
@@ -109,6 +112,7 @@ pub(crate) async fn delete(
     responses((status = 200, description = "Those that were not known", body = Vec<Session>),
         Refused))]
 pub(crate) async fn recover(State(api): State<Api>) -> Answer<axum::Json<Vec<Session>>> {
+    let _busy = api.leases.busy();
     let found = api.pool.recover().await?;
     Ok(axum::Json(found.into_iter().map(wire::session).collect()))
 }
@@ -195,6 +199,7 @@ pub(crate) async fn export(
     State(api): State<Api>,
     Path(session): Path<String>,
 ) -> Answer<Response> {
+    let busy = api.leases.busy();
     let id = api.leases.find(&session)?;
     let export = api.pool.export(id).await?;
     let headers = [
@@ -202,7 +207,9 @@ pub(crate) async fn export(
         (CONTENT_LENGTH, export.bytes().to_string()),
     ];
     // Whoever reads it keeps the daemon from leaving.
-    let pieces = ReaderStream::new(export).inspect(move |_| api.leases.touch());
+    let pieces = ReaderStream::new(export).inspect(move |_| {
+        let _ = &busy;
+    });
     Ok((headers, Body::from_stream(pieces)).into_response())
 }
 
@@ -216,10 +223,9 @@ pub(crate) async fn import(
     Path(session): Path<String>,
     request: Request,
 ) -> Answer<(StatusCode, axum::Json<Session>)> {
+    let _busy = api.leases.busy();
     let id = api.leases.find_or_name(&session).await?;
-    let leases = api.leases.clone();
     let pieces = request.into_body().into_data_stream().map_err(std::io::Error::other);
-    let pieces = pieces.inspect(move |_| leases.touch());
     match api.pool.import(id, StreamReader::new(pieces)).await {
         // By the name it was asked for.
         Err(Error::AlreadyExists { .. }) => Err(Error::AlreadyExists { session }.into()),

@@ -120,7 +120,7 @@ impl Whose {
 ///
 /// With `Accept: text/event-stream` as server-sent events, each with an id by which a later
 /// request goes on (`Last-Event-ID`); `event: lost` says that some are not kept any more. Otherwise
-/// one JSON object a line.
+/// one JSON object a line; `{"event":"lost"}` says the same there.
 #[utoipa::path(get, path = "/v1/events", tag = "events",
     params(Whose, ("Last-Event-ID" = Option<String>, Header, description = "The last one that was seen")),
     responses((status = 200, content((super::wire::ServerSent = "text/event-stream"),
@@ -167,11 +167,14 @@ pub(crate) async fn events(
         });
         return Ok(Sse::new(events).keep_alive(KeepAlive::default()).into_response());
     }
-    let lines = all.filter_map(|kept| async {
-        // Its parts are all strings and numbers: this cannot fail.
-        let mut line = serde_json::to_vec(&kept?.event).unwrap_or_default();
+    let lines = all.map(|kept| {
+        let mut line = match kept {
+            // Its parts are all strings and numbers: this cannot fail.
+            Some(kept) => serde_json::to_vec(&kept.event).unwrap_or_default(),
+            None => br#"{"event":"lost"}"#.to_vec(),
+        };
         line.push(b'\n');
-        Some(Ok::<_, Infallible>(line))
+        Ok::<_, Infallible>(line)
     });
     Ok(([(header::CONTENT_TYPE, "application/x-ndjson")], Body::from_stream(lines)).into_response())
 }

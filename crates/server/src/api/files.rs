@@ -4,34 +4,20 @@
 
 use axum::body::Body;
 use axum::extract::{Request, State};
-use axum::http::header::{
-    ACCEPT_RANGES, CACHE_CONTROL, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_SECURITY_POLICY,
-    CONTENT_TYPE, ETAG,
-};
+use axum::http::header::CONTENT_SECURITY_POLICY;
 use axum::http::uri::PathAndQuery;
-use axum::http::{HeaderMap, HeaderName, HeaderValue, Uri};
+use axum::http::{HeaderValue, Uri};
 use axum::response::Response;
 use connectrpc::{ConnectError, ErrorCode};
 use denizen::Isolation;
 use denizen_agent::files;
-use denizen_api::{Code, Entry, Folder, UPLOAD_OFFSET, Upload};
+use denizen_api::{Code, Entry, Folder, Upload};
 
 use super::Api;
 use super::extract::session;
 use super::refusal::{Answer, Refused};
 use super::wire::{Binary, ServerSent};
 use crate::files::pass;
-
-/// What of an answer is passed on: it may come from whatever took the agent's place.
-const PASSED: [HeaderName; 7] = [
-    ACCEPT_RANGES,
-    CONTENT_LENGTH,
-    CONTENT_RANGE,
-    CONTENT_TYPE,
-    ETAG,
-    CACHE_CONTROL,
-    HeaderName::from_static(UPLOAD_OFFSET),
-];
 
 /// Read a file, or look at what is at a path.
 ///
@@ -157,36 +143,21 @@ async fn serve(api: &Api, mut request: Request) -> Answer<Response> {
         *request.uri_mut() = uri("")?;
         let response = tokio::select! {
             response = files::answer(lease.guard.workdir(), request) => response,
-            () = lease.ended() => return Err(stopped()),
+            () = lease.ended() => return Err(Refused::stopped()),
         };
         response.map(|body| Body::new(lease.hold(body)))
     } else {
         *request.uri_mut() = uri(files::PREFIX)?;
         pass(lease, request).await.map_err(refused)?
     };
-    Ok(passed(response))
-}
-
-fn passed(response: Response) -> Response {
-    let (mut parts, body): (_, Body) = response.into_parts();
-    let from = std::mem::take(&mut parts.headers);
-    for name in PASSED {
-        if let Some(value) = from.get(&name) {
-            parts.headers.insert(name, value.clone());
-        }
-    }
-    secure(&mut parts.headers);
-    Response::from_parts(parts, body)
+    Ok(secure(response))
 }
 
 /// Should a browser show it, it is nothing of ours: it has the origin of nobody, and runs nothing.
-fn secure(headers: &mut HeaderMap) {
+fn secure(mut response: Response) -> Response {
     let nothing = HeaderValue::from_static("sandbox; default-src 'none'");
-    headers.insert(CONTENT_SECURITY_POLICY, nothing);
-}
-
-fn stopped() -> Refused {
-    Refused::new(Code::Stopped, "the session was stopped by force meanwhile")
+    response.headers_mut().insert(CONTENT_SECURITY_POLICY, nothing);
+    response
 }
 
 fn refused(error: ConnectError) -> Refused {
@@ -194,7 +165,7 @@ fn refused(error: ConnectError) -> Refused {
         ErrorCode::InvalidArgument => Code::BadRequest,
         ErrorCode::DeadlineExceeded => Code::NoAnswer,
         ErrorCode::ResourceExhausted => Code::OverLimit,
-        ErrorCode::Aborted => return stopped(),
+        ErrorCode::Aborted => return Refused::stopped(),
         _ => Code::NoAgent,
     };
     Refused::new(code, error.message.unwrap_or_default())

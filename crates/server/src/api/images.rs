@@ -54,6 +54,7 @@ pub(crate) async fn bring(
             });
         }
     };
+    let busy = api.leases.busy();
     let work = async move {
         let brought = match bring {
             BringImage::Pull { reference, user, password, certificates } => {
@@ -77,6 +78,7 @@ pub(crate) async fn bring(
             Err(error) => Bringing::Error { error: Refused::from(error).0 },
         };
         let _ = lines.send(last);
+        drop(busy);
     };
     // Ends with the response: nobody waits for it any more.
     let work = stream::once(work).filter_map(|()| async { None });

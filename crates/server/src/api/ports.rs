@@ -61,10 +61,7 @@ pub(crate) async fn connect(
     let lease = api.take_known(&session).await?;
     let inside = reach(&lease, &session, port).await?;
     let upgrade = hyper::upgrade::on(&mut request);
-    tokio::spawn(async move {
-        let Ok(outside) = upgrade.await else { return };
-        join(lease, TokioIo::new(outside), inside).await;
-    });
+    tokio::spawn(join(lease, async { Ok((TokioIo::new(upgrade.await?), inside)) }));
     let headers = [("connection", "upgrade"), ("upgrade", "tcp")];
     Ok((StatusCode::SWITCHING_PROTOCOLS, headers).into_response())
 }
@@ -79,10 +76,11 @@ async fn reach(lease: &Lease, session: &str, port: u16) -> Answer<TcpStream> {
         inside.writable().await?;
         inside.take_error()?.map_or(Ok(inside), Err)
     };
-    let reached = match tokio::time::timeout(PATIENCE, reached).await {
-        Ok(reached) => reached,
-        Err(_) => Err(std::io::ErrorKind::TimedOut.into()),
+    let reached = tokio::select! {
+        reached = tokio::time::timeout(PATIENCE, reached) => reached,
+        () = lease.ended() => return Err(Refused::stopped()),
     };
+    let reached = reached.unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()));
     reached.map_err(|error| {
         let detail = format!("port {port} of session {session} cannot be reached: {error}");
         Refused::new(Code::Port, detail)
@@ -149,10 +147,7 @@ pub(crate) async fn proxy(
     let request = Request::from_parts(parts, body);
     let mut response = tokio::select! {
         response = requests.send_request(request) => response.map_err(failed)?,
-        () = lease.ended() => {
-            let detail = "the session was stopped by force meanwhile";
-            return Err(Refused::new(Code::Stopped, detail));
-        }
+        () = lease.ended() => return Err(Refused::stopped()),
     };
     let inside = hyper::upgrade::on(&mut response);
     let (mut parts, body) = response.into_parts();
@@ -175,10 +170,10 @@ pub(crate) async fn proxy(
         let detail = format!("port {port} of session {session} switches protocols unasked");
         return Err(Refused::new(Code::Port, detail));
     };
-    tokio::spawn(async move {
-        let (Ok(outside), Ok(inside)) = tokio::join!(upgrade, inside) else { return };
-        join(lease, TokioIo::new(outside), TokioIo::new(inside)).await;
-    });
+    tokio::spawn(join(lease, async {
+        let (outside, inside) = tokio::try_join!(upgrade, inside)?;
+        Ok((TokioIo::new(outside), TokioIo::new(inside)))
+    }));
     parts.headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
     parts.headers.insert(UPGRADE, protocol);
     Ok(Response::from_parts(parts, Body::empty()))
@@ -257,15 +252,24 @@ fn forwarded(
     }
 }
 
-/// Copies both ways until both sides have ended, or the session has to be given back.
+/// Copies both ways until a side ends it, or the session has to be given back.
 async fn join(
     lease: Arc<Lease>,
-    mut outside: impl AsyncRead + AsyncWrite + Unpin,
-    mut inside: impl AsyncRead + AsyncWrite + Unpin,
+    sides: impl Future<
+        Output = hyper::Result<(
+            impl AsyncRead + AsyncWrite + Unpin,
+            impl AsyncRead + AsyncWrite + Unpin,
+        )>,
+    >,
 ) {
-    // Either side may end it at any time.
+    let joined = async {
+        if let Ok((mut outside, mut inside)) = sides.await {
+            // Either side may end it at any time.
+            let _ = tokio::io::copy_bidirectional(&mut outside, &mut inside).await;
+        }
+    };
     tokio::select! {
-        _ = tokio::io::copy_bidirectional(&mut outside, &mut inside) => {}
+        () = joined => {}
         () = lease.ended() => {}
     }
 }

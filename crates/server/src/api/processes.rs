@@ -29,6 +29,7 @@ use super::Api;
 use super::extract::{Bytes, Json, Path, Query};
 use super::refusal::{Answer, Refused};
 use super::wire::{Binary, ServerSent};
+use crate::lease::Lease;
 
 impl From<ConnectError> for Refused {
     fn from(error: ConnectError) -> Self {
@@ -78,6 +79,18 @@ fn find(api: &Api, session: &str, process: &str) -> Answer<Arc<Job>> {
         let detail = format!("no process {process} was started in session {session}");
         Refused::new(Code::UnknownProcess, detail)
     })
+}
+
+/// A command that something is to be done to, and what keeps its session awake for that: one that
+/// is frozen would not see it.
+async fn reach(api: &Api, session: &str, process: &str) -> Answer<(Arc<Job>, Option<Arc<Lease>>)> {
+    let job = find(api, session, process)?;
+    if job.info().ended.is_some() {
+        // No reason to start a session.
+        return Ok((job, None));
+    }
+    let lease = api.leases.take(api.leases.find(session)?, None).await?;
+    Ok((job, Some(lease)))
 }
 
 /// List the commands of a session that were started through the daemon.
@@ -277,9 +290,18 @@ pub(crate) async fn input(
     Query(Last { eof }): Query<Last>,
     Bytes(bytes): Bytes,
 ) -> Answer<StatusCode> {
-    let job = find(&api, &session, &process)?;
+    let (job, lease) = reach(&api, &session, &process).await?;
     if !bytes.is_empty() {
-        job.write(&bytes).await?;
+        let stopped = async {
+            match &lease {
+                Some(lease) => lease.ended().await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            written = job.write(&bytes) => written?,
+            () = stopped => return Err(Refused::stopped()),
+        }
     }
     if eof {
         job.close_stdin().await?;
@@ -300,7 +322,8 @@ pub(crate) async fn signal(
     if !(1..=64).contains(&signal) {
         return Err(Refused::new(Code::BadRequest, "signals are from 1 to 64 (signal(7))"));
     }
-    find(&api, &session, &process)?.signal(signal).await?;
+    let (job, _lease) = reach(&api, &session, &process).await?;
+    job.signal(signal).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -317,7 +340,8 @@ pub(crate) async fn resize(
     if columns == 0 || rows == 0 {
         return Err(Refused::new(Code::BadRequest, "a terminal has a column and a row at least"));
     }
-    find(&api, &session, &process)?.resize(columns, rows)?;
+    let (job, _lease) = reach(&api, &session, &process).await?;
+    job.resize(columns, rows)?;
     Ok(StatusCode::NO_CONTENT)
 }
 

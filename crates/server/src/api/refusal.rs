@@ -9,11 +9,25 @@ use utoipa::openapi::{Ref, RefOr};
 
 /// An answer that is none.
 #[derive(Debug)]
-pub(crate) struct Refused(pub(crate) Problem);
+pub(crate) struct Refused(
+    pub(crate) Problem,
+    /// After how many seconds the same may be asked again, if it may be.
+    u64,
+);
 
 impl Refused {
     pub(crate) fn new(code: Code, detail: impl Into<String>) -> Self {
-        Self(Problem::new(code, detail))
+        Self(Problem::new(code, detail), 1)
+    }
+
+    /// Because the session had to be given back before it was done.
+    pub(crate) fn stopped() -> Self {
+        Self::new(Code::Stopped, "the session is being stopped: a part may have been done")
+    }
+
+    /// The same, if it may be asked again after so many seconds and not before.
+    pub(crate) fn after(self, seconds: u64) -> Self {
+        Self(self.0, seconds)
     }
 }
 
@@ -21,7 +35,7 @@ pub(crate) type Answer<T> = Result<T, Refused>;
 
 impl IntoResponse for Refused {
     fn into_response(self) -> Response {
-        let Self(problem) = self;
+        let Self(problem, after) = self;
         let status = StatusCode::from_u16(problem.status);
         let status = status.unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
         // Strings and a number: this cannot fail.
@@ -33,7 +47,7 @@ impl IntoResponse for Refused {
                 headers.insert("www-authenticate", HeaderValue::from_static("Bearer"));
             }
             Code::AtCapacity | Code::ShuttingDown | Code::RateLimited => {
-                headers.insert("retry-after", HeaderValue::from_static("1"));
+                headers.insert("retry-after", after.into());
             }
             Code::Upgrade => {
                 headers.insert("upgrade", HeaderValue::from_static("tcp"));

@@ -15,6 +15,7 @@ use sha2::{Digest, Sha256};
 use tokio::time::Instant;
 
 use super::refusal::{Answer, Refused};
+use crate::access::Caller;
 
 /// How long an answer is kept, and how many are.
 const KEPT: Duration = Duration::from_hours(24);
@@ -54,6 +55,7 @@ impl Repeats {
     /// that makes it another request. What was begun is finished even if nobody waits for it.
     pub(crate) async fn once(
         self: &Arc<Self>,
+        caller: Caller,
         headers: &HeaderMap,
         request: &[&str],
         work: impl Future<Output = Answer<(StatusCode, serde_json::Value)>> + Send + 'static,
@@ -62,14 +64,15 @@ impl Repeats {
             let (status, answer) = work.await?;
             return Ok((status, axum::Json(answer)));
         };
-        let bytes = |name: &str| headers.get(name).map_or(&[][..], |value| value.as_bytes());
-        let asked = hash(&[bytes("authorization"), bytes("x-api-key"), key.as_bytes()]);
+        let asked = hash(&[caller.identity().as_bytes(), key.as_bytes()]);
         let request: Vec<&[u8]> = request.iter().map(|part| part.as_bytes()).collect();
         if let Some((status, answer)) = self.begin(asked, hash(&request))? {
             return Ok((status, axum::Json(answer)));
         }
         let begun = Begun { repeats: self.clone(), asked, answer: None };
         let done = tokio::spawn(async move {
+            // It counts as one of the caller's requests until it is done.
+            let _caller = caller;
             let mut begun = begun;
             let answer = work.await?;
             begun.answer = Some(answer.clone());

@@ -17,6 +17,7 @@ use super::extract::{Json, Path, Query};
 use super::refusal::{Answer, Refused};
 use super::{Api, wire};
 use crate::access::Caller;
+use crate::lease::Closed;
 
 /// Most sessions in one part of a list.
 const MOST: usize = 1000;
@@ -107,6 +108,7 @@ pub(crate) async fn create(
     let work = {
         let (api, name, image) = (api.clone(), name.clone(), image.clone());
         async move {
+            let image = known(&api, image).await?;
             let id = match &name {
                 None => Uuid::new_v4(),
                 // A UUID is no name: whoever has one wants that session.
@@ -124,12 +126,13 @@ pub(crate) async fn create(
             begin(&api, id, image).await
         }
     };
-    made(&api, &headers, &words, work).await
+    made(&api, caller, &headers, &words, work).await
 }
 
 /// Answers with a session that was made, once for each idempotency key.
 async fn made(
     api: &Api,
+    caller: Caller,
     headers: &HeaderMap,
     request: &[&str],
     work: impl Future<Output = Answer<Session>> + Send + 'static,
@@ -139,19 +142,24 @@ async fn made(
         let made = serde_json::to_value(work.await?).unwrap_or_default();
         Ok((StatusCode::CREATED, made))
     };
-    let (status, made) = api.repeats.once(headers, request, work).await?;
+    let (status, made) = api.repeats.once(caller, headers, request, work).await?;
     let location = format!("/v1/sessions/{}", made["id"].as_str().unwrap_or_default());
     Ok((status, [(header::LOCATION, location)], made).into_response())
 }
 
 /// Starts a session, which is made of the image if it is not there.
 async fn begin(api: &Api, id: Uuid, image: Option<String>) -> Answer<Session> {
-    let image = match image {
-        Some(name) => Some(api.pool.image(&name).await?.name),
-        None => None,
-    };
     drop(api.leases.take(id, image.as_deref()).await?);
     Ok(wire::session(api.pool.inspect(id)?))
+}
+
+/// The whole name of an image that there is. To be asked for before a session is given a name,
+/// which stays.
+async fn known(api: &Api, image: Option<String>) -> Answer<Option<String>> {
+    Ok(match image {
+        Some(name) => Some(api.pool.image(&name).await?.name),
+        None => None,
+    })
 }
 
 /// Show a session.
@@ -187,6 +195,7 @@ pub(crate) async fn ensure(
     Path(session): Path<String>,
     Query(Image { image }): Query<Image>,
 ) -> Answer<(StatusCode, axum::Json<Session>)> {
+    let image = known(&api, image).await?;
     let id = api.leases.find_or_name(&session).await?;
     let status = match api.pool.inspect(id) {
         Ok(_) => StatusCode::OK,
@@ -228,20 +237,18 @@ pub(crate) async fn stop(
     Query(Force { force }): Query<Force>,
 ) -> Answer<StatusCode> {
     let id = api.leases.find(&session)?;
-    end(&api, id, force).await?;
+    drop(end(&api, id, force).await?);
     Ok(StatusCode::NO_CONTENT)
 }
 
-/// With force, what runs in the foreground is ended first; its requests then give the guard
-/// back on their own.
-async fn end(api: &Api, id: Uuid, force: bool) -> Result<(), Error> {
+/// With force, what requests do in it is ended first, and they give the guard back on their own;
+/// then nobody is let in until what is returned is dropped.
+async fn end(api: &Api, id: Uuid, force: bool) -> Result<Option<Closed>, Error> {
+    let mut closed = None;
     loop {
         match api.pool.stop(id, force).await {
-            Err(Error::InUse { .. }) if force => {
-                api.leases.kill(id).await;
-                api.pool.released(id).await?;
-            }
-            done => return done,
+            Err(Error::InUse { .. }) if force => closed = Some(api.leases.close(id).await?),
+            done => return done.map(|()| closed),
         }
     }
 }
@@ -256,14 +263,16 @@ pub(crate) async fn remove(
     Query(Force { force }): Query<Force>,
 ) -> Answer<StatusCode> {
     let id = api.leases.find(&session)?;
+    let mut closed = None;
     if force {
         api.pool.inspect(id)?;
-        match end(&api, id, true).await {
-            Ok(()) | Err(Error::VolumeMissing { .. }) => {}
-            Err(error) => return Err(error.into()),
-        }
+        closed = match end(&api, id, true).await {
+            Err(Error::VolumeMissing { .. }) => None,
+            ended => ended?,
+        };
     }
     api.pool.remove(id).await?;
+    drop(closed);
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -305,5 +314,5 @@ pub(crate) async fn fork(
             Ok(wire::session(api.pool.inspect(made)?))
         }
     };
-    made(&api, &headers, &words, work).await
+    made(&api, caller, &headers, &words, work).await
 }

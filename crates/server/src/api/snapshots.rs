@@ -79,6 +79,7 @@ pub(crate) async fn diff(
     Path(session): Path<String>,
     Query(between): Query<Between>,
 ) -> Answer<axum::Json<Vec<Difference>>> {
+    let _busy = api.leases.busy();
     caller.touches(&api.pool, between.other.as_ref().unwrap_or(&session))?;
     let version = |session: &str, snapshot: Option<String>| {
         let snapshot = snapshot.map(|name| name.parse()).transpose()?;

@@ -234,3 +234,29 @@ async fn what_is_no_answer_is_an_error() {
         assert!(answer.is_err(), "{words:?} {answer:?}");
     }
 }
+
+#[test]
+fn of_an_answer_only_what_is_about_it_is_passed_on() {
+    let parts = |status: u16| {
+        let response = Response::builder()
+            .status(status)
+            .header("content-type", "text/plain")
+            .header("etag", "\"1\"")
+            .header("location", "https://evil.example/")
+            .header("set-cookie", "a=b")
+            .header("clear-site-data", "\"*\"")
+            .header("alt-svc", "h2=\"evil.example:443\"")
+            .header("access-control-allow-origin", "*");
+        response.body(()).unwrap().into_parts().0
+    };
+    for status in [200, 206, 304, 404, 500] {
+        let mut parts = parts(status);
+        from_the_agent(&mut parts).unwrap();
+        let mut names: Vec<_> = parts.headers.keys().map(|name| name.as_str()).collect();
+        names.sort_unstable();
+        assert_eq!(names, ["content-type", "etag"], "{status}");
+    }
+    for status in [100, 101, 103, 301, 302, 307, 308] {
+        from_the_agent(&mut parts(status)).unwrap_err();
+    }
+}
