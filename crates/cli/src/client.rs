@@ -2,16 +2,19 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, IsTerminal, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use denizen_client::Target;
 use denizen_client::api::Difference;
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{MemfdFlags, memfd_create};
-use tokio::io::AsyncReadExt;
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use tokio::net::UnixStream;
 
 pub use denizen_client::{Client, Lines, Processes, empty, escape, path, query};
@@ -102,9 +105,8 @@ pub async fn answering(settings: &Settings) -> Result<Option<Client>> {
 /// Stops the daemon, if there is one, and waits until one on this machine has ended.
 pub async fn shutdown(settings: &Settings) -> Result<()> {
     let Some(client) = answering(settings).await? else { return Ok(()) };
-    // It has an end when the daemon's process has.
-    let held = match client.target().path() {
-        Some(socket) => UnixStream::connect(socket).await.ok(),
+    let process = match client.target().path() {
+        Some(socket) => process(socket).await,
         None => None,
     };
     match client.shutdown().await {
@@ -112,11 +114,21 @@ pub async fn shutdown(settings: &Settings) -> Result<()> {
         Err(_) if client.target().connect().await.is_err() => {}
         answer => answer?,
     }
-    if let Some(mut held) = held {
-        // An error is an end too.
-        let _ = held.read(&mut [0]).await;
+    if let Some(process) = process {
+        // Readable is what has ended; an error is an end too.
+        let ended = move || poll(&mut [PollFd::new(&process, PollFlags::IN)], None);
+        let _ = tokio::task::spawn_blocking(ended).await;
     }
     Ok(())
+}
+
+/// The process of the daemon that has made the socket; none where somebody else made it for the
+/// daemon, as a manager of services does, who does not end with it.
+async fn process(socket: &Path) -> Option<OwnedFd> {
+    let pid = UnixStream::connect(socket).await.ok()?.peer_cred().ok()?.pid()?;
+    let process = pidfd_open(Pid::from_raw(pid)?, PidfdFlags::empty()).ok()?;
+    let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).ok()?;
+    (name.trim_end() == "denizen").then_some(process)
 }
 
 /// What differs between two states, as they are named on a command line.
