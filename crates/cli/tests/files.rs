@@ -387,7 +387,7 @@ fn who_reads_slowly_holds_nothing_up_and_little_memory() {
     };
     let before = memory();
     let mut slow: Vec<_> =
-        (0..8).map(|_| api.send("GET", &at("/volume/large"), &[], &[])).collect();
+        (0..24).map(|_| api.send("GET", &at("/volume/large"), &[], &[])).collect();
     for reader in &mut slow {
         reader.read_exact(&mut [0; 1000]).unwrap();
     }

@@ -361,6 +361,7 @@ fn files_are_put_back_alone() {
         let refused = user.run(&["restore", "a", "notes", path]);
         assert_eq!(refused.status.code(), Some(125), "{refused:?}");
         assert!(text(&refused.stderr).contains(told), "{refused:?}");
+        assert!(text(&refused.stderr).contains(&format!("put {path} of")), "{refused:?}");
     }
 }
 

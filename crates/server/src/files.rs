@@ -29,9 +29,10 @@ use crate::lease::{Lease, Resolver};
 
 /// The most that an agent's headers may have, in bytes.
 const HEADERS: u32 = 16 * 1024;
-/// What of an answer is held when its reader is slow, and of all answers of a session.
-const WINDOW: u32 = 512 * 1024;
-const WINDOWS: u32 = 4 * 1024 * 1024;
+/// What of an answer is held when its reader is slow, and of all answers of a session: as many of
+/// these as that has are held without being in the way of another one.
+const WINDOW: u32 = 256 * 1024;
+const WINDOWS: u32 = 16 * 1024 * 1024;
 /// How long an agent may take to begin its answer, or to take a part of a request. Deleting a
 /// large tree takes a while.
 const PATIENCE: Duration = Duration::from_mins(5);

@@ -676,7 +676,9 @@ async fn restore(pool: &Arc<Pool>, place: &Arc<Place>, saved: Saved) -> Result {
             if let (Ok(()), Some(backup), None) = (&restored, &backup, &only) {
                 pool.note_backup(backup);
             }
-            restored.map(|()| Outcome::Done)
+            let only = only.unwrap_or_default();
+            let paths = paths.unwrap_or_default();
+            restored.map(|()| Outcome::Done).map_err(|error| as_asked(error, &only, &paths))
         })
     };
     // A copy on the same disk is not counted.
@@ -691,6 +693,18 @@ fn kept(pool: &Pool, site: &Site, paths: &[PathBuf]) -> Fallible<Vec<PathBuf>> {
         pool.driver.kept(site, path)?.ok_or(other)
     };
     paths.iter().map(one).collect()
+}
+
+/// The same by the path that was asked for, not by where that is in the session's folder.
+fn as_asked(error: Error, only: &[PathBuf], paths: &[PathBuf]) -> Error {
+    match error {
+        Error::NotPutBack { session, path, problem } => {
+            let asked = only.iter().zip(paths).find(|(inside, _)| **inside == path);
+            let path = asked.map_or(path, |(_, asked)| asked.clone());
+            Error::NotPutBack { session, path, problem }
+        }
+        error => error,
+    }
 }
 
 /// Puts some of a session's files in their places. Blocks.
