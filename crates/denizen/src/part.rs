@@ -100,7 +100,10 @@ fn plain(path: &Path) -> PathBuf {
 fn find(from: &Path, path: &Path) -> Result<(), Problem> {
     let Some((last, way)) = split(path) else { return Err(Problem::Absent) };
     let absent = |errno| match errno {
-        Errno::NOENT | Errno::NOTDIR | Errno::LOOP => Problem::Absent,
+        // The last two of a name that no file can have: with a zero in it, or too long.
+        Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::INVAL | Errno::NAMETOOLONG => {
+            Problem::Absent
+        }
         errno => errno.into(),
     };
     let mut at = open(CWD, from.as_os_str())?;
@@ -343,7 +346,8 @@ mod tests {
         fs::write(trees.at("from/file"), "").unwrap();
         fs::write(trees.at("to/stays"), "").unwrap();
         let before = trees.to();
-        for absent in ["a/b/no", "stays", "file/no", "."] {
+        let long = "x".repeat(300);
+        for absent in ["a/b/no", "stays", "file/no", ".", "a\0b", "a/\0/b", &long] {
             let problem = trees.put(&["a/three", "file", absent]).unwrap_err();
             assert!(matches!(&problem, (_, Problem::Absent)), "{absent}: {problem:?}");
             assert_eq!(trees.to(), before);
