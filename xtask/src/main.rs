@@ -107,43 +107,42 @@ fn install(needed: &[(&str, &str)]) -> Result<(), String> {
     Ok(())
 }
 
-/// Takes the kernel of the tests' guest out of its Debian package, which is not installed: it
-/// would make itself this machine's.
-fn fetch_kernel() -> Result<(), String> {
-    let folder = root().join("target/guest");
-    if folder.join("vmlinuz").exists() {
+/// Takes something out of a Debian package, which is not installed, into a folder of `target`,
+/// unless `file` is there, which the script makes last: it says that all is there. The script runs
+/// in the folder, which is empty.
+fn take_out(folder: &str, file: &str, script: &str) -> Result<(), String> {
+    let folder = root().join("target").join(folder);
+    if folder.join(file).exists() {
         return Ok(());
     }
+    let script =
+        format!("rm -rf \"$1\" && mkdir -p \"$1\" && cd \"$1\"\napt-get update -qq\n{script}");
+    run("sh", &["-ec", &script, "sh", &folder.to_string_lossy()])
+}
+
+/// The kernel of the tests' guest, which would make itself this machine's.
+fn fetch_kernel() -> Result<(), String> {
     let script = r#"
-        rm -rf "$1" && mkdir -p "$1" && cd "$1"
-        apt-get update -qq
         package=$(apt-cache depends linux-image-cloud-amd64 | sed -n 's/ *Depends: //p')
         apt-get download -qq "$package"
         dpkg -x linux-image-*.deb .
         mkdir modules
         find lib -name '*.ko' -exec mv -t modules {} +
         rm -r linux-image-*.deb lib usr
-        # Last: it says that all is there.
         mv boot/vmlinuz-* vmlinuz && rm -r boot
     "#;
-    run("sh", &["-ec", script, "sh", &folder.to_string_lossy()])
+    take_out("guest", "vmlinuz", script)
 }
 
-/// Takes Prometheus's checker out of its Debian package, which is not installed: it would begin to
-/// serve.
+/// Prometheus's checker, whose package would begin to serve.
 fn fetch_promtool() -> Result<(), String> {
-    let folder = root().join("target/promtool");
-    if folder.join("promtool").exists() {
-        return Ok(());
-    }
-    let script = r#"
-        rm -rf "$1" && mkdir -p "$1" && cd "$1"
-        apt-get update -qq
+    let script = r"
         apt-get download -qq prometheus
         dpkg -x prometheus_*.deb .
-        mv usr/bin/promtool . && rm -r prometheus_*.deb etc lib usr var
-    "#;
-    run("sh", &["-ec", script, "sh", &folder.to_string_lossy()])
+        rm -r prometheus_*.deb etc lib var
+        mv usr/bin/promtool . && rm -r usr
+    ";
+    take_out("promtool", "promtool", script)
 }
 
 /// Installs what the tests are run and checked with.

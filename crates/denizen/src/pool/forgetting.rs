@@ -216,8 +216,8 @@ mod tests {
     use crate::lifecycle::{Saved, Want};
     use crate::{MicroVmManager, VmPoolConfig};
 
-    #[tokio::test]
-    async fn what_is_claimed_and_what_is_counted_on_exclude_each_other() {
+    /// A pool, in a folder that goes with what is given, and a session of it.
+    async fn with_three_backups() -> (tempfile::TempDir, Arc<MicroVmManager>, Uuid) {
         let folder = tempfile::tempdir().unwrap();
         let config = VmPoolConfig {
             enabled: true,
@@ -226,12 +226,18 @@ mod tests {
             ..VmPoolConfig::default()
         };
         let manager = MicroVmManager::new((&config).into()).unwrap();
-        let pool = manager.pool().unwrap();
         let id = Uuid::new_v4();
         for _ in 0..3 {
             drop(manager.acquire(id).await.unwrap());
             manager.backup(id).await.unwrap();
         }
+        (folder, manager, id)
+    }
+
+    #[tokio::test]
+    async fn what_is_claimed_and_what_is_counted_on_exclude_each_other() {
+        let (_folder, manager, id) = with_three_backups().await;
+        let pool = manager.pool().unwrap();
         let all = manager.backups(id).await.unwrap();
         let oldest = all[2].name.clone();
         let restore = || pool.ask(id, Want::Restored(Saved::Backup(oldest.clone())));
@@ -257,19 +263,7 @@ mod tests {
 
     #[tokio::test]
     async fn one_backup_is_deleted_unless_it_is_needed() {
-        let folder = tempfile::tempdir().unwrap();
-        let config = VmPoolConfig {
-            enabled: true,
-            volume_root: folder.path().join("pool"),
-            backup_destination: Some(folder.path().join("backups")),
-            ..VmPoolConfig::default()
-        };
-        let manager = MicroVmManager::new((&config).into()).unwrap();
-        let id = Uuid::new_v4();
-        for _ in 0..3 {
-            drop(manager.acquire(id).await.unwrap());
-            manager.backup(id).await.unwrap();
-        }
+        let (_folder, manager, id) = with_three_backups().await;
         let all = manager.backups(id).await.unwrap();
         let reading = Reading::begin(manager.pool().unwrap(), &all[2].name).unwrap();
         for needed in [&all[0], &all[2]] {
