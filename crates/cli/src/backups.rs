@@ -1,9 +1,7 @@
 //! `denizen backups`: what the destination holds, and whether it is sound.
 
-use bytes::Bytes;
 use clap::{Args, Subcommand};
 use denizen::Retention;
-use http_body_util::{BodyExt, Full};
 use jiff::{Span, Timestamp, Zoned};
 use serde_json::Value;
 
@@ -131,13 +129,8 @@ pub async fn run(
 async fn forget(client: &Client, dry_run: bool, retention: Retention, json: bool) -> Result<()> {
     let retention = (!retention.is_empty()).then_some(retention);
     let body = serde_json::json!({ "dry_run": dry_run, "retention": retention });
-    show::forgotten(&posted(client, "/v1/backups/forget", &body).await?, dry_run, json)
-}
-
-async fn posted(client: &Client, path: &str, body: &Value) -> denizen_client::Result<Value> {
-    let body = Full::new(Bytes::from(body.to_string())).map_err(|never| match never {}).boxed();
-    let header = Some(("content-type", "application/json"));
-    Client::body(client.request("POST", path, header, body).await?).await
+    let done = client.json_with("POST", "/v1/backups/forget", &body).await?;
+    show::forgotten(&done, dry_run, json)
 }
 
 /// A time that is over: as RFC 3339 has it, or how long ago it was.
@@ -186,7 +179,7 @@ pub async fn restore(client: &Client, source: Source, paths: &[String], json: bo
         if paths.is_empty() {
             client.json("POST", &path).await
         } else {
-            posted(client, &path, &body).await
+            client.json_with("POST", &path, &body).await
         }
     };
     show::session(&progress::showing(client, session, asked).await?, json)

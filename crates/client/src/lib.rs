@@ -518,6 +518,19 @@ impl Client {
         Self::body(self.request(method, path, None, empty()).await?).await
     }
 
+    /// Asks for JSON with some.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub async fn json_with(
+        &self,
+        method: &str,
+        path: &str,
+        content: &impl Serialize,
+    ) -> Result<serde_json::Value> {
+        self.send(method, path, None, content).await
+    }
+
     /// The JSON of an answer; nothing is null.
     ///
     /// # Errors
