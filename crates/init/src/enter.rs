@@ -441,25 +441,12 @@ fn follow(step: &Step<'_>) -> std::result::Result<(), i32> {
         | Step::Listen { .. }
         | Step::Tun { .. }
         | Step::Key { .. } => Ok(()),
-        Step::Give { path, content } => {
-            let path = path_of(path);
-            if fs::symlink_metadata(path).is_ok() || !path.parent().is_some_and(Path::is_dir) {
-                return Ok(());
-            }
-            fs::write(path, content.to_bytes()).map_err(errno)
-        }
+        Step::Give { path, content } => give(path_of(path), content.to_bytes()).map_err(errno),
         Step::Set { path, value } => match OpenOptions::new().write(true).open(path_of(path)) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
             opened => opened.and_then(|mut it| it.write_all(value.to_bytes())).map_err(errno),
         },
-        Step::Put { path, content } => {
-            let path = path_of(path);
-            match fs::remove_file(path) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(errno(error)),
-                _ => {}
-            }
-            fs::write(path, content.to_bytes()).map_err(errno)
-        }
+        Step::Put { path, content } => put(path_of(path), content.to_bytes()).map_err(errno),
         Step::Dir { path, mode } => {
             unless_there(DirBuilder::new().mode(*mode).create(path_of(path)))
         }
@@ -496,6 +483,23 @@ fn follow(step: &Step<'_>) -> std::result::Result<(), i32> {
         }
         Step::Calls { filter } => kernel::filter_calls(filter),
     }
+}
+
+/// Writes a file, unless it is there or its folder is not.
+pub fn give(path: &Path, content: &[u8]) -> io::Result<()> {
+    if fs::symlink_metadata(path).is_ok() || !path.parent().is_some_and(Path::is_dir) {
+        return Ok(());
+    }
+    fs::write(path, content)
+}
+
+/// Writes a file in the place of what is there, which may be a link.
+pub fn put(path: &Path, content: &[u8]) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    fs::write(path, content)
 }
 
 fn describe(step: &Step<'_>) -> String {

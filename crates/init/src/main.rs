@@ -42,6 +42,8 @@
 //! socket ([`linger`]). It is told 10 first. One that half-closes its socket, or has asked for
 //! the end of everything before, is not waited for.
 //!
+//! A kernel that runs it as `/init` gets a whole machine's first process of it ([`boot`]).
+//!
 //! To know which command a process comes from, even when it has become a daemon with an
 //! empty environment, a command is started with a soft `RLIMIT_LOCKS` of
 //! `NONCE << 32 | id`. Linux has not looked at that limit since 2.4.25, but it keeps it,
@@ -54,6 +56,7 @@
 #[cfg(not(all(target_os = "linux", target_pointer_width = "64", target_endian = "little")))]
 compile_error!("denizen-init is for 64-bit little-endian Linux");
 
+mod boot;
 mod enter;
 mod linger;
 mod processes;
@@ -86,6 +89,9 @@ const REMEMBERED: usize = 1024;
 const ROUNDS: usize = 256;
 
 fn main() {
+    if sys::own_number() == 1 && std::env::args_os().next().is_some_and(|name| name == "/init") {
+        boot::boot();
+    }
     let nonce: u32 = std::env::args().nth(1).and_then(|text| text.parse().ok()).unwrap_or(0);
     let Ok(signals) = sys::become_init(u64::from(nonce) << 32) else {
         std::process::exit(1);

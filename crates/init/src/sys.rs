@@ -2,6 +2,7 @@
 //! behind a function that cannot be misused. All of the program's `unsafe` is here, and
 //! nothing here decides anything.
 
+pub mod boot;
 pub mod sandbox;
 
 use std::ffi::{CStr, CString, c_char, c_int, c_long, c_short, c_void};
@@ -19,6 +20,8 @@ pub const E2BIG: i32 = 7;
 pub const ECHILD: i32 = 10;
 pub const EAGAIN: i32 = 11;
 pub const EACCES: i32 = 13;
+pub const EEXIST: i32 = 17;
+pub const ENODEV: i32 = 19;
 pub const ENOTDIR: i32 = 20;
 pub const EISDIR: i32 = 21;
 pub const EINVAL: i32 = 22;

@@ -26,7 +26,7 @@ mod number {
 const SYS_OPEN_TREE: c_long = 428;
 const SYS_MOVE_MOUNT: c_long = 429;
 const SYS_FSOPEN: c_long = 430;
-const SYS_FSCONFIG: c_long = 431;
+pub(super) const SYS_FSCONFIG: c_long = 431;
 const SYS_FSMOUNT: c_long = 432;
 const SYS_CLONE3: c_long = 435;
 const SYS_MOUNT_SETATTR: c_long = 442;
@@ -44,11 +44,11 @@ const AT_EMPTY_PATH: c_long = 0x1000;
 const AT_RECURSIVE: c_long = 0x8000;
 const AT_FDCWD: c_long = -100;
 const O_PATH: c_int = 0x20_0000;
-const O_CLOEXEC: c_int = 0x8_0000;
+pub(super) const O_CLOEXEC: c_int = 0x8_0000;
 const OPEN_TREE_CLONE: c_long = 1;
 const MOVE_MOUNT_F_EMPTY_PATH: c_long = 4;
 const MOUNT_ATTR_IDMAP: u64 = 0x10_0000;
-const FSCONFIG_SET_FLAG: c_long = 0;
+pub(super) const FSCONFIG_SET_FLAG: c_long = 0;
 const FSCONFIG_SET_STRING: c_long = 1;
 const FSCONFIG_CMD_CREATE: c_long = 6;
 const MS_REC_PRIVATE: u64 = 0x4000 | 0x4_0000;
@@ -130,7 +130,7 @@ struct InternetAddress {
 
 unsafe extern "C" {
     fn open(path: *const c_char, flags: c_int, ...) -> c_int;
-    fn mount(
+    pub(super) fn mount(
         source: *const c_char,
         target: *const c_char,
         kind: *const c_char,
@@ -143,8 +143,8 @@ unsafe extern "C" {
     fn setresgid(real: u32, effective: u32, saved: u32) -> c_int;
     fn setgroups(count: usize, groups: *const u32) -> c_int;
     fn sethostname(name: *const c_char, length: usize) -> c_int;
-    fn socket(domain: c_int, kind: c_int, protocol: c_int) -> c_int;
-    fn bind(fd: c_int, address: *const InternetAddress, length: u32) -> c_int;
+    pub(super) fn socket(domain: c_int, kind: c_int, protocol: c_int) -> c_int;
+    pub(super) fn bind(fd: c_int, address: *const c_void, length: u32) -> c_int;
     #[link_name = "listen"]
     fn listen_on(fd: c_int, backlog: c_int) -> c_int;
     #[link_name = "connect"]
@@ -157,19 +157,19 @@ unsafe extern "C" {
         value: *mut c_void,
         length: *mut u32,
     ) -> c_int;
-    fn ioctl(fd: c_int, request: u64, ...) -> c_int;
+    pub(super) fn ioctl(fd: c_int, request: u64, ...) -> c_int;
     fn setrlimit(what: c_int, limit: *const [u64; 2]) -> c_int;
     fn waitpid(pid: c_int, status: *mut c_int, options: c_int) -> c_int;
     fn unshare(namespaces: c_int) -> c_int;
 }
 
-type Result<T> = std::result::Result<T, i32>;
+pub(super) type Result<T> = std::result::Result<T, i32>;
 
-fn done(result: c_long) -> Result<()> {
+pub(super) fn done(result: c_long) -> Result<()> {
     if result == 0 { Ok(()) } else { Err(errno()) }
 }
 
-fn owned(fd: c_long) -> Result<OwnedFd> {
+pub(super) fn owned(fd: c_long) -> Result<OwnedFd> {
     let fd = RawFd::try_from(fd).ok().filter(|fd| *fd >= 0).ok_or_else(errno)?;
     // SAFETY: the call that gave this number has just made it, so nothing else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
@@ -411,7 +411,8 @@ pub fn listen(port: u16) -> Result<OwnedFd> {
     // SAFETY: plain numbers, an open descriptor and a structure of the size given.
     unsafe {
         let socket = owned(socket(2, STREAM, 0).into())?;
-        done(bind(socket.as_raw_fd(), &raw const address, ADDRESS_SIZE).into())?;
+        let at = (&raw const address).cast();
+        done(bind(socket.as_raw_fd(), at, ADDRESS_SIZE).into())?;
         done(listen_on(socket.as_raw_fd(), 1024).into())?;
         Ok(socket)
     }
@@ -461,10 +462,6 @@ pub fn make_tun(address: u32, gateway: u32, prefix: u32, mtu: u32) -> Result<Own
     const TUNSETIFF: u64 = 0x4004_54ca;
     /// IFF_TUN, IFF_NO_PI.
     const PACKETS: u32 = 0x1001;
-    const SIOCADDRT: u64 = 0x890b;
-    const SIOCSIFADDR: u64 = 0x8916;
-    const SIOCSIFNETMASK: u64 = 0x891c;
-    const SIOCSIFMTU: u64 = 0x8922;
     let mut interface = Interface { name: [0; 16], value: value(PACKETS) };
     interface.name[..4].copy_from_slice(b"tun0");
     // SAFETY: a C string, an open descriptor and a structure that lives over the call.
@@ -473,11 +470,29 @@ pub fn make_tun(address: u32, gateway: u32, prefix: u32, mtu: u32) -> Result<Own
         done(ioctl(tun.as_raw_fd(), TUNSETIFF, &raw mut interface).into())?;
         tun
     };
+    raise_interface(b"tun0", address, gateway, prefix, Some(mtu))?;
+    Ok(tun)
+}
+
+/// Gives an interface an address and brings it up, as the way to everywhere.
+pub fn raise_interface(
+    name: &[u8],
+    address: u32,
+    gateway: u32,
+    prefix: u32,
+    mtu: Option<u32>,
+) -> Result<()> {
+    const SIOCADDRT: u64 = 0x890b;
+    const SIOCSIFADDR: u64 = 0x8916;
+    const SIOCSIFNETMASK: u64 = 0x891c;
+    const SIOCSIFMTU: u64 = 0x8922;
     let mask = u32::MAX.checked_shl(32u32.saturating_sub(prefix)).unwrap_or(0);
-    set_interface(b"tun0", SIOCSIFADDR, InternetAddress::new(address, 0).bytes())?;
-    set_interface(b"tun0", SIOCSIFNETMASK, InternetAddress::new(mask, 0).bytes())?;
-    set_interface(b"tun0", SIOCSIFMTU, value(mtu))?;
-    set_interface(b"tun0", SIOCSIFFLAGS, value(UP))?;
+    set_interface(name, SIOCSIFADDR, InternetAddress::new(address, 0).bytes())?;
+    set_interface(name, SIOCSIFNETMASK, InternetAddress::new(mask, 0).bytes())?;
+    if let Some(mtu) = mtu {
+        set_interface(name, SIOCSIFMTU, value(mtu))?;
+    }
+    set_interface(name, SIOCSIFFLAGS, value(UP))?;
     let any = InternetAddress::new(0, 0);
     let mut route = Route {
         target: any,
@@ -492,7 +507,7 @@ pub fn make_tun(address: u32, gateway: u32, prefix: u32, mtu: u32) -> Result<Own
         let socket = owned(socket(2, 2 | O_CLOEXEC, 0).into())?;
         done(ioctl(socket.as_raw_fd(), SIOCADDRT, &raw mut route).into())?;
     }
-    Ok(tun)
+    Ok(())
 }
 
 /// A limit for this process and those it starts (getrlimit(2)).
