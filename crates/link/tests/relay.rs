@@ -1,0 +1,315 @@
+//! An owner and the real `denizen-init`, with both relays in between: it is as if they were
+//! connected.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod common;
+
+use std::io::{Read, Write};
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
+
+use common::{Choice, PATIENCE, packet, pair, read_until, stream};
+
+fn all(mut reader: impl Read) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    reader.read_to_end(&mut bytes).unwrap();
+    bytes
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn commands_and_their_pipes() {
+    let (_link, mut owner, _guest) = pair().await;
+    for code in [0u32, 1, 42, 255] {
+        let running = owner.sh(&format!("exit {code}"));
+        assert_eq!(owner.exit(running.id), (0, code));
+        assert!(all(running.stdout).is_empty());
+    }
+    let mut running = owner.sh("read line; echo \"$line!\"; echo no >&2; cat");
+    let mut stdin = running.stdin.take().unwrap();
+    stdin.write_all(b"hello\nworld").unwrap();
+    drop(stdin);
+    assert_eq!(all(running.stdout), b"hello!\nworld");
+    assert_eq!(all(running.stderr), b"no\n");
+    assert_eq!(owner.exit(running.id), (0, 0));
+    // Signals.
+    let running = owner.sh("exec sleep 1000");
+    owner.send(&packet(2, 0, running.id, &15u32.to_le_bytes()), &[]);
+    assert_eq!(owner.exit(running.id), (1, 15));
+    // A tree.
+    let running = owner.sh("sleep 1000 & sleep 1000");
+    owner.send(&packet(3, 1, running.id, &[]), &[]);
+    assert_eq!(owner.event(&[4], running.id).0[8..], [0; 4]);
+    // The list.
+    owner.send(&packet(4, 0, 777, &[]), &[]);
+    assert_eq!(owner.event(&[6], 777).0.len(), 8);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_cannot_be_started_leaves_nothing() {
+    let (_link, mut owner, _guest) = pair().await;
+    for _ in 0..3000 {
+        let running = owner.begin(&["/nowhere/at/all"]);
+        let (event, _) = owner.event(&[1, 2], running.id);
+        assert_eq!((event[0], event[1], event[8]), (2, 2, 2));
+        assert!(all(running.stdout).is_empty());
+        assert!(all(running.stderr).is_empty());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn twenty_megabytes_there_and_back() {
+    let (_link, mut owner, _guest) = pair().await;
+    let mut running = owner.sh("exec cat");
+    let sent = Choice(1).bytes(20_000_000);
+    let mut stdin = running.stdin.take().unwrap();
+    let copy = sent.clone();
+    let writer = std::thread::spawn(move || stdin.write_all(&copy).unwrap());
+    let got = all(running.stdout);
+    writer.join().unwrap();
+    assert!(got == sent, "{} bytes", got.len());
+    assert_eq!(owner.exit(running.id), (0, 0));
+}
+
+/// The end is told when all is there: whoever then finds an output empty has seen it all.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_output_is_there_before_the_end() {
+    let (_link, mut owner, _guest) = pair().await;
+    for round in 0..200u32 {
+        // Something holds the outputs open.
+        let running = owner.sh("head -c 50000 /dev/zero; sleep 1000 & exit 3");
+        assert_eq!(owner.exit(running.id), (0, 3));
+        let there = rustix::io::ioctl_fionread(&running.stdout).unwrap();
+        assert_eq!(there, 50_000, "round {round}");
+        owner.send(&packet(3, 0, running.id, &[]), &[]);
+    }
+    // More than fits: the end comes when the rest does.
+    let mut running = owner.sh("head -c 150000 /dev/zero; sleep 1000 & exit 3");
+    let mut buffer = vec![0; 90_000];
+    running.stdout.read_exact(&mut buffer).unwrap();
+    assert_eq!(owner.exit(running.id), (0, 3));
+    assert_eq!(rustix::io::ioctl_fionread(&running.stdout).unwrap(), 60_000);
+    // One that is killed has its end told although nobody reads.
+    let running = owner.sh("exec cat /dev/zero");
+    owner.send(&packet(3, 1, running.id, &[]), &[]);
+    assert_eq!(owner.exit(running.id), (1, 9));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_is_slow_stops_who_is_fast() {
+    let (_link, mut owner, _guest) = pair().await;
+    let mut running = owner.sh(
+        "i=0; while head -c 10000 /dev/zero; do i=$((i+1)); echo $i >&2; done",
+    );
+    let mut count = 0usize;
+    // What it says of itself stops when nothing is read of the other output.
+    loop {
+        use rustix::event::{PollFd, PollFlags, Timespec, poll};
+        let mut ready = [PollFd::new(&running.stderr, PollFlags::IN)];
+        let quiet = Timespec { tv_sec: 1, tv_nsec: 0 };
+        if poll(&mut ready, Some(&quiet)).unwrap() == 0 {
+            break;
+        }
+        let mut buffer = [0; 4096];
+        let read = running.stderr.read(&mut buffer).unwrap();
+        count += buffer[..read].iter().filter(|byte| **byte == b'\n').count();
+        assert!(count < 100, "it writes on and on");
+    }
+    assert!(count >= 10, "{count}");
+    // Others go on meanwhile.
+    let other = owner.sh("exit 5");
+    assert_eq!(owner.exit(other.id), (0, 5));
+    // Nobody reads: SIGPIPE.
+    drop(running.stdout);
+    let other = owner.sh("exec cat /dev/zero");
+    drop(other.stdout);
+    assert_eq!(owner.exit(other.id), (1, 13));
+    // Nobody reads what is written to it.
+    let mut other = owner.sh("exec <&-; sleep 1000");
+    let mut stdin = other.stdin.take().unwrap();
+    let failed = (0..1_000_000).find_map(|_| stdin.write_all(&[0; 1024]).err());
+    assert_eq!(failed.unwrap().kind(), std::io::ErrorKind::BrokenPipe);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_terminal() {
+    let (_link, mut owner, _guest) = pair().await;
+    let (id, mut master) = owner.on_terminal(&["sh"], 101, 37);
+    master.write_all(b"stty size; tty\n").unwrap();
+    read_until(&mut master, "37 101");
+    read_until(&mut master, "/dev/pts/");
+    let size = [55u16.to_le_bytes(), 22u16.to_le_bytes()].concat();
+    owner.send(&packet(11, 0, id, &size), &[]);
+    master.write_all(b"stty size\n").unwrap();
+    read_until(&mut master, "22 55");
+    master.write_all(b"echo $((6 * 7)); exit 9\n").unwrap();
+    read_until(&mut master, "42");
+    assert_eq!(owner.exit(id), (0, 9));
+    // The end of the terminal.
+    let error = loop {
+        match master.read(&mut [0; 100]) {
+            Ok(0) => break None,
+            Ok(_) => {}
+            Err(error) => break error.raw_os_error(),
+        }
+    };
+    assert_eq!(error, Some(5));
+    // The owner hangs up.
+    let (id, master) = owner.on_terminal(&["sleep", "1000"], 80, 24);
+    drop(master);
+    assert_eq!(owner.exit(id), (1, 1));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn all_that_a_terminal_printed_is_there_before_the_end() {
+    let (_link, mut owner, _guest) = pair().await;
+    for _ in 0..50 {
+        let (id, mut master) =
+            owner.on_terminal(&["sh", "-c", "head -c 3000 /dev/zero; echo end"], 80, 24);
+        assert_eq!(owner.exit(id), (0, 0));
+        rustix::io::ioctl_fionbio(&master, true).unwrap();
+        let mut seen = Vec::new();
+        let mut buffer = [0; 4096];
+        while let Ok(count @ 1..) = master.read(&mut buffer) {
+            seen.extend_from_slice(&buffer[..count]);
+        }
+        assert_eq!(seen.len(), 3005);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn connections() {
+    let (_link, mut owner, _guest) = pair().await;
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    owner.send(&packet(9, 0, 5001, &u32::from(port).to_le_bytes()), &[]);
+    let (mut there, _) = listener.accept().unwrap();
+    let (event, fd) = owner.event(&[9], 5001);
+    assert_eq!(event[8..12], [0; 4]);
+    let mut here = std::os::unix::net::UnixStream::from(fd.unwrap());
+    here.write_all(b"question").unwrap();
+    here.shutdown(std::net::Shutdown::Write).unwrap();
+    assert_eq!(all(&there), b"question");
+    there.write_all(b"answer").unwrap();
+    drop(there);
+    assert_eq!(all(&here), b"answer");
+    drop(listener);
+    owner.send(&packet(9, 0, 5002, &u32::from(port).to_le_bytes()), &[]);
+    let (event, fd) = owner.event(&[9], 5002);
+    assert_eq!(event[8..12], 111u32.to_le_bytes());
+    assert!(fd.is_none());
+}
+
+/// What an agent within a sandbox has: a socket as its stdin.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_socket_as_stdin() {
+    let (_link, mut owner, _guest) = pair().await;
+    let (mut ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+    let null = std::fs::OpenOptions::new().read(true).write(true).open("/dev/null").unwrap();
+    let fds = [theirs.as_fd(), theirs.as_fd(), null.as_fd()];
+    let id = owner.ask(&["cat"], fds, false);
+    drop(theirs);
+    owner.started(id);
+    let sent = Choice(2).bytes(1_000_000);
+    let copy = sent.clone();
+    let mut writing = ours.try_clone().unwrap();
+    let writer = std::thread::spawn(move || {
+        writing.write_all(&copy).unwrap();
+        writing.shutdown(std::net::Shutdown::Write).unwrap();
+    });
+    let mut got = Vec::new();
+    ours.read_to_end(&mut got).unwrap();
+    writer.join().unwrap();
+    assert!(got == sent, "{}", got.len());
+    assert_eq!(owner.exit(id), (0, 0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn many_at_once() {
+    let (_link, mut owner, _guest) = pair().await;
+    let all: Vec<_> = (0..200)
+        .map(|number: u32| (number, owner.begin(&["sh", "-c", &format!("echo {number}; exit {}", number % 7)])))
+        .collect();
+    for (number, mut running) in all {
+        let mut text = String::new();
+        running.stdout.read_to_string(&mut text).unwrap();
+        assert_eq!(text, format!("{number}\n"));
+        assert_eq!(owner.exit(running.id), (0, number % 7));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn long_arguments() {
+    let (_link, mut owner, _guest) = pair().await;
+    let long = "x".repeat(100_000);
+    let running = owner.spawn(&["printf", "%s", &long]);
+    assert_eq!(all(running.stdout), long.as_bytes());
+    let too_long = "x".repeat(9_000_000);
+    let running = owner.begin(&["printf", "%s", &too_long]);
+    assert_eq!(owner.event(&[1, 2], running.id).0[8..12], 7u32.to_le_bytes());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_owner_leaves() {
+    let (link, mut owner, mut guest) = pair().await;
+    let mut running = owner.sh("trap '' HUP TERM; echo on; sleep 1000 & sleep 1000");
+    let mut line = [0; 3];
+    running.stdout.read_exact(&mut line).unwrap();
+    drop(owner);
+    guest.ended().unwrap();
+    assert!(all(running.stdout).is_empty());
+    let failure = tokio::time::timeout(PATIENCE, link.failed()).await.unwrap();
+    assert_eq!(failure, denizen_link::Failure::Ended);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_init_ends() {
+    let (link, owner, mut guest) = pair().await;
+    let init = rustix::process::Pid::from_raw(guest.init().try_into().unwrap()).unwrap();
+    rustix::process::kill_process(init, rustix::process::Signal::KILL).unwrap();
+    guest.ended().unwrap();
+    assert!(owner.receive().is_none());
+    let failure = tokio::time::timeout(PATIENCE, link.failed()).await.unwrap();
+    assert_eq!(failure, denizen_link::Failure::Ended);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_link_is_dropped() {
+    let (link, mut owner, _guest) = pair().await;
+    let mut running = owner.sh("exec sleep 1000");
+    drop(link);
+    assert!(owner.receive().is_none());
+    assert_eq!(running.stdout.read(&mut [0]).unwrap(), 0);
+}
+
+/// Another process of the daemon, or another guest of the same image.
+#[tokio::test(flavor = "multi_thread")]
+async fn another_host() {
+    let (link, mut owner, guest) = pair().await;
+    let mut running = owner.sh("exec sleep 1000");
+    drop(link);
+    let (link, socket) = denizen_link::Link::new().unwrap();
+    link.connect(stream(guest.port.try_clone().unwrap()), PATIENCE).await.unwrap();
+    let mut owner = common::Owner::new(socket);
+    // The same id, and nothing of the other's is told.
+    let second = owner.sh("echo $$; exit 4");
+    assert_eq!(second.id, running.id);
+    assert_eq!(owner.exit(second.id), (0, 4));
+    assert_eq!(running.stdout.read(&mut [0]).unwrap(), 0);
+    owner.send(&packet(4, 0, 777, &[]), &[]);
+    assert_eq!(owner.event(&[6], 777).0.len(), 8, "the other's command runs on");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_answers() {
+    let (link, _owner) = denizen_link::Link::new().unwrap();
+    let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+    let begin = Instant::now();
+    let error = link.connect(stream(ours), Duration::from_millis(100)).await.unwrap_err();
+    assert!(matches!(error, denizen_link::ConnectError::NoAnswer(_)), "{error}");
+    assert!(begin.elapsed() < Duration::from_secs(5));
+    drop(theirs);
+    let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+    drop(theirs);
+    let error = link.connect(stream(ours), PATIENCE).await.unwrap_err();
+    assert!(matches!(error, denizen_link::ConnectError::Closed), "{error}");
+}
