@@ -88,6 +88,13 @@ impl Agent {
         child::start(&self.init().await?, spec).await
     }
 
+    /// Starts a command with the caller's own descriptors.
+    ///
+    /// Cancel-safe: a command whose start was not waited for to the end is killed.
+    pub async fn spawn_with(&self, spawn: Spawn) -> Result<Spawned> {
+        self.init().await?.spawn(spawn).await
+    }
+
     /// Starts a program of denizen's own that serves on a socket, its standard input; what it
     /// prints is thrown away. It is no use of the session: [`Agent::busy`] leaves it out.
     ///
@@ -116,16 +123,16 @@ impl Agent {
     }
 
     /// The process id, here, of the process that all of the session's descend from, if it is
-    /// alive. Cancel-safe.
+    /// alive and one of this kernel. Cancel-safe.
     pub async fn first_process(&self) -> Option<u32> {
         let slot = self.inner.init.lock().await;
-        slot.as_ref().filter(|init| init.is_alive()).map(Init::pid)
+        slot.as_ref().filter(|init| init.is_alive()).and_then(Init::pid)
     }
 
     /// The same without waiting: none also while it is just being launched or ended.
     pub fn first_process_now(&self) -> Option<u32> {
         let slot = self.inner.init.try_lock().ok()?;
-        slot.as_ref().filter(|init| init.is_alive()).map(Init::pid)
+        slot.as_ref().filter(|init| init.is_alive()).and_then(Init::pid)
     }
 
     /// Launches the session's init if there is none alive, which otherwise the first command

@@ -159,7 +159,8 @@ impl Child {
     /// Sets the size of its terminal; the foreground process group gets SIGWINCH.
     pub fn resize(&self, columns: u16, rows: u16) -> Result<()> {
         let terminal = self.terminal.as_ref().ok_or(Error::NotATerminal)?;
-        set_size(terminal, columns, rows)
+        set_size(terminal, columns, rows)?;
+        self.spawned.resize(columns, rows)
     }
 
     /// Waits until the command's first process has exited. Its background processes may

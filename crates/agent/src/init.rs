@@ -4,6 +4,7 @@
 //! must never wait for any process but the init itself.
 
 mod found;
+mod machine;
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::ffi::OsString;
@@ -31,6 +32,7 @@ use rustix::process::{
 use tokio::sync::{oneshot, watch};
 
 pub use self::found::Linger;
+pub use self::machine::{Machine, Started as MachineStarted};
 use crate::message::{self, Event, Stage};
 use crate::{Error, Exit, Result, Scope, program, sweep};
 
@@ -52,6 +54,8 @@ const PATIENCE: Duration = Duration::from_mins(1);
 /// How long it may take to be gone once it was told to: all of its sandbox can be ended from
 /// here, whatever runs wild in it.
 const ENDING: Duration = Duration::from_secs(2);
+/// The same of one in a machine, whose kernel writes to its disk what is not yet there.
+const MACHINE_ENDING: Duration = Duration::from_secs(30);
 
 /// A process of a session.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -98,6 +102,8 @@ pub struct Launch {
     pub enter: Option<Arc<Enter>>,
     /// Lets a sandbox go on without its owner. By default it does not.
     pub linger: Option<Linger>,
+    /// Has it be one of another kernel; then nothing of the above counts.
+    pub machine: Option<Arc<dyn Machine>>,
 }
 
 /// What makes an init the first process of a sandbox.
@@ -149,8 +155,12 @@ struct Shared {
     contained: bool,
     /// It goes on when its owner dies.
     lingers: bool,
+    /// It is in a machine: its terminals are there too.
+    remote: bool,
     /// See [`PATIENCE`].
     patience: Duration,
+    /// See [`ENDING`].
+    ending: Duration,
 }
 
 #[derive(Debug, Default)]
@@ -233,9 +243,10 @@ impl Init {
         self.remote.shared.leave();
     }
 
-    /// Its process id.
-    pub fn pid(&self) -> u32 {
-        self.remote.shared.pid
+    /// Its process id; none if it is not a process of this kernel.
+    pub fn pid(&self) -> Option<u32> {
+        let shared = &self.remote.shared;
+        (!shared.remote).then_some(shared.pid)
     }
 
     /// Whether it is there to be asked.
@@ -530,6 +541,15 @@ impl Spawned {
         self.remote.keep(self.id, outputs);
     }
 
+    /// Tells of the size of its terminal, where that is not the one whose master end is here.
+    pub(crate) fn resize(&self, columns: u16, rows: u16) -> Result<()> {
+        let shared = &self.remote.shared;
+        if !shared.remote {
+            return Ok(());
+        }
+        shared.send(&mut shared.state.lock(), message::size(self.id, columns, rows), Vec::new())
+    }
+
     pub(crate) fn exit_watch(&self) -> ExitWatch {
         self.exit.clone()
     }
@@ -649,7 +669,7 @@ impl Shared {
     /// How much longer it has to end, if it was told to.
     fn time_left(&self) -> Option<Duration> {
         let closed = self.state.lock().closed.filter(|_| self.contained)?;
-        Some(self.patience.min(ENDING).saturating_sub(closed.elapsed()))
+        Some(self.patience.min(self.ending).saturating_sub(closed.elapsed()))
     }
 
     /// Sends what waits; whether all of it went.
@@ -767,6 +787,9 @@ fn start(launch: &Launch) -> Result<(Arc<Shared>, Launched)> {
 }
 
 fn try_start(launch: &Launch) -> Result<(Arc<Shared>, Launched)> {
+    if let Some(machine) = &launch.machine {
+        return machine::start(&**machine);
+    }
     let (shared, mut child) = run(launch).map_err(|source| Error::Launch { source })?;
     if let Some(enter) = &launch.enter
         && let Err(error) = put_inside(&shared, enter, launch.linger.as_ref())
@@ -884,7 +907,9 @@ fn run(launch: &Launch) -> io::Result<(Arc<Shared>, process::Child)> {
         finished: watch::Sender::new(false),
         contained,
         lingers: contained && launch.linger.is_some(),
+        remote: false,
         patience: PATIENCE,
+        ending: ENDING,
     };
     if let (Some(record), true) = (&launch.record, shared.lingers) {
         // Beside the number, which must never be missing.
@@ -905,6 +930,8 @@ enum Launched {
     Child(process::Child),
     /// An earlier owner's child: a descriptor of the process.
     Found(OwnedFd),
+    /// A machine.
+    Machine(machine::Handle),
 }
 
 impl Launched {
@@ -913,14 +940,15 @@ impl Launched {
         match self {
             Self::Child(child) => Ok(pidfd_open(Pid::from_child(child), PidfdFlags::empty())?),
             Self::Found(fd) => fd.try_clone(),
+            Self::Machine(handle) => handle.ended.try_clone(),
         }
     }
 
     /// Whether it has ended and its number may be another's.
     fn may_be_reaped(&self) -> bool {
         match self {
-            // By us only.
-            Self::Child(_) => false,
+            // By us only, or no process at all.
+            Self::Child(_) | Self::Machine(_) => false,
             Self::Found(fd) => {
                 let none = Timespec { tv_sec: 0, tv_nsec: 0 };
                 poll(&mut [PollFd::new(fd, PollFlags::IN)], Some(&none)) != Ok(0)
@@ -932,6 +960,7 @@ impl Launched {
         match self {
             Self::Child(child) => drop(child.kill()),
             Self::Found(fd) => drop(pidfd_send_signal(fd, Signal::KILL)),
+            Self::Machine(handle) => handle.kill(),
         }
     }
 
@@ -946,6 +975,10 @@ impl Launched {
                     Ok(Some(status)) => status.exit_status() == Some(0),
                     _ => false,
                 }
+            }
+            Self::Machine(handle) => {
+                handle.wait();
+                true
             }
         }
     }
@@ -966,7 +999,7 @@ fn serve(shared: &Shared, mut launched: Launched) {
             Err(Errno::INTR) => {}
             Err(Errno::AGAIN) if !shared.has_ended() => idle(shared),
             // It has closed its socket, so it is leaving.
-            _ => break shared.patience.min(ENDING),
+            _ => break shared.patience.min(shared.ending),
         }
         if shared.time_left().is_some_and(|left| left.is_zero()) {
             break Duration::ZERO;
@@ -1017,7 +1050,8 @@ fn end(launched: &mut Launched, shared: &Shared, patience: Duration) {
             }
         }
     }
-    let within: Vec<Pid> = if shared.contained { children(shared.pid) } else { Vec::new() };
+    let is_sandbox = shared.contained && !shared.remote;
+    let within: Vec<Pid> = if is_sandbox { children(shared.pid) } else { Vec::new() };
     for pid in &within {
         // The number may be another's by now; the descriptor is one process's.
         if let Ok(fd) = pidfd_open(*pid, PidfdFlags::empty())

@@ -45,7 +45,7 @@ mod watch;
 pub use agent::Agent;
 pub use child::{Child, Exit, Scope, Spec, Stdin, Stdio};
 pub use error::Error;
-pub use init::{Door, Enter, Launch, Linger, Process};
+pub use init::{Door, Enter, Launch, Linger, Machine, MachineStarted, Process, Spawn, Spawned};
 pub use output::{Chunk, Output, Reader, Stream};
 pub use sweep::{recorded, sweep};
 pub use tree::descendants;

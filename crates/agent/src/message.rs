@@ -22,6 +22,7 @@ const ENTER: u8 = 7;
 const TERMINAL: u8 = 8;
 const CONNECT: u8 = 9;
 const KEEP: u8 = 10;
+const SIZE: u8 = 11;
 /// The bytes of one process in a listing.
 const RECORD: usize = 28;
 
@@ -117,6 +118,14 @@ pub(crate) fn enter(linger: u32) -> Vec<u8> {
 /// Let a command go on without its owner; its outputs go with it.
 pub(crate) fn keep(id: u32) -> Vec<u8> {
     header(KEEP, 0, id)
+}
+
+/// Set the size of a command's terminal; for an init in a machine only.
+pub(crate) fn size(id: u32, columns: u16, rows: u16) -> Vec<u8> {
+    let mut packet = header(SIZE, 0, id);
+    packet.extend(columns.to_le_bytes());
+    packet.extend(rows.to_le_bytes());
+    packet
 }
 
 /// Make a terminal.

@@ -18,6 +18,9 @@ use crate::{Failure, Result};
 /// and little enough that one of them does not take it all.
 const DISK: u64 = 20 << 30;
 
+/// The memory of a session's virtual machine, unless something else is set.
+const MACHINE_MEMORY: u64 = 512 << 20;
+
 /// Settings that can be given on the command line or in the environment.
 #[derive(Args, Clone, Debug, Default)]
 #[command(next_help_heading = "Settings")]
@@ -133,16 +136,29 @@ pub struct Options {
     /// Seconds to wait for a session in use or a place in a full pool
     #[arg(long, global = true, env = "DENIZEN_ACQUIRE_TIMEOUT_SECONDS", value_name = "SECONDS")]
     acquire_timeout_seconds: Option<u64>,
-    /// How far sessions are kept from this machine: host or sandbox [default: sandbox]
+    /// How far sessions are kept from this machine: host, sandbox or microvm [default: sandbox]
     #[arg(long, global = true, env = "DENIZEN_ISOLATION", value_name = "ISOLATION")]
     isolation: Option<Isolation>,
-    /// How many sandboxes are kept ready for sessions to come [default: 2]
+    /// How many sandboxes are kept ready for sessions to come [default: 2, or none under microvm]
     #[arg(long, global = true, env = "DENIZEN_SPARES", value_name = "N", hide_short_help = true)]
     spares: Option<usize>,
     /// The root of new sessions: an image's name or a folder's absolute path [default: what
     /// every user of this machine sees of its operating system]
     #[arg(long, global = true, env = "DENIZEN_IMAGE", value_name = "IMAGE")]
     image: Option<String>,
+    /// The kernel of virtual machines [default: the newest in /boot that can be one's, Debian's
+    /// cloud kernel first]
+    #[arg(long, global = true, env = "DENIZEN_KERNEL", value_name = "FILE", hide_short_help = true)]
+    kernel: Option<PathBuf>,
+    /// The folder with that kernel's modules [default: in /lib/modules by its version]
+    #[arg(
+        long,
+        global = true,
+        env = "DENIZEN_KERNEL_MODULES",
+        value_name = "FOLDER",
+        hide_short_help = true
+    )]
+    kernel_modules: Option<PathBuf>,
     /// Which networks sandboxes reach: none, filtered (what `allow` opens, by HTTP and HTTPS) or
     /// full (all that is public) [default: none]
     #[arg(long, global = true, env = "DENIZEN_NETWORK", value_name = "NETWORK")]
@@ -159,7 +175,8 @@ pub struct Options {
     )]
     allow: Option<Vec<Rule>>,
     /// What becomes of idle sessions: stop (their processes end) or freeze (their processes stand
-    /// still, and go on with the next use) [default: stop]
+    /// still, and go on with the next use; under microvm they are on disk meanwhile) [default:
+    /// stop, or freeze under microvm]
     #[arg(long, global = true, env = "DENIZEN_SLEEP", value_name = "SLEEP")]
     sleep: Option<Sleep>,
     /// Whether processes that a command left running keep their session from sleeping [default:
@@ -393,6 +410,8 @@ struct FileConfig {
     isolation: Option<Isolation>,
     spares: Option<usize>,
     image: Option<String>,
+    kernel: Option<PathBuf>,
+    kernel_modules: Option<PathBuf>,
     network: Option<NetworkKind>,
     allow: Option<Vec<Rule>>,
     sleep: Option<Sleep>,
@@ -464,6 +483,12 @@ pub struct Settings {
     /// The root of new sessions.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub image: Option<String>,
+    /// The kernel of virtual machines.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kernel: Option<PathBuf>,
+    /// Where its modules are.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kernel_modules: Option<PathBuf>,
     /// Which networks sandboxes reach.
     pub network: NetworkKind,
     /// What the network's kind does not open by itself.
@@ -564,6 +589,12 @@ fn load(options: &Options, is_root: bool) -> Result<Settings> {
     let mut limits: Limits =
         options.limits.clone().map(|Toml(it)| it).or(given.limits).unwrap_or_default();
     limits.disk_bytes.get_or_insert(DISK);
+    let isolation = options.isolation.or(given.isolation).unwrap_or(Isolation::Sandbox);
+    let is_machine = isolation == Isolation::MicroVm;
+    if is_machine && limits.memory_bytes == Limits::default().memory_bytes {
+        // Unlike that of others, it is there for this session alone.
+        limits.memory_bytes = Some(MACHINE_MEMORY);
+    }
     let socket = options.socket.clone().or(given.socket);
     let wait = options.acquire_timeout_seconds.or(given.acquire_timeout_seconds).unwrap_or(30);
     let linger = options.linger_seconds.or(given.linger_seconds).unwrap_or(300);
@@ -593,12 +624,23 @@ fn load(options: &Options, is_root: bool) -> Result<Settings> {
         logs,
         audit_files: options.audit_files.or(given.audit_files).unwrap_or(8),
         log: options.log.clone().or(given.log).unwrap_or_else(|| "info".to_owned()),
-        isolation: options.isolation.or(given.isolation).unwrap_or(Isolation::Sandbox),
-        spares: options.spares.or(given.spares).unwrap_or(2),
+        isolation,
+        spares: options.spares.or(given.spares).unwrap_or(if is_machine { 0 } else { 2 }),
         image: options.image.clone().or(given.image),
+        kernel: options.kernel.clone().or(given.kernel).map(|it| absolute(&it)).transpose()?,
+        kernel_modules: options
+            .kernel_modules
+            .clone()
+            .or(given.kernel_modules)
+            .map(|it| absolute(&it))
+            .transpose()?,
         network: options.network.or(given.network).unwrap_or_default(),
         allow: options.allow.clone().or(given.allow).unwrap_or_default(),
-        sleep: options.sleep.or(given.sleep).unwrap_or_default(),
+        sleep: options.sleep.or(given.sleep).unwrap_or(if is_machine {
+            Sleep::Freeze
+        } else {
+            Sleep::Stop
+        }),
         background_is_use: options.background_is_use.or(given.background_is_use).unwrap_or(true),
         limits,
         backup_format: options

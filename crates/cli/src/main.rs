@@ -255,6 +255,9 @@ Examples:
     /// Serve the files of this sandbox on standard input, which is a socket; denizen's own
     #[command(hide = true)]
     Agent,
+    /// Serve the first process of this virtual machine's session to the host; denizen's own
+    #[command(hide = true)]
+    Guest,
     /// Make a user namespace and hold it until standard input ends; denizen's own
     #[command(hide = true)]
     Namespace,
@@ -363,6 +366,7 @@ fn run(cli: Cli) -> Result<i32> {
         }
         Verb::Man { folder } => return man::write(&folder).map(|()| 0),
         Verb::Agent => return agent().map(|()| 0),
+        Verb::Guest => return guest().map(|()| 0),
         Verb::Namespace => return range::helper().map(|()| 0),
         _ => {}
     }
@@ -494,6 +498,7 @@ async fn ask(
         Verb::Key { .. }
         | Verb::Serve(_)
         | Verb::Agent
+        | Verb::Guest
         | Verb::Namespace
         | Verb::Shutdown
         | Verb::Doctor
@@ -519,6 +524,18 @@ fn agent() -> Result<()> {
         let socket = tokio::net::UnixStream::from_std(socket).map_err(failed)?;
         denizen_agent::envd::serve_files(socket, workdir).await.map_err(failed)
     })
+}
+
+/// Stands between the host and the first process of a virtual machine's session: that is on
+/// standard input, which is a socket, the host on standard output, which is a port.
+fn guest() -> Result<()> {
+    let failed = |error: std::io::Error| Failure::new(format!("guest: {error}"));
+    let init = std::io::stdin().as_fd().try_clone_to_owned().map_err(failed)?;
+    let port = std::io::stdout().as_fd().try_clone_to_owned().map_err(failed)?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let volume = std::path::Path::new("/volume");
+    let served = denizen_link::guest::serve(port, init, volume);
+    runtime.map_err(failed)?.block_on(served).map_err(failed)
 }
 
 /// The daemon's log, when it was started in the background.

@@ -132,6 +132,9 @@ fn open(serve: Serve, settings: &Settings) -> Result<Arc<MicroVmManager>> {
     if let Some(image) = settings.image {
         builder = builder.image(image);
     }
+    if let Some(kernel) = settings.kernel {
+        builder = builder.kernel(kernel, settings.kernel_modules);
+    }
     builder
         .agent_program(std::env::current_exe().map_err(failed)?)
         .cache(settings.cache)

@@ -31,7 +31,9 @@ pub(crate) async fn run(
     let Instance { agent, .. } = &instance;
     let mut env: BTreeMap<OsString, OsString> = match isolation {
         Isolation::Host => std::env::vars_os().collect(),
-        Isolation::Sandbox => place.environment().into_iter().map(into_os).collect(),
+        Isolation::Sandbox | Isolation::MicroVm => {
+            place.environment().into_iter().map(into_os).collect()
+        }
     };
     env.extend(instance.env.clone().into_iter().map(into_os));
     env.extend(config.env.clone().into_iter().map(into_os));

@@ -129,6 +129,11 @@ pub enum EventKind {
         /// What refused it.
         rule: String,
     },
+    /// What ran in it when it fell asleep could not go on: its machine has booted.
+    Rebooted {
+        /// Why.
+        reason: String,
+    },
     /// It was over a limit as a whole, and what ran in it was ended; it can go on, below.
     LimitReached {
         /// Of what: `disk`.

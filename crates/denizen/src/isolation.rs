@@ -4,8 +4,7 @@
 //! the instance's [`Agent`]. It must never decide when: that is the lifecycle's.
 
 mod host;
-#[expect(dead_code, reason = "the driver of machines is not there yet")]
-pub(crate) mod microvm;
+mod microvm;
 mod sandbox;
 
 pub(crate) use sandbox::root::RECORD;
@@ -47,6 +46,13 @@ pub enum Isolation {
     /// there is no other: the pool does not move its process into a namespace, which only a
     /// program with one thread can do; the program `denizen` does.
     Sandbox,
+    /// A kernel of its own: a virtual machine, on KVM where that works and slower without it, in
+    /// a sandbox. What is idle can sleep with all that runs in it ([`Sleep::Freeze`]): it takes
+    /// no memory then, and goes on with the next use.
+    ///
+    /// Needs `qemu-system-x86_64`, a kernel and `mke2fs`, an image as the sessions' root, and
+    /// [`Builder::agent_program`](crate::Builder::agent_program). Backups are of whole disks.
+    MicroVm,
 }
 
 /// What each session may use. None is no limit. `host` isolation has no limits.
@@ -108,9 +114,10 @@ impl FromStr for Isolation {
     type Err = Error;
 
     fn from_str(name: &str) -> Result<Self> {
-        let known = [Self::Host, Self::Sandbox];
+        let known = [Self::Host, Self::Sandbox, Self::MicroVm];
         known.into_iter().find(|isolation| isolation.name() == name).ok_or_else(|| {
-            Error::config("isolation", format!("is {name:?}, which is not host or sandbox"))
+            let problem = format!("is {name:?}, which is not host, sandbox or microvm");
+            Error::config("isolation", problem)
         })
     }
 }
@@ -121,6 +128,7 @@ impl Isolation {
         match self {
             Self::Host => "host",
             Self::Sandbox => "sandbox",
+            Self::MicroVm => "microvm",
         }
     }
 
@@ -136,6 +144,7 @@ impl Isolation {
             }
             Self::Host => Arc::new(host::Host),
             Self::Sandbox => Arc::new(sandbox::Sandbox::new(own, options)?),
+            Self::MicroVm => Arc::new(microvm::MicroVm::new(own, options)?),
         })
     }
 }
@@ -144,6 +153,7 @@ impl Isolation {
 /// that it can be ended. May block.
 pub(crate) fn let_go(site: &Site) {
     sandbox::let_go(site);
+    sandbox::let_go(&site.machine());
 }
 
 /// Which networks sessions can reach, where they do not share their host's.
@@ -163,8 +173,17 @@ pub enum Network {
     Full(Rules),
 }
 
-/// Where refusals are told, with the session each is of.
-pub(crate) type Denials = tokio::sync::mpsc::Sender<(Uuid, Denial)>;
+/// What an instance's session should know.
+#[derive(Clone, Debug)]
+pub(crate) enum Notice {
+    /// It was refused a way to a network.
+    Denied(Denial),
+    /// What ran in it could not go on.
+    Rebooted { reason: String },
+}
+
+/// Where notices go, with the session each is of.
+pub(crate) type Notices = tokio::sync::mpsc::Sender<(Uuid, Notice)>;
 
 /// What can be chosen for the instances of a pool.
 #[derive(Clone, Debug, Default)]
@@ -175,8 +194,10 @@ pub(crate) struct Options {
     pub(crate) limits: Limits,
     pub(crate) sleep: Sleep,
     pub(crate) network: Network,
-    pub(crate) denials: Option<Denials>,
+    pub(crate) notices: Option<Notices>,
     pub(crate) agent_program: Option<PathBuf>,
+    /// What guests have as their kernel, and the folder of its modules, if not what is found.
+    pub(crate) kernel: Option<(PathBuf, Option<PathBuf>)>,
     /// What new sessions' roots are: an image's name or a folder's path.
     pub(crate) image: Option<String>,
     /// How long instances that can do so go on without an owner.
@@ -239,6 +260,11 @@ impl Site {
         self.home.join("root")
     }
 
+    /// What a virtual machine of the session's is run in, which has the session's files too.
+    pub(crate) fn machine(&self) -> Self {
+        Self { home: self.home.join("machine"), ..self.clone() }
+    }
+
     /// The trees that count as the session's use of the disk.
     pub(crate) fn trees(&self) -> [PathBuf; 3] {
         [self.volume.clone(), self.root_changes(), self.home.join("tmp")]
@@ -286,6 +312,14 @@ pub(crate) trait Driver: Send + Sync {
 
     /// Whether instances can be frozen here, whatever becomes of idle ones.
     fn can_freeze(&self) -> bool;
+
+    /// Whether what is frozen needs nothing of this process any more, and the next one can go on
+    /// with it by [`Driver::start`].
+    fn keeps_frozen(&self) -> bool;
+
+    /// A frozen instance's files were copied: what else a copy should begin with goes there too.
+    /// May block.
+    fn copied(&self, from: &Site, into: &Site) -> Result<()>;
 
     /// Has all processes of an instance stand still. Until it is thawed nothing in it answers.
     /// After a failure it may be frozen in part. May block.

@@ -100,6 +100,13 @@ impl Builder {
         self
     }
 
+    /// The kernel of virtual machines, and where its modules are if not in `/lib/modules` by its
+    /// version. Default: the newest in `/boot` that can be one's, Debian's cloud kernel first.
+    pub fn kernel(mut self, image: impl Into<PathBuf>, modules: Option<PathBuf>) -> Self {
+        self.settings.instances.kernel = Some((image.into(), modules));
+        self
+    }
+
     /// How long a session in which something runs goes on when this process dies, or leaves it by
     /// [`MicroVmManager::leave`]: the next pool over the same folder finds it, and it ends if
     /// none comes. Commands in the foreground end all the same. Only where sessions have
@@ -163,7 +170,8 @@ impl Builder {
     }
 
     /// What becomes of sessions that are idle. Default: [`Sleep::Stop`]. Freezing needs
-    /// [`Isolation::Sandbox`] and a control group that this process is granted.
+    /// [`Isolation::Sandbox`] and a control group that this process is granted, or
+    /// [`Isolation::MicroVm`].
     pub fn sleep(mut self, sleep: Sleep) -> Self {
         self.settings.instances.sleep = sleep;
         self

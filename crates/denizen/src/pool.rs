@@ -40,7 +40,7 @@ use crate::error::{Error, Result};
 use crate::event::{
     Announcer, Event, EventKind, Events, maybe_unix_seconds, op_name, unix_seconds,
 };
-use crate::isolation::{self, Driver, Instance, Isolation, Options, Site, no_roots};
+use crate::isolation::{self, Driver, Instance, Isolation, Notice, Options, Site, no_roots};
 use crate::lifecycle::{
     Change, Effect, Found, Lifecycle, Op, Phase, Policy, PoolTime, Refusal, Row, Saved, Seq, View,
     WaiterId, Want,
@@ -334,8 +334,8 @@ impl Pool {
         }
         let volumes = Volumes::open(&config.volume_root)?;
         let (mut registry, mut remembered) = Registry::open(volumes.root(), volumes.own())?;
-        let (denials, denied) = mpsc::channel(1024);
-        let options = Options { denials: Some(denials), ..settings.instances.clone() };
+        let (notices, noticed) = mpsc::channel(1024);
+        let options = Options { notices: Some(notices), ..settings.instances.clone() };
         let driver = settings.isolation.driver(volumes.own(), options)?;
         let clock = PoolClock::resume(settings.clock.clone(), remembered.time.as_ref());
         let known: HashSet<Uuid> = remembered.rows.iter().map(|row| row.id).collect();
@@ -426,7 +426,7 @@ impl Pool {
         if pool.watch.is_some() {
             tasks.spawn(watch::run(Arc::downgrade(&pool)));
         }
-        tasks.spawn(tell_denials(Arc::downgrade(&pool), denied));
+        tasks.spawn(tell_notices(Arc::downgrade(&pool), noticed));
         if pool.backups.is_some() {
             tasks.spawn(forgetting::run(Arc::downgrade(&pool)));
         }
@@ -1238,7 +1238,11 @@ impl Pool {
     /// `leave` not those in which something runs, if they can go on.
     pub(crate) async fn shutdown(self: &Arc<Self>, leave: bool) -> Result<()> {
         let lingers = !self.settings.instances.linger.is_zero();
-        let leave = leave && lingers && self.settings.isolation != Isolation::Host;
+        // Where what is frozen is kept, anything can be.
+        let keeps_frozen = self.driver.keeps_frozen();
+        let leave = leave
+            && (lingers || keeps_frozen)
+            && self.settings.isolation != Isolation::Host;
         let waiting: Vec<_> = {
             let mut state = self.state.lock();
             state.closing = true;
@@ -1252,6 +1256,10 @@ impl Pool {
         self.apply(|state, now, out| {
             state.core.end_spares(now, out);
             for id in state.active() {
+                let is_frozen = |view: View<'_>| view.row.phase == Phase::Frozen;
+                if keeps_frozen && state.core.view(id).is_some_and(is_frozen) {
+                    continue;
+                }
                 let waiter = state.next_waiter;
                 state.next_waiter += 1;
                 let want = Want::Stopped { force: !leave };
@@ -1420,7 +1428,8 @@ fn left_running(
         isolation::let_go(site);
     }
     // Its init too, if it goes on, or owner and init were both killed.
-    let numbers: Vec<u32> = sites.iter().filter_map(Site::recorded_init).collect();
+    let first = sites.iter().flat_map(|site| [site.recorded_init(), site.machine().recorded_init()]);
+    let numbers: Vec<u32> = first.flatten().collect();
     denizen_agent::sweep(&numbers);
     for site in &sites {
         driver.ended(site);
@@ -1518,15 +1527,19 @@ async fn keep_time(pool: Weak<Pool>) {
     }
 }
 
-/// Announces what sessions were refused of the network.
-async fn tell_denials(pool: Weak<Pool>, mut denied: mpsc::Receiver<(Uuid, Denial)>) {
-    while let Some((id, denial)) = denied.recv().await {
+/// Announces what instances tell of their sessions.
+async fn tell_notices(pool: Weak<Pool>, mut noticed: mpsc::Receiver<(Uuid, Notice)>) {
+    while let Some((id, notice)) = noticed.recv().await {
         let Some(pool) = pool.upgrade() else { return };
-        let Denial { host, port, rule, .. } = denial;
-        let rule = rule.to_string();
-        tracing::info!(session = %id, host, port, rule, "network access denied");
+        let kind = match notice {
+            Notice::Denied(Denial { host, port, rule, .. }) => {
+                let rule = rule.to_string();
+                tracing::info!(session = %id, host, port, rule, "network access denied");
+                EventKind::Denied { host, port, rule }
+            }
+            Notice::Rebooted { reason } => EventKind::Rebooted { reason },
+        };
         let name = pool.state.lock().names.get(&id).map(ToString::to_string);
-        let kind = EventKind::Denied { host, port, rule };
         pool.announcer.announce(Event { at: pool.clock.wall(), session: id, name, kind });
     }
 }

@@ -6,7 +6,7 @@
 //! Disks are known by their serials, all ext4: `root`, an image that is only read; `disk`, the
 //! session's own; `tools`, denizen's programs, with the relay's words in its file `command`, each
 //! ended by a zero byte. The relay has init's control socket as descriptor 0, and the port
-//! `denizen` of the virtio console as descriptor 3. A machine with a network has
+//! `denizen` of the virtio console as descriptor 1. A machine with a network has
 //! `denizen.net=ADDRESS/PREFIX,GATEWAY,DNS` on its kernel's command line.
 //!
 //! Whatever step fails, the machine must end and say why: nobody is there who could help. Once
@@ -55,6 +55,11 @@ pub fn boot() -> ! {
 /// disk, as soon as that is mounted.
 fn run(disk: &mut Option<File>) -> Result<()> {
     see_kernel()?;
+    if has_word("denizen.probe")? {
+        // Whether a machine comes this far was all that was asked.
+        say("denizen: it runs");
+        return Ok(());
+    }
     let events = machine::DeviceEvents::new().map_err(at("device events"))?;
     let network = network()?;
     load_modules("/modules/order")?;
@@ -92,6 +97,12 @@ fn at(step: &str) -> impl FnOnce(i32) -> Refusal {
 
 fn io_at(step: &str) -> impl FnOnce(io::Error) -> Refusal {
     move |error| (step.to_owned(), error.raw_os_error().unwrap_or(sys::EINVAL))
+}
+
+/// Whether the kernel's command line has a word.
+fn has_word(word: &str) -> Result<bool> {
+    let line = fs::read_to_string("/proc/cmdline").map_err(io_at("command line"))?;
+    Ok(line.split_ascii_whitespace().any(|it| it == word))
 }
 
 /// Mounts what the kernel tells by.
@@ -356,7 +367,7 @@ fn start(port: OwnedFd) -> Result<(i32, i32)> {
     let argv = [c"denizen-init", c"1"];
     let init = machine::start(c"/proc/self/exe", &argv, &[], &[(&inner, 0)]);
     let init = init.map_err(at("start init"))?;
-    let relay = machine::start(program, &words, &[PATH], &[(&outer, 0), (&port, 3)]);
+    let relay = machine::start(program, &words, &[PATH], &[(&outer, 0), (&port, 1)]);
     let relay = relay.map_err(at("start the relay"))?;
     Ok((init, relay))
 }
@@ -411,7 +422,12 @@ fn wait_for_either(init: i32, relay: i32) -> Result<()> {
 /// Says on the console what has failed.
 fn complain(step: &str, error: i32) {
     let reason = io::Error::from_raw_os_error(error);
-    let line = format!("denizen: {step}: {reason}\n");
+    say(&format!("denizen: {step}: {reason}"));
+}
+
+/// Writes a line to the console.
+fn say(line: &str) {
+    let line = format!("{line}\n");
     for console in ["/dev/console", "/dev/ttyS0"] {
         let mut options = OpenOptions::new();
         let opened = options.write(true).custom_flags(sys::NO_TERMINAL).open(console);

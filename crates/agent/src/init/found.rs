@@ -21,7 +21,7 @@ use rustix::net::{
 use rustix::process::{PidfdFlags, pidfd_open};
 use tokio::sync::watch;
 
-use super::{Launch, Launched, PACKET, PATIENCE, Shared, State, receive_packet, timespec};
+use super::{ENDING, Launch, Launched, PACKET, PATIENCE, Shared, State, receive_packet, timespec};
 use crate::message::{self, Event};
 use crate::sweep;
 
@@ -103,7 +103,9 @@ pub(super) fn find(launch: &Launch) -> io::Result<(Arc<Shared>, Launched, Option
         finished: watch::Sender::new(false),
         contained: true,
         lingers: true,
+        remote: false,
         patience: PATIENCE,
+        ending: ENDING,
     };
     Ok((Arc::new(shared), Launched::Found(outside), door))
 }

@@ -60,7 +60,9 @@ impl Liar {
             finished: watch::Sender::new(false),
             contained: true,
             lingers: true,
+            remote: false,
             patience: Duration::from_millis(200),
+            ending: ENDING,
         });
         let remote = Remote { shared: Arc::clone(&shared) };
         let launched = launched(child);
@@ -211,7 +213,7 @@ async fn it_is_dead_when_the_process_outside_is() {
 #[tokio::test]
 async fn what_is_left_is_not_ended() {
     let Liar { init, socket, thread } = Liar::found();
-    let process = pidfd_open(Pid::from_raw(init.pid().cast_signed()).unwrap(), PidfdFlags::empty());
+    let process = pidfd_open(Pid::from_raw(init.pid().unwrap().cast_signed()).unwrap(), PidfdFlags::empty());
     let remote = init.remote();
     init.leave();
     assert!(matches!(remote.list().await, Err(Error::InitLost)));

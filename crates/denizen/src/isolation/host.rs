@@ -41,6 +41,14 @@ impl Driver for Host {
         false
     }
 
+    fn keeps_frozen(&self) -> bool {
+        false
+    }
+
+    fn copied(&self, _: &Site, _: &Site) -> Result<()> {
+        Ok(())
+    }
+
     fn freeze(&self, site: &Site) -> Result<()> {
         let source = std::io::ErrorKind::Unsupported.into();
         Err(Error::Freezer { action: "freeze", session: site.id, source })

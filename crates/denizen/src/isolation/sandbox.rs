@@ -9,7 +9,7 @@
 //! not named here.
 
 mod calls;
-mod carried;
+pub(super) mod carried;
 mod freezer;
 mod group;
 mod host_root;
@@ -18,6 +18,7 @@ mod plan;
 pub(crate) mod root;
 mod users;
 
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs::{self, DirBuilder};
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
@@ -35,7 +36,7 @@ use self::group::Groups;
 use self::host_root::HostRoot;
 use self::network::Networks;
 use self::plan::{Attributes, Overlay, Plan};
-use self::root::{Below, Roots};
+use self::root::{Base, Below, Roots};
 use self::users::Users;
 use super::{Driver, Instance, Limits, Options, Site, VOLUME};
 use crate::error::{Error, Result};
@@ -85,6 +86,23 @@ const HIDDEN: [&str; 16] = [
 const PROTECTED: [&str; 5] =
     ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
 
+/// What a sandbox has beside its session's files.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Fittings {
+    /// Files of the host, and where they are within; not to be written.
+    pub(super) files: Vec<(PathBuf, &'static str)>,
+    /// Devices of the host, by their paths.
+    pub(super) devices: Vec<&'static str>,
+    /// A root that is shown at [`TREE`] as a tree of files.
+    pub(super) tree: Option<Below>,
+    /// Whether it has the pool's network.
+    pub(super) network: bool,
+    pub(super) limits: Limits,
+}
+
+/// Where a tree of files is shown within.
+pub(super) const TREE: &str = "/run/tree";
+
 pub(super) struct Sandbox {
     users: Users,
     groups: Groups,
@@ -117,7 +135,7 @@ impl Sandbox {
             carried.map_err(|source| Error::volume("keep this program in", own, source))
         });
         let carried = carried.transpose()?;
-        let networks = Networks::new(options.network, options.denials);
+        let networks = Networks::new(options.network, options.notices);
         let (groups, limits) = (Groups::find(), options.limits);
         if options.sleep == Sleep::Freeze && !groups.have_freezer() {
             return Err(Error::NoFreezer {
@@ -203,9 +221,11 @@ impl Sandbox {
         groups: &[PathBuf],
         overlays: &[Folders],
         below: &[Below],
+        fittings: &Fittings,
     ) -> Launch {
-        let plan = self.plan(site, groups, overlays, below).finish();
+        let plan = self.plan(site, groups, overlays, below, fittings).finish();
         let door = self.networks.door(site.id, &tokio::runtime::Handle::current());
+        let door = door.filter(|_| fittings.network);
         let linger = (!self.linger.is_zero()).then(|| Linger {
             socket: site.socket(),
             time: self.linger,
@@ -218,10 +238,70 @@ impl Sandbox {
     fn relaunch(&self, site: &Site) -> Result<Launch> {
         let below = self.roots.below(&self.roots.of(site)?)?;
         let groups = self.groups.joined(&site.home);
-        Ok(self.launch(site, &groups, &overlays(site, &below), &below))
+        Ok(self.launch(site, &groups, &overlays(site, &below), &below, &self.fittings()))
     }
 
-    fn plan(&self, site: &Site, groups: &[PathBuf], overlays: &[Folders], below: &[Below]) -> Plan {
+    /// What a session's sandbox has.
+    fn fittings(&self) -> Fittings {
+        Fittings { network: true, limits: self.limits.clone(), ..Fittings::default() }
+    }
+
+    /// Makes a sandbox over a base of which nothing has to be known in its folder.
+    fn begin(&self, site: &Site, base: &Base, fittings: &Fittings) -> Result<Agent> {
+        let failed = |source| Error::volume("prepare", &site.home, source);
+        self.check_users(site)?;
+        let below = self.roots.below(base)?;
+        let overlays = self.folders(site, &below).map_err(failed)?;
+        for tree in &fittings.tree {
+            let Folders { upper, work } = Folders::new(site, &tree.target);
+            [upper, work].iter().try_for_each(|path| self.folder(path, 0o755)).map_err(failed)?;
+        }
+        let groups = self.groups.make(site.id, &site.home, &fittings.limits).map_err(|source| {
+            self.groups.remove(site.id, &site.home);
+            Error::volume("make control groups for", &site.home, source)
+        })?;
+        let agent = Agent::with(self.launch(site, &groups, &overlays, &below, fittings));
+        // Where it cannot be made, the session does not start.
+        let launched = tokio::runtime::Handle::current().block_on(agent.launch());
+        launched.inspect_err(|_| self.ended(site))?;
+        Ok(agent)
+    }
+
+    /// Makes a sandbox over the host's root for a program of the host's, which works for a
+    /// session on what its site calls the volume. Blocks.
+    pub(super) fn for_program(&self, site: &Site, fittings: &Fittings) -> Result<Agent> {
+        self.begin(site, &Base::Host, fittings)
+    }
+
+    /// What such a sandbox was in is in another folder now, and has another name.
+    pub(super) fn program_moved(&self, from: &Site, to: &Site) {
+        self.groups.moved(&from.home, &to.home);
+        self.networks.rename(from.id, to.id);
+    }
+
+    /// What tells programs within of the way to networks.
+    pub(super) fn network_env(&self) -> BTreeMap<String, String> {
+        self.networks.env()
+    }
+
+    /// The roots that sessions can have.
+    pub(super) fn roots(&self) -> &Roots {
+        &self.roots
+    }
+
+    /// Makes a file of the host's the sandboxes' root's.
+    pub(super) fn give(&self, path: &Path) -> std::io::Result<()> {
+        self.users.give(path, (0, 0))
+    }
+
+    fn plan(
+        &self,
+        site: &Site,
+        groups: &[PathBuf],
+        overlays: &[Folders],
+        below: &[Below],
+        fittings: &Fittings,
+    ) -> Plan {
         let mut plan = Plan::default();
         for group in groups {
             plan.step(["group".as_ref(), group.as_os_str()]);
@@ -231,7 +311,8 @@ impl Sandbox {
             plan.step(["alone"]);
         }
         plan.step(["map", &user_map, &group_map]);
-        for below in below.iter().filter(|below| below.hosts && !self.users.is_alone()) {
+        let all = below.iter().chain(&fittings.tree);
+        for below in all.filter(|below| below.hosts && !self.users.is_alone()) {
             if let Some(lowest) = below.lower.last() {
                 plan.step(["shift".as_ref(), lowest.as_os_str()]);
             }
@@ -254,7 +335,20 @@ impl Sandbox {
         if let Some(carried) = &self.carried {
             carried.show(&mut plan);
         }
-        self.devices(&mut plan);
+        if let Some(tree) = &fittings.tree {
+            let folders = Folders::new(site, &tree.target);
+            let lower = tree.lower.iter().map(PathBuf::as_path).collect();
+            let target = Path::new(TREE);
+            plan.dir(TREE, 0o755);
+            plan.overlay(&Overlay { target, lower, upper: &folders.upper, work: &folders.work });
+        }
+        for (source, target) in &fittings.files {
+            let folder = Path::new(target).parent().unwrap_or(Path::new("/"));
+            plan.dir(&folder.to_string_lossy(), 0o755);
+            plan.step(["file", target]);
+            plan.bind(source, target, Attributes::PROGRAM);
+        }
+        self.devices(&mut plan, fittings);
         plan.dir("/tmp", 0o1777);
         plan.bind(&site.home.join("tmp"), "/tmp", Attributes::FILES);
         plan.dir(WORKDIR, 0o755);
@@ -281,8 +375,10 @@ impl Sandbox {
             let (path, content) = host_root::APT_ALONE;
             plan.step(["give", path, content]);
         }
-        self.networks.plan(&mut plan);
-        self.resource_limits(&mut plan);
+        if fittings.network {
+            self.networks.plan(&mut plan);
+        }
+        self.resource_limits(&mut plan, &fittings.limits);
         plan.step(["root-only"]);
         plan.step(["capabilities", &format!("{CAPABILITIES:x}")]);
         plan.step(["key", &format!("{:x}", self.key[0]), &format!("{:x}", self.key[1])]);
@@ -290,12 +386,12 @@ impl Sandbox {
         plan
     }
 
-    fn devices(&self, plan: &mut Plan) {
+    fn devices(&self, plan: &mut Plan, fittings: &Fittings) {
         plan.fs("tmpfs", "/dev", Attributes::DATA, &["mode=755", "size=64k"]);
-        for name in DEVICES {
-            let path = format!("/dev/{name}");
-            plan.step(["file", &path]);
-            plan.bind(Path::new(&path), &path, Attributes::DEVICE);
+        let usual = DEVICES.map(|name| format!("/dev/{name}"));
+        for path in usual.iter().map(String::as_str).chain(fittings.devices.iter().copied()) {
+            plan.step(["file", path]);
+            plan.bind(Path::new(path), path, Attributes::DEVICE);
         }
         plan.dir("/dev/pts", 0o755);
         let mut settings = vec!["ptmxmode=666", "mode=620"];
@@ -306,7 +402,8 @@ impl Sandbox {
         plan.fs("devpts", "/dev/pts", Attributes::DEVICE, &settings);
         plan.dir("/dev/shm", 0o1777);
         // Of memory, as the kernel's default is; never less than programs find elsewhere.
-        let size = self.limits.memory_bytes.map(|bytes| format!("size={}", shared_memory(bytes)));
+        let memory = fittings.limits.memory_bytes;
+        let size = memory.map(|bytes| format!("size={}", shared_memory(bytes)));
         let settings: Vec<&str> = ["mode=1777"].into_iter().chain(size.as_deref()).collect();
         plan.fs("tmpfs", "/dev/shm", Attributes::DATA, &settings);
         for (content, path) in [
@@ -321,7 +418,7 @@ impl Sandbox {
     }
 
     /// Limits of each process: of what control groups do not count, or are not there for.
-    fn resource_limits(&self, plan: &mut Plan) {
+    fn resource_limits(&self, plan: &mut Plan, limits: &Limits) {
         const FILE_SIZE: u32 = 1;
         const CORE: u32 = 4;
         const DATA: u32 = 2;
@@ -329,20 +426,20 @@ impl Sandbox {
         const OPEN_FILES: u32 = 7;
         // A core would go to a program of the host.
         plan.limit(CORE, 0);
-        if let Some(most) = self.limits.disk() {
+        if let Some(most) = limits.disk() {
             // One file that is too large is stopped as it is written; see `crate::disk` for
             // the rest.
             plan.limit(FILE_SIZE, most);
         }
         let open_files = rustix::process::getrlimit(Resource::Nofile).maximum;
-        if let Some(most) = self.limits.open_files {
+        if let Some(most) = limits.open_files {
             plan.limit(OPEN_FILES, most.min(open_files.unwrap_or(u64::MAX)));
         }
         let controllers = self.groups.controllers();
-        if let (Some(most), false) = (self.limits.processes, controllers.contains(&"pids")) {
+        if let (Some(most), false) = (limits.processes, controllers.contains(&"pids")) {
             plan.limit(PROCESSES, most);
         }
-        if let (Some(most), false) = (self.limits.memory_bytes, controllers.contains(&"memory")) {
+        if let (Some(most), false) = (limits.memory_bytes, controllers.contains(&"memory")) {
             plan.limit(DATA, most);
         }
     }
@@ -350,19 +447,8 @@ impl Sandbox {
 
 impl Driver for Sandbox {
     fn start(&self, site: &Site) -> Result<Instance> {
-        let failed = |source| Error::volume("prepare", &site.home, source);
-        self.check_users(site)?;
         let base = self.roots.of(site)?;
-        let below = self.roots.below(&base)?;
-        let overlays = self.folders(site, &below).map_err(failed)?;
-        let groups = self.groups.make(site.id, &site.home, &self.limits).map_err(|source| {
-            self.groups.remove(site.id, &site.home);
-            Error::volume("make control groups for", &site.home, source)
-        })?;
-        let agent = Agent::with(self.launch(site, &groups, &overlays, &below));
-        // Where it cannot be made, the session does not start.
-        let launched = tokio::runtime::Handle::current().block_on(agent.launch());
-        launched.inspect_err(|_| self.ended(site))?;
+        let agent = self.begin(site, &base, &self.fittings())?;
         let mut env = self.networks.env();
         env.extend(base.env());
         Ok(Instance { agent, env })
@@ -417,6 +503,15 @@ impl Driver for Sandbox {
 
     fn can_freeze(&self) -> bool {
         self.groups.have_freezer()
+    }
+
+    /// It would see its owner go only when it is thawed.
+    fn keeps_frozen(&self) -> bool {
+        false
+    }
+
+    fn copied(&self, _: &Site, _: &Site) -> Result<()> {
+        Ok(())
     }
 
     fn freeze(&self, site: &Site) -> Result<()> {

@@ -343,7 +343,8 @@ fn originate(pool: &Pool, site: &Site, origin: Option<&Origin>) -> Fallible<()> 
             if moved.is_ok() && from.root_changes().exists() {
                 moved = fs::rename(from.root_changes(), site.root_changes());
             }
-            moved.map_err(|source| Error::volume("make", &site.home, source))
+            moved.map_err(|source| Error::volume("make", &site.home, source))?;
+            pool.driver.copied(&from, site)
         }
         Some(Origin::Image(image)) => pool.driver.choose_image(site, image),
         Some(Origin::Archive(sent)) => {
@@ -381,12 +382,13 @@ async fn copy_session(pool: &Arc<Pool>, place: &Arc<Place>, copy: Uuid) -> Ended
             return Ok(Ok(Outcome::Missing).into());
         }
         let copied = if freezes {
-            match at_rest(&*pool.driver, &place.site, || copy_into(&place, &copying)) {
+            let copy = || copy_into(&*pool.driver, &place, &copying);
+            match at_rest(&*pool.driver, &place.site, copy) {
                 Ok(copied) => copied,
                 Err(error) => return Ok(Ended::broken(error)),
             }
         } else {
-            copy_into(&place, &copying)
+            copy_into(&*pool.driver, &place, &copying)
         };
         let kept = copied.and_then(|()| copying.into.sync()).and_then(|()| {
             let Some(name) = &copying.keep_as else { return Ok(()) };
@@ -402,13 +404,18 @@ async fn copy_session(pool: &Arc<Pool>, place: &Arc<Place>, copy: Uuid) -> Ended
     copied.await.unwrap_or_else(|error| Err(error).into())
 }
 
-fn copy_into(place: &Place, copying: &Copying) -> Fallible<()> {
+fn copy_into(driver: &dyn Driver, place: &Place, copying: &Copying) -> Fallible<()> {
     let into = Site::in_folder(place.site.id, copying.into.path().to_owned());
     for tree in [&into.volume, &into.root_changes()] {
         // Of a first try, after which the session could not be thawed.
         remove_tree(tree).map_err(|source| Error::volume("clear", tree, source))?;
     }
-    snapshot::copy(&place.site, &into.home)
+    snapshot::copy(&place.site, &into.home)?;
+    match copying.keep_as {
+        // A snapshot is of files.
+        Some(_) => Ok(()),
+        None => driver.copied(&place.site, &into),
+    }
 }
 
 /// Does something while all processes of an instance stand still, and has them go on, however

@@ -16,7 +16,7 @@ const FOLDER: &str = "/run/denizen";
 
 /// The program and what it needs.
 #[derive(Clone, Debug)]
-pub(super) struct Carried {
+pub(in crate::isolation) struct Carried {
     program: PathBuf,
     loader: Option<PathBuf>,
     libraries: Vec<PathBuf>,
@@ -25,7 +25,7 @@ pub(super) struct Carried {
 impl Carried {
     /// Takes up the program that runs here, which `program` must be, and keeps a name of it
     /// in `store`: the other one may be replaced while sandboxes need it.
-    pub(super) fn this_program(program: &Path, store: &Path) -> io::Result<Self> {
+    pub(in crate::isolation) fn this_program(program: &Path, store: &Path) -> io::Result<Self> {
         let kept = store.join("agent");
         match fs::remove_file(&kept) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
@@ -49,10 +49,15 @@ impl Carried {
         Ok(Self { program: kept, loader, libraries })
     }
 
+    /// Its files, all of which are in one folder within.
+    pub(in crate::isolation) fn files(&self) -> impl Iterator<Item = &Path> {
+        self.libraries.iter().chain([&self.program]).map(PathBuf::as_path)
+    }
+
     /// Shows it in a sandbox.
     pub(super) fn show(&self, plan: &mut Plan) {
         plan.dir(FOLDER, 0o755);
-        for path in self.libraries.iter().chain([&self.program]) {
+        for path in self.files() {
             let within = within(path);
             plan.step(["file", &within]);
             plan.bind(path, &within, Attributes::PROGRAM);
@@ -60,7 +65,7 @@ impl Carried {
     }
 
     /// How it is run within.
-    pub(super) fn command(&self) -> Vec<OsString> {
+    pub(in crate::isolation) fn command(&self) -> Vec<OsString> {
         let mut words = Vec::new();
         if let Some(loader) = &self.loader {
             words.extend([within(loader).into(), "--library-path".into(), FOLDER.into()]);

@@ -18,7 +18,7 @@ use tokio::task::AbortHandle;
 use uuid::Uuid;
 
 use super::plan::Plan;
-use crate::isolation::{Denials, Network};
+use crate::isolation::{Network, Notice, Notices};
 
 /// Where the proxy listens within.
 const PROXY_PORT: u16 = 3128;
@@ -28,7 +28,7 @@ const ADDRESS: (Ipv4Addr, u32) = (Ipv4Addr::new(10, 0, 2, 15), 24);
 /// The ways of a pool's sandboxes.
 pub(super) struct Networks {
     network: Network,
-    denials: Option<Denials>,
+    notices: Option<Notices>,
     served: Arc<Mutex<HashMap<Uuid, Served>>>,
 }
 
@@ -39,8 +39,8 @@ struct Served {
 }
 
 impl Networks {
-    pub(super) fn new(network: Network, denials: Option<Denials>) -> Self {
-        Self { network, denials, served: Arc::default() }
+    pub(super) fn new(network: Network, notices: Option<Notices>) -> Self {
+        Self { network, notices, served: Arc::default() }
     }
 
     /// What a sandbox needs within.
@@ -90,16 +90,16 @@ impl Networks {
         };
         let full = matches!(self.network, Network::Full(_));
         let (served, runtime) = (self.served.clone(), runtime.clone());
-        let denials = self.denials.clone();
+        let notices = self.notices.clone();
         Some(Door(Arc::new(move |way: OwnedFd| {
-            let denials = denials.clone();
+            let notices = notices.clone();
             let owner = Arc::new(Mutex::new(id));
             let told = {
                 let owner = owner.clone();
                 move |event| {
-                    if let (Event::Denied(denial), Some(denials)) = (event, &denials) {
+                    if let (Event::Denied(denial), Some(notices)) = (event, &notices) {
                         // A session that is refused all the time need not be told of each.
-                        let _ = denials.try_send((*owner.lock(), denial));
+                        let _ = notices.try_send((*owner.lock(), Notice::Denied(denial)));
                     }
                 }
             };

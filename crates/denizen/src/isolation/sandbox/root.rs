@@ -22,7 +22,7 @@ pub(crate) const RECORD: &str = "base.json";
 /// What is written down of a session's base.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub(super) enum Base {
+pub(in crate::isolation) enum Base {
     /// The host's root.
     Host,
     /// A folder of the host.
@@ -39,17 +39,18 @@ pub(super) enum Base {
 }
 
 /// An overlay of a base: where it goes, and what is below, from the top.
-pub(super) struct Below {
-    pub(super) target: PathBuf,
-    pub(super) lower: Vec<PathBuf>,
+#[derive(Clone, Debug)]
+pub(in crate::isolation) struct Below {
+    pub(in crate::isolation) target: PathBuf,
+    pub(in crate::isolation) lower: Vec<PathBuf>,
     /// Whether the lowest belongs to users of the host, and is to be the sandbox's own.
-    pub(super) hosts: bool,
+    pub(in crate::isolation) hosts: bool,
 }
 
 /// Where bases are found.
-pub(super) struct Roots {
+pub(in crate::isolation) struct Roots {
     pub(super) host: HostRoot,
-    pub(super) images: Store,
+    pub(in crate::isolation) images: Store,
     /// The images' folder.
     pub(super) folder: PathBuf,
     /// What new sessions get: an image's name or a folder's path; none is the host's root.
@@ -58,7 +59,7 @@ pub(super) struct Roots {
 
 impl Roots {
     /// The base of a session; a new one is given its own.
-    pub(super) fn of(&self, site: &Site) -> Result<Base> {
+    pub(in crate::isolation) fn of(&self, site: &Site) -> Result<Base> {
         let record = site.root_changes().join(RECORD);
         let failed = |source| Error::volume("read", &record, source);
         if let Some(base) = read(&record).map_err(failed)? {
@@ -74,13 +75,22 @@ impl Roots {
     }
 
     /// Gives a new session an image as its base.
-    pub(super) fn choose(&self, site: &Site, image: &str) -> Result<()> {
+    pub(in crate::isolation) fn choose(&self, site: &Site, image: &str) -> Result<()> {
         // A folder is the operator's choice only: any could be named.
         write(site, &self.image(image)?)
     }
 
+    /// Gives a new session what is another one's base.
+    pub(in crate::isolation) fn copy(from: &Site, into: &Site) -> Result<()> {
+        let record = from.root_changes().join(RECORD);
+        match read(&record).map_err(|source| Error::volume("read", &record, source))? {
+            Some(base) => write(into, &base),
+            None => Ok(()),
+        }
+    }
+
     /// The name of the image that is a session's base.
-    pub(super) fn image_of(site: &Site) -> Option<String> {
+    pub(in crate::isolation) fn image_of(site: &Site) -> Option<String> {
         match read(&site.root_changes().join(RECORD)) {
             Ok(Some(Base::Image { name, .. })) => Some(name),
             _ => None,
@@ -101,7 +111,7 @@ impl Roots {
     }
 
     /// What a new session gets.
-    pub(super) fn default_base(&self) -> Result<Base> {
+    pub(in crate::isolation) fn default_base(&self) -> Result<Base> {
         let Some(name) = &self.default else { return Ok(Base::Host) };
         if Path::new(name).is_absolute() {
             return Ok(Base::Folder { path: name.into() });
@@ -124,7 +134,7 @@ impl Roots {
     }
 
     /// The overlays of a base, the root first.
-    pub(super) fn below(&self, base: &Base) -> Result<Vec<Below>> {
+    pub(in crate::isolation) fn below(&self, base: &Base) -> Result<Vec<Below>> {
         let root = |lower, hosts| Below { target: "/".into(), lower, hosts };
         Ok(match base {
             Base::Host => {
@@ -156,7 +166,7 @@ impl Roots {
     }
 
     /// The layers that a session's record names.
-    pub(super) fn layers_of(&self, site: &Site) -> Vec<PathBuf> {
+    pub(in crate::isolation) fn layers_of(&self, site: &Site) -> Vec<PathBuf> {
         match read(&site.root_changes().join(RECORD)) {
             Ok(Some(Base::Image { layers, .. })) => {
                 layers.iter().map(|one| self.layer(one)).collect()
@@ -168,7 +178,7 @@ impl Roots {
 
 impl Base {
     /// What the base adds to every command's environment.
-    pub(super) fn env(&self) -> BTreeMap<String, String> {
+    pub(in crate::isolation) fn env(&self) -> BTreeMap<String, String> {
         match self {
             Self::Image { env, .. } => env.clone(),
             _ => BTreeMap::new(),

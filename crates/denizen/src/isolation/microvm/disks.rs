@@ -1,0 +1,294 @@
+//! The file systems that guests have, made as files by `mke2fs(8)` within a sandbox: images'
+//! roots, denizen's own program, and the empty ones that sessions begin with. The host's kernel
+//! never mounts one of them: what a guest has written is for a guest to read.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use denizen_agent::{Agent, Exit, Spec};
+use sha2::{Digest, Sha256};
+use tokio::runtime::Handle;
+use uuid::Uuid;
+
+use super::super::sandbox::carried::Carried;
+use super::super::sandbox::root::{Base, Below};
+use super::super::sandbox::{Fittings, Sandbox, TREE};
+use super::super::{Limits, Site};
+use crate::error::{Error, Result};
+
+/// The program that makes file systems, of the package e2fsprogs.
+const MKE2FS: &str = "/usr/sbin/mke2fs";
+/// What a block is for all of them.
+const BLOCK: u64 = 4096;
+/// What all of them have: nothing that a kernel of today lacks.
+const FEATURES: &str = "none,64bit,dir_index,dir_nlink,extent,ext_attr,extra_isize,filetype,\
+                        flex_bg,huge_file,large_file,metadata_csum,sparse_super";
+
+/// Where they are kept.
+pub(super) struct Disks<'a> {
+    pub(super) sandbox: &'a Sandbox,
+    /// The folder, which nobody else uses.
+    pub(super) folder: &'a Path,
+}
+
+impl Disks<'_> {
+    /// The root of a base as a disk, made if there is none yet; and what it is known by.
+    pub(super) fn root(&self, base: &Base) -> Result<(PathBuf, String)> {
+        let below = match base {
+            Base::Host => {
+                return Err(Error::Isolation {
+                    isolation: "microvm",
+                    problem: "a session here needs an image as its root: `denizen image pull` or \
+                              `denizen image import` one and set `image`, or set it to a folder"
+                        .to_owned(),
+                });
+            }
+            base => self.sandbox.roots().below(base)?,
+        };
+        let [mut below] = <[Below; 1]>::try_from(below).map_err(|_| Error::Isolation {
+            isolation: "microvm",
+            problem: "its root is not one tree".to_owned(),
+        })?;
+        // Its own folders are named after it.
+        below.target = TREE.into();
+        let mut sum = Sha256::new();
+        let (mut bytes, mut files) = (0, 0);
+        for layer in &below.lower {
+            sum.update(layer.as_os_str().as_bytes());
+            // A layer of an image never changes.
+            let changes = matches!(base, Base::Folder { .. });
+            let walked = walk(layer, changes.then_some(&mut sum));
+            let (more, count) =
+                walked.map_err(|source| Error::volume("read", layer, source))?;
+            bytes += more;
+            files += count;
+        }
+        let key = hex(&sum.finalize());
+        let disk = self.folder.join(format!("root-{key}"));
+        if disk.exists() {
+            return Ok((disk, key));
+        }
+        // Its unused end is a hole.
+        let size = bytes * 5 / 4 + files * 1024 + (64 << 20);
+        let inodes = (files + 1024).to_string();
+        let fittings = Fittings { tree: Some(below), ..Self::fittings() };
+        let words = ["-d", TREE, "-O", FEATURES, "-N", &inodes];
+        self.make(&disk, &fittings, &words, size)?;
+        Ok((disk, key))
+    }
+
+    /// denizen's own program as a disk, made if there is none of it yet; and what it is known by.
+    pub(super) fn tools(&self, carried: &Carried) -> Result<(PathBuf, String)> {
+        let failed = |source| Error::volume("keep this program in", self.folder, source);
+        let mut sum = Sha256::new();
+        let mut size = 16 << 20;
+        for path in carried.files() {
+            let metadata = fs::metadata(path).map_err(failed)?;
+            size += metadata.len() * 9 / 8;
+            for part in [metadata.len(), metadata.mtime().cast_unsigned(), metadata.ino()] {
+                sum.update(part.to_le_bytes());
+            }
+            sum.update(path.as_os_str().as_bytes());
+        }
+        let key = hex(&sum.finalize());
+        let disk = self.folder.join(format!("tools-{key}"));
+        if disk.exists() {
+            return Ok((disk, key));
+        }
+        // Of earlier programs; a guest that still has one holds it open.
+        for entry in fs::read_dir(self.folder).map_err(failed)?.flatten() {
+            if entry.file_name().as_bytes().starts_with(b"tools-") {
+                fs::remove_file(entry.path()).map_err(failed)?;
+            }
+        }
+        let mut command: Vec<u8> = Vec::new();
+        for word in carried.command().into_iter().chain(["guest".into()]) {
+            command.extend(word.as_bytes());
+            command.push(0);
+        }
+        let fill = |volume: &Path| {
+            let tree = volume.join("tree");
+            fs::create_dir(&tree)?;
+            for path in carried.files() {
+                let into = tree.join(path.file_name().unwrap_or_default());
+                fs::copy(path, &into)?;
+                self.sandbox.give(&into)?;
+            }
+            fs::write(tree.join("command"), &command)?;
+            self.sandbox.give(&tree.join("command"))?;
+            self.sandbox.give(&tree)
+        };
+        let words = ["-d", "/volume/tree", "-O", FEATURES];
+        self.make_of(&disk, &Self::fittings(), &words, size, fill)?;
+        Ok((disk, key))
+    }
+
+    /// Makes a session's empty disk in a folder, as `disk`, with what makes sandboxes there.
+    pub(super) fn empty(agent: &Agent, volume: &Path, size: u64) -> Result<()> {
+        let failed = |source| Error::volume("make a disk in", volume, source);
+        let partial = volume.join("disk.partial");
+        let _ = fs::remove_file(&partial);
+        let size = (size / BLOCK).to_string();
+        // Both tables are made when they are needed, in holes.
+        let words = [
+            "-q", "-F", "-t", "ext4", "-b", "4096", "-m", "0", "-O",
+            "none,64bit,dir_index,dir_nlink,extent,ext_attr,extra_isize,filetype,flex_bg,\
+             has_journal,huge_file,large_file,meta_bg,metadata_csum,sparse_super",
+            "-E", "lazy_itable_init=1,lazy_journal_init=1,nodiscard,root_owner=0:0",
+            "/volume/disk.partial", &size,
+        ];
+        run(agent, &words)?;
+        fs::rename(&partial, volume.join("disk")).map_err(failed)
+    }
+
+    fn make(&self, disk: &Path, fittings: &Fittings, words: &[&str], size: u64) -> Result<()> {
+        self.make_of(disk, fittings, words, size, |_| Ok(()))
+    }
+
+    /// Makes a disk, whole or not at all, of what `fill` puts into the volume of a sandbox.
+    fn make_of(
+        &self,
+        disk: &Path,
+        fittings: &Fittings,
+        words: &[&str],
+        size: u64,
+        fill: impl FnOnce(&Path) -> io::Result<()>,
+    ) -> Result<()> {
+        let site = self.begin()?;
+        let made = (|| {
+            let failed = |source| Error::volume("make a disk in", &site.home, source);
+            fill(&site.volume).map_err(failed)?;
+            let agent = self.sandbox.for_program(&site, fittings)?;
+            let size = size.div_ceil(BLOCK).to_string();
+            let words: Vec<&str> = ["-q", "-F", "-t", "ext4", "-b", "4096", "-m", "0"]
+                .into_iter()
+                .chain(words.iter().copied())
+                .chain(["-E", "root_owner=0:0,nodiscard", "/volume/made", &size])
+                .collect();
+            let ran = run(&agent, &words);
+            let _ = Handle::current().block_on(agent.shutdown(std::time::Duration::ZERO));
+            self.ended(&site);
+            ran?;
+            let made = site.volume.join("made");
+            File::open(&made).and_then(|file| file.sync_all()).map_err(failed)?;
+            fs::rename(&made, disk).map_err(failed)
+        })();
+        end(&site);
+        made
+    }
+
+    /// What a sandbox has for `mke2fs`.
+    fn fittings() -> Fittings {
+        Fittings { limits: Limits::none(), ..Fittings::default() }
+    }
+
+    /// A place in which something is made.
+    pub(super) fn begin(&self) -> Result<Site> {
+        let id = Uuid::new_v4();
+        let site = Site::in_folder(id, self.folder.join(format!("made-{id}")));
+        let failed = |source| Error::volume("make", &site.home, source);
+        fs::create_dir_all(&site.volume).map_err(failed)?;
+        self.sandbox.give(&site.volume).map_err(failed)?;
+        Ok(site)
+    }
+
+    fn ended(&self, site: &Site) {
+        super::super::Driver::ended(self.sandbox, site);
+    }
+
+    /// Clears away what a process that was killed has left half-made.
+    pub(super) fn sweep(&self) -> io::Result<()> {
+        for entry in fs::read_dir(self.folder)? {
+            let entry = entry?;
+            let name = entry.file_name();
+            let id = name.to_str().and_then(|name| name.strip_prefix("made-")?.parse().ok());
+            if let Some(id) = id {
+                let site = Site::in_folder(id, entry.path());
+                denizen_agent::sweep(&site.recorded_init().into_iter().collect::<Vec<_>>());
+                self.ended(&site);
+                end(&site);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Clears away a place in which something was made.
+pub(super) fn end(site: &Site) {
+    if let Err(error) = crate::volume::remove_tree(&site.home) {
+        tracing::warn!(folder = ?site.home, %error, "cannot be cleared");
+    }
+}
+
+/// Runs mke2fs.
+fn run(agent: &Agent, words: &[&str]) -> Result<()> {
+    let failed = |problem: String| Error::Isolation { isolation: "microvm", problem };
+    let ran = Handle::current().block_on(async {
+        let spec = Spec {
+            args: words.iter().map(OsString::from).collect(),
+            env: BTreeMap::from([("E2FSPROGS_FAKE_TIME".into(), "1".into())]),
+            ..Spec::new(MKE2FS, "/volume")
+        };
+        let mut child = agent.spawn(spec).await?;
+        let mut said = Vec::new();
+        if let Some(mut output) = child.take_output() {
+            while let Some(chunk) = output.next().await? {
+                said.extend_from_slice(&chunk.bytes);
+                said.truncate(4096);
+            }
+        }
+        Ok::<_, denizen_agent::Error>((child.wait().await?, said))
+    });
+    match ran {
+        Ok((Exit::Code(0), _)) => Ok(()),
+        Ok((exit, said)) => {
+            let said = String::from_utf8_lossy(&said);
+            Err(failed(format!("mke2fs cannot make a disk ({}): {}", exit.code(), said.trim())))
+        }
+        Err(denizen_agent::Error::ProgramNotFound { .. }) => Err(failed(
+            "there is no mke2fs to make disks with: apt-get install e2fsprogs".to_owned(),
+        )),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// The bytes and files of a tree; with a sum, also what can be seen of its changes.
+fn walk(tree: &Path, mut sum: Option<&mut Sha256>) -> io::Result<(u64, u64)> {
+    let (mut bytes, mut files) = (0, 0);
+    let mut folders = vec![tree.to_owned()];
+    while let Some(folder) = folders.pop() {
+        let mut entries = fs::read_dir(&folder)?.collect::<io::Result<Vec<_>>>()?;
+        entries.sort_unstable_by_key(fs::DirEntry::file_name);
+        for entry in entries {
+            let metadata = entry.metadata()?;
+            if let Some(sum) = sum.as_deref_mut() {
+                sum.update(entry.path().as_os_str().as_bytes());
+                for part in [
+                    metadata.len(),
+                    metadata.mtime().cast_unsigned(),
+                    metadata.mtime_nsec().cast_unsigned(),
+                    metadata.ino(),
+                    u64::from(metadata.mode()),
+                ] {
+                    sum.update(part.to_le_bytes());
+                }
+            }
+            bytes += metadata.len().next_multiple_of(BLOCK);
+            files += 1;
+            if metadata.is_dir() {
+                folders.push(entry.path());
+            }
+        }
+    }
+    Ok((bytes, files))
+}
+
+/// As text; the first half, which is enough for a name.
+pub(super) fn hex(digest: &[u8]) -> String {
+    digest.iter().take(16).map(|byte| format!("{byte:02x}")).collect()
+}
