@@ -88,6 +88,7 @@ const NEEDED: [(&str, &str); 26] = [
     ("curl", "curl"),
     ("ip", "iproute2"),
     ("qemu-system-x86_64", "qemu-system-x86"),
+    ("qemu-img", "qemu-utils"),
     ("mke2fs", "e2fsprogs"),
     ("chromium", "chromium"),
 ];

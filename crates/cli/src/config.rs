@@ -148,7 +148,13 @@ pub struct Options {
     image: Option<String>,
     /// The kernel of virtual machines [default: the newest in /boot that can be one's, Debian's
     /// cloud kernel first]
-    #[arg(long, global = true, env = "DENIZEN_KERNEL", value_name = "FILE", hide_short_help = true)]
+    #[arg(
+        long,
+        global = true,
+        env = "DENIZEN_KERNEL",
+        value_name = "FILE",
+        hide_short_help = true
+    )]
     kernel: Option<PathBuf>,
     /// The folder with that kernel's modules [default: in /lib/modules by its version]
     #[arg(

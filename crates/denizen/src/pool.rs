@@ -1240,9 +1240,8 @@ impl Pool {
         let lingers = !self.settings.instances.linger.is_zero();
         // Where what is frozen is kept, anything can be.
         let keeps_frozen = self.driver.keeps_frozen();
-        let leave = leave
-            && (lingers || keeps_frozen)
-            && self.settings.isolation != Isolation::Host;
+        let leave =
+            leave && (lingers || keeps_frozen) && self.settings.isolation != Isolation::Host;
         let waiting: Vec<_> = {
             let mut state = self.state.lock();
             state.closing = true;
@@ -1428,7 +1427,8 @@ fn left_running(
         isolation::let_go(site);
     }
     // Its init too, if it goes on, or owner and init were both killed.
-    let first = sites.iter().flat_map(|site| [site.recorded_init(), site.machine().recorded_init()]);
+    let first =
+        sites.iter().flat_map(|site| [site.recorded_init(), site.machine().recorded_init()]);
     let numbers: Vec<u32> = first.flatten().collect();
     denizen_agent::sweep(&numbers);
     for site in &sites {

@@ -116,11 +116,8 @@ async fn host(stream: Stream, init: &Arc<Packets>, path: &Arc<Path>, again: bool
     let Ok(mut connection) = connection else { return std::future::pending().await };
     let owner = Owner::new();
     let (end, mut ended) = watch::channel(false);
-    let relay = Arc::new(Relay {
-        init: Arc::clone(init),
-        tasks: owner.tasks(),
-        state: Mutex::default(),
-    });
+    let relay =
+        Arc::new(Relay { init: Arc::clone(init), tasks: owner.tasks(), state: Mutex::default() });
     let mut first = Some(end);
     let serving = async {
         while let Some(Ok((request, respond))) = connection.accept().await {
@@ -331,12 +328,7 @@ impl Relay {
         std::future::pending().await
     }
 
-    async fn pass(
-        self: &Arc<Self>,
-        descriptors: &[Descriptor],
-        packet: &[u8],
-        telling: &Telling,
-    ) {
+    async fn pass(self: &Arc<Self>, descriptors: &[Descriptor], packet: &[u8], telling: &Telling) {
         let Some((kind, flags, id)) = message::head(packet) else { return };
         match (kind, descriptors) {
             (message::SPAWN, [stdin, stdout, stderr]) => {
@@ -352,14 +344,16 @@ impl Relay {
                 let (connection, packet) = (*connection, packet.to_vec());
                 self.tasks.start(async move {
                     let made = relay.connect(id, connection, &packet).await;
-                    let errno = made.map_or_else(|errno| errno.raw_os_error().unsigned_abs(), |()| 0);
+                    let errno =
+                        made.map_or_else(|errno| errno.raw_os_error().unsigned_abs(), |()| 0);
                     tell(&telling, &[], &message::with_number(message::GIVEN, id, errno)).await;
                 });
             }
             (message::SIZE, _) => {
                 let size = packet.get(8..).and_then(|it| it.first_chunk());
                 if let Some([a, b, c, d]) = size {
-                    let (columns, rows) = (u16::from_le_bytes([*a, *b]), u16::from_le_bytes([*c, *d]));
+                    let (columns, rows) =
+                        (u16::from_le_bytes([*a, *b]), u16::from_le_bytes([*c, *d]));
                     let state = self.state.lock();
                     let outputs = state.outputs.get(&id).into_iter().flatten();
                     for output in outputs.filter(|output| output.kind == Kind::Terminal) {
@@ -487,7 +481,8 @@ impl Relay {
             match kind {
                 message::GIVEN => {
                     let number = message::number(event).and_then(|it| i32::try_from(it).ok());
-                    let refused = Errno::from_raw_os_error(number.filter(|it| *it > 0).unwrap_or(5));
+                    let refused =
+                        Errno::from_raw_os_error(number.filter(|it| *it > 0).unwrap_or(5));
                     let made = fds.into_iter().next().ok_or(refused);
                     if let Some(asked) = self.state.lock().asked.remove(&id) {
                         // Whoever asked may be gone.

@@ -95,8 +95,7 @@ impl Link {
         // What is written first finds room in the wire, so that this waits for nothing.
         let handshake = std::pin::pin!(handshake(wire.stream()));
         let mut context = std::task::Context::from_waker(std::task::Waker::noop());
-        let std::task::Poll::Ready(Ok((requests, connection))) =
-            handshake.poll(&mut context)
+        let std::task::Poll::Ready(Ok((requests, connection))) = handshake.poll(&mut context)
         else {
             return Err(io::Error::other("the connection cannot be begun"));
         };
@@ -233,7 +232,12 @@ async fn handshake<S: AsyncRead + AsyncWrite + Unpin>(
 }
 
 /// Takes what a transport brings, to its end.
-async fn read(wire: Wire, attempt: u64, mut stream: impl AsyncRead + Unpin, gone: watch::Sender<()>) {
+async fn read(
+    wire: Wire,
+    attempt: u64,
+    mut stream: impl AsyncRead + Unpin,
+    gone: watch::Sender<()>,
+) {
     let mut buffer = vec![0; 64 * 1024];
     let mut parser = Parser::default();
     while let Ok(count @ 1..) = stream.read(&mut buffer).await {
@@ -256,7 +260,9 @@ fn post(path: String) -> Request<()> {
     let mut request = Request::new(());
     *request.method_mut() = http::Method::POST;
     // The relays' own paths are all valid.
-    if let Ok(uri) = http::Uri::builder().scheme("http").authority("guest").path_and_query(path).build() {
+    if let Ok(uri) =
+        http::Uri::builder().scheme("http").authority("guest").path_and_query(path).build()
+    {
         *request.uri_mut() = uri;
     }
     request
@@ -405,8 +411,7 @@ impl Relay {
         fds: Vec<OwnedFd>,
     ) -> Result<(Vec<Descriptor>, Vec<u8>), Errno> {
         let mut fds = fds.into_iter();
-        let (Some(stdin), Some(stdout), Some(stderr)) = (fds.next(), fds.next(), fds.next())
-        else {
+        let (Some(stdin), Some(stdout), Some(stderr)) = (fds.next(), fds.next(), fds.next()) else {
             return Err(Errno::MFILE);
         };
         let mut request = packet.to_vec();

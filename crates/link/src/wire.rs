@@ -132,9 +132,7 @@ impl State {
     }
 
     fn wake_all(&mut self) {
-        for waker in
-            [&mut self.reader, &mut self.writer, &mut self.transport, &mut self.flush]
-        {
+        for waker in [&mut self.reader, &mut self.writer, &mut self.transport, &mut self.flush] {
             wake(waker);
         }
     }

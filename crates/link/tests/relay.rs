@@ -97,9 +97,8 @@ async fn the_output_is_there_before_the_end() {
 #[tokio::test(flavor = "multi_thread")]
 async fn who_is_slow_stops_who_is_fast() {
     let (_link, mut owner, _guest) = pair().await;
-    let mut running = owner.sh(
-        "i=0; while head -c 10000 /dev/zero; do i=$((i+1)); echo $i >&2; done",
-    );
+    let mut running =
+        owner.sh("i=0; while head -c 10000 /dev/zero; do i=$((i+1)); echo $i >&2; done");
     let mut count = 0usize;
     // What it says of itself stops when nothing is read of the other output.
     loop {
@@ -227,7 +226,9 @@ async fn a_socket_as_stdin() {
 async fn many_at_once() {
     let (_link, mut owner, _guest) = pair().await;
     let all: Vec<_> = (0..200)
-        .map(|number: u32| (number, owner.begin(&["sh", "-c", &format!("echo {number}; exit {}", number % 7)])))
+        .map(|number: u32| {
+            (number, owner.begin(&["sh", "-c", &format!("echo {number}; exit {}", number % 7)]))
+        })
         .collect();
     for (number, mut running) in all {
         let mut text = String::new();

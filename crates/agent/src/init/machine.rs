@@ -73,9 +73,7 @@ pub(super) fn start(machine: &dyn Machine) -> Result<(Arc<Shared>, Launched)> {
         Ok((shared, ended))
     };
     match prepared() {
-        Ok((shared, ended)) => {
-            Ok((Arc::new(shared), Launched::Machine(Handle { ended, machine })))
-        }
+        Ok((shared, ended)) => Ok((Arc::new(shared), Launched::Machine(Handle { ended, machine }))),
         Err(source) => {
             machine.kill();
             Err(Error::Launch { source })

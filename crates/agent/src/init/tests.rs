@@ -213,7 +213,8 @@ async fn it_is_dead_when_the_process_outside_is() {
 #[tokio::test]
 async fn what_is_left_is_not_ended() {
     let Liar { init, socket, thread } = Liar::found();
-    let process = pidfd_open(Pid::from_raw(init.pid().unwrap().cast_signed()).unwrap(), PidfdFlags::empty());
+    let process =
+        pidfd_open(Pid::from_raw(init.pid().unwrap().cast_signed()).unwrap(), PidfdFlags::empty());
     let remote = init.remote();
     init.leave();
     assert!(matches!(remote.list().await, Err(Error::InitLost)));

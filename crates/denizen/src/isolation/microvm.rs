@@ -28,8 +28,8 @@ use std::fs;
 use std::io::{self, Read};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use denizen_agent::{Agent, Launch};
@@ -124,7 +124,8 @@ impl MicroVm {
         let given = options.kernel.as_ref();
         let given = given.map(|(image, modules)| (image.as_path(), modules.as_deref()));
         let found = kernel::find(given).map_err(|error| problem(&error))?;
-        let initramfs = initramfs::keep(&found.modules, &folder).map_err(|error| problem(&error))?;
+        let initramfs =
+            initramfs::keep(&found.modules, &folder).map_err(|error| problem(&error))?;
         let kernel = keep(&found.image, &folder).map_err(failed)?;
         let (limits, network) = (options.limits.clone(), options.network.clone());
         let notices = options.notices.clone();
@@ -345,15 +346,6 @@ impl Shared {
         Driver::ended(&*self.sandbox, &site.machine());
     }
 
-    /// Has a disk be as large as it may be. The guest sees to the rest.
-    fn grow(&self, disk: &Path) -> io::Result<()> {
-        let file = fs::File::options().write(true).open(disk)?;
-        if file.metadata()?.len() < self.disk_size() {
-            file.set_len(self.disk_size())?;
-        }
-        Ok(())
-    }
-
     /// Gives a session that has no disk the template's, and the memory that goes with it; the
     /// template is made first if there is none. None for the template itself, and where none can
     /// be made: those boot.
@@ -502,9 +494,8 @@ impl Driver for MicroVm {
     }
 
     fn copied(&self, from: &Site, into: &Site) -> Result<()> {
-        machine::copy_memory(from, into).map_err(|source| {
-            Error::volume("copy the memory of a machine to", &into.home, source)
-        })
+        machine::copy_memory(from, into)
+            .map_err(|source| Error::volume("copy the memory of a machine to", &into.home, source))
     }
 
     fn workdir(&self, _: &Site) -> PathBuf {

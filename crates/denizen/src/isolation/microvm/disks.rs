@@ -2,10 +2,9 @@
 //! roots, denizen's own program, and the empty ones that sessions begin with. The host's kernel
 //! never mounts one of them: what a guest has written is for a guest to read.
 
-use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Read};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -21,13 +20,24 @@ use super::super::sandbox::{Fittings, Sandbox, TREE};
 use super::super::{Limits, Site};
 use crate::error::{Error, Result};
 
-/// The program that makes file systems, of the package e2fsprogs.
-const MKE2FS: &str = "/usr/sbin/mke2fs";
+/// A program that makes disks.
+struct Program {
+    path: &'static str,
+    package: &'static str,
+}
+
+const MKE2FS: Program = Program { path: "/usr/sbin/mke2fs", package: "e2fsprogs" };
+const QEMU_IMG: Program = Program { path: "/usr/bin/qemu-img", package: "qemu-utils" };
+
 /// What a block is for all of them.
 const BLOCK: u64 = 4096;
 /// What all of them have: nothing that a kernel of today lacks.
 const FEATURES: &str = "none,64bit,dir_index,dir_nlink,extent,ext_attr,extra_isize,filetype,\
                         flex_bg,huge_file,large_file,metadata_csum,sparse_super";
+/// And what those have that are written to; they can grow at any time.
+const SESSION_FEATURES: &str = "none,64bit,dir_index,dir_nlink,extent,ext_attr,extra_isize,\
+                                filetype,flex_bg,has_journal,huge_file,large_file,meta_bg,\
+                                metadata_csum,sparse_super";
 
 /// Where they are kept.
 pub(super) struct Disks<'a> {
@@ -63,8 +73,7 @@ impl Disks<'_> {
             // A layer of an image never changes.
             let changes = matches!(base, Base::Folder { .. });
             let walked = walk(layer, changes.then_some(&mut sum));
-            let (more, count) =
-                walked.map_err(|source| Error::volume("read", layer, source))?;
+            let (more, count) = walked.map_err(|source| Error::volume("read", layer, source))?;
             bytes += more;
             files += count;
         }
@@ -128,22 +137,50 @@ impl Disks<'_> {
         Ok((disk, key))
     }
 
-    /// Makes a session's empty disk in a folder, as `disk`, with what makes sandboxes there.
+    /// Makes a session's empty disk in a folder, as `disk`, with what makes sandboxes there. In a
+    /// format that has no room for what is not there: what reads it need not read 20 GiB of
+    /// nothing.
     pub(super) fn empty(agent: &Agent, volume: &Path, size: u64) -> Result<()> {
         let failed = |source| Error::volume("make a disk in", volume, source);
-        let partial = volume.join("disk.partial");
-        let _ = fs::remove_file(&partial);
+        let files = ["disk.raw", "disk.partial"].map(|name| volume.join(name));
+        let clear = || files.iter().for_each(|file| drop(fs::remove_file(file)));
+        clear();
         let size = (size / BLOCK).to_string();
-        // Both tables are made when they are needed, in holes.
+        // Both tables are made when they are needed.
         let words = [
-            "-q", "-F", "-t", "ext4", "-b", "4096", "-m", "0", "-O",
-            "none,64bit,dir_index,dir_nlink,extent,ext_attr,extra_isize,filetype,flex_bg,\
-             has_journal,huge_file,large_file,meta_bg,metadata_csum,sparse_super",
-            "-E", "lazy_itable_init=1,lazy_journal_init=1,nodiscard,root_owner=0:0",
-            "/volume/disk.partial", &size,
+            "-q",
+            "-F",
+            "-t",
+            "ext4",
+            "-b",
+            "4096",
+            "-m",
+            "0",
+            "-O",
+            SESSION_FEATURES,
+            "-E",
+            "lazy_itable_init=1,lazy_journal_init=1,nodiscard,root_owner=0:0",
+            "/volume/disk.raw",
+            &size,
         ];
-        run(agent, &words)?;
-        fs::rename(&partial, volume.join("disk")).map_err(failed)
+        let words_after =
+            ["convert", "-f", "raw", "-O", "qcow2", "/volume/disk.raw", "/volume/disk.partial"];
+        let made = run(agent, &MKE2FS, &words)
+            .and_then(|()| run(agent, &QEMU_IMG, &words_after))
+            .and_then(|()| fs::rename(&files[1], volume.join("disk")).map_err(failed));
+        clear();
+        made
+    }
+
+    /// Has a session's disk be as large as it may be; it never gets smaller. The guest sees to
+    /// the rest.
+    pub(super) fn grow(agent: &Agent, volume: &Path, size: u64) -> Result<()> {
+        let disk = volume.join("disk");
+        let has = size_of(&disk).map_err(|source| Error::volume("read", &disk, source))?;
+        if has >= size {
+            return Ok(());
+        }
+        run(agent, &QEMU_IMG, &["resize", "-q", "-f", "qcow2", "/volume/disk", &size.to_string()])
     }
 
     fn make(&self, disk: &Path, fittings: &Fittings, words: &[&str], size: u64) -> Result<()> {
@@ -170,7 +207,7 @@ impl Disks<'_> {
                 .chain(words.iter().copied())
                 .chain(["-E", "root_owner=0:0,nodiscard", "/volume/made", &size])
                 .collect();
-            let ran = run(&agent, &words);
+            let ran = run(&agent, &MKE2FS, &words);
             let _ = Handle::current().block_on(agent.shutdown(std::time::Duration::ZERO));
             self.ended(&site);
             ran?;
@@ -225,14 +262,24 @@ pub(super) fn end(site: &Site) {
     }
 }
 
-/// Runs mke2fs.
-fn run(agent: &Agent, words: &[&str]) -> Result<()> {
+/// How large a guest sees such a disk (docs/interop/qcow2.txt of QEMU).
+fn size_of(disk: &Path) -> io::Result<u64> {
+    let mut head = [0; 32];
+    File::open(disk)?.read_exact(&mut head)?;
+    let size = head.last_chunk().ok_or(io::ErrorKind::InvalidData)?;
+    if !head.starts_with(b"QFI\xfb") {
+        return Err(io::Error::other("it is no disk of a session's"));
+    }
+    Ok(u64::from_be_bytes(*size))
+}
+
+/// Runs a program that makes disks.
+fn run(agent: &Agent, program: &Program, words: &[&str]) -> Result<()> {
     let failed = |problem: String| Error::Isolation { isolation: "microvm", problem };
     let ran = Handle::current().block_on(async {
         let spec = Spec {
             args: words.iter().map(OsString::from).collect(),
-            env: BTreeMap::from([("E2FSPROGS_FAKE_TIME".into(), "1".into())]),
-            ..Spec::new(MKE2FS, "/volume")
+            ..Spec::new(program.path, "/volume")
         };
         let mut child = agent.spawn(spec).await?;
         let mut said = Vec::new();
@@ -247,12 +294,13 @@ fn run(agent: &Agent, words: &[&str]) -> Result<()> {
     match ran {
         Ok((Exit::Code(0), _)) => Ok(()),
         Ok((exit, said)) => {
-            let said = String::from_utf8_lossy(&said);
-            Err(failed(format!("mke2fs cannot make a disk ({}): {}", exit.code(), said.trim())))
+            let (said, code) = (String::from_utf8_lossy(&said), exit.code());
+            Err(failed(format!("{} cannot make a disk ({code}): {}", program.path, said.trim())))
         }
-        Err(denizen_agent::Error::ProgramNotFound { .. }) => Err(failed(
-            "there is no mke2fs to make disks with: apt-get install e2fsprogs".to_owned(),
-        )),
+        Err(denizen_agent::Error::ProgramNotFound { .. }) => Err(failed(format!(
+            "there is no {} to make disks with: apt-get install {}",
+            program.path, program.package
+        ))),
         Err(error) => Err(error.into()),
     }
 }

@@ -151,7 +151,7 @@ impl Vm {
     }
 
     fn boot(&self, site: &Site, parts: &Parts, walls: &Agent) -> io::Result<(Running, OwnedFd)> {
-        self.shared.grow(&site.volume.join("disk"))?;
+        Disks::grow(walls, &site.volume, self.shared.disk_size()).map_err(io::Error::other)?;
         let tmp = site.machine().home.join("tmp");
         let walled = Walls { agent: walls, tmp: &tmp };
         let guest = self.shared.hypervisor().boot(walled, &parts.hardware)?;
@@ -300,7 +300,8 @@ impl Vm {
             State::Off => return Err(io::Error::other("the machine does not run")),
         };
         let parts = self.shared.parts(&site).map_err(io::Error::other)?;
-        let rested = self.shared.runtime.block_on(tokio::time::timeout(ANSWER, running.link.rest()));
+        let rested =
+            self.shared.runtime.block_on(tokio::time::timeout(ANSWER, running.link.rest()));
         let rested = rested.map_err(io::Error::from).and_then(|it| it.map_err(io::Error::other));
         let slept = rested.and_then(|steps| {
             if let Some((step, why)) = steps.failed.first() {

@@ -26,9 +26,7 @@ use tokio::runtime::Handle;
 use tokio::sync::{mpsc, watch};
 use tokio::task::AbortHandle;
 
-use super::hypervisor::{
-    DISK, Guest, Hardware, Hypervisor, INITRAMFS, KERNEL, ROOT, TOOLS, Walls,
-};
+use super::hypervisor::{DISK, Guest, Hardware, Hypervisor, INITRAMFS, KERNEL, ROOT, TOOLS, Walls};
 
 /// The program, as packages of distributions have it.
 const PROGRAM: &str = "/usr/bin/qemu-system-x86_64";
@@ -102,6 +100,7 @@ impl Qemu {
         let argv = std::iter::once(OsString::from(PROGRAM))
             .chain(arguments(self.accelerator, hardware, incoming).into_iter().map(OsString::from))
             .collect();
+        let tmp = Folder::open(walls.tmp)?;
         let (control, their_control) = pair()?;
         let (port, their_port) = pair()?;
         let (words, their_words) = pair()?;
@@ -165,7 +164,7 @@ impl Qemu {
             said,
             ended,
             walls: walls.agent.clone(),
-            tmp: walls.tmp.to_owned(),
+            tmp,
             polling: polling.abort_handle(),
             runtime: self.runtime.clone(),
         })
@@ -228,8 +227,15 @@ fn arguments(accelerator: Accelerator, hardware: &Hardware, incoming: bool) -> V
         add(&["-blockdev", &format!("driver=raw,node-name={name},read-only=on,{file}")]);
         add(&["-device", &format!("virtio-blk-pci-non-transitional,drive={name},serial={name}")]);
     }
-    let file = format!("file.driver=file,file.filename={DISK}");
-    add(&["-blockdev", &format!("driver=raw,node-name=disk,discard=unmap,{file}")]);
+    // Whatever the file says, it is all that there is.
+    let disk = serde_json::json!({
+        "driver": "qcow2",
+        "node-name": "disk",
+        "discard": "unmap",
+        "backing": null,
+        "file": { "driver": "file", "filename": DISK, "discard": "unmap" },
+    });
+    add(&["-blockdev", &disk.to_string()]);
     add(&["-device", "virtio-blk-pci-non-transitional,drive=disk,serial=disk,discard=on"]);
     add(&["-device", "virtio-serial-pci-non-transitional,max_ports=2"]);
     add(&["-chardev", "socket,id=port,fd=1"]);
@@ -258,7 +264,7 @@ struct Machine {
     said: Arc<Mutex<VecDeque<u8>>>,
     ended: watch::Sender<bool>,
     walls: Agent,
-    tmp: PathBuf,
+    tmp: Folder,
     polling: AbortHandle,
     runtime: Handle,
 }
@@ -312,8 +318,9 @@ impl Machine {
                 uri: Some("unix:/tmp/memory".to_owned()),
             })
             .await?;
-            // It has been told by a name that is as short everywhere.
-            in_folder(&self.tmp, |folder| std::os::unix::net::UnixStream::connect(folder.join("memory")))
+            in_folder(&self.tmp, |folder| {
+                std::os::unix::net::UnixStream::connect(folder.join("memory"))
+            })
         })?;
         let mut stream = stream;
         stream.set_write_timeout(Some(ANSWER))?;
@@ -334,7 +341,7 @@ impl Machine {
         self.ask(qmp::migrate_set_parameters(no_limit)).await?;
         let path = self.tmp.join("memory");
         let _ = std::fs::remove_file(&path);
-        let listener = in_folder(&self.tmp, |folder| UnixListener::bind(folder.join("memory")))?;
+        let listener = UnixListener::bind(&path)?;
         // It has other users within its walls than here.
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o666))?;
         let begun = async {
@@ -388,11 +395,19 @@ impl Guest for Machine {
     }
 }
 
-/// Does something in a folder whose path may be longer than a socket's name can be (unix(7)).
-fn in_folder<T>(folder: &Path, work: impl FnOnce(&Path) -> io::Result<T>) -> io::Result<T> {
-    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let folder = rustix::fs::open(folder, flags, Mode::empty())?;
-    work(Path::new(&format!("/proc/self/fd/{}", folder.as_raw_fd())))
+/// A folder that may be moved, and whose path may be longer than a socket's name can be (unix(7)).
+struct Folder(OwnedFd);
+
+impl Folder {
+    fn open(path: &Path) -> io::Result<Self> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        Ok(Self(rustix::fs::open(path, flags, Mode::empty())?))
+    }
+
+    /// A path by which something in it can be reached from here.
+    fn join(&self, name: &str) -> PathBuf {
+        format!("/proc/self/fd/{}/{name}", self.0.as_raw_fd()).into()
+    }
 }
 
 /// A connection, this end of which is the runtime's.
