@@ -169,10 +169,13 @@ async fn all_that_a_terminal_printed_is_there_before_the_end() {
         rustix::io::ioctl_fionbio(&master, true).unwrap();
         let mut seen = Vec::new();
         let mut buffer = [0; 4096];
-        while let Ok(count @ 1..) = master.read(&mut buffer) {
-            seen.extend_from_slice(&buffer[..count]);
-        }
-        assert_eq!(seen.len(), 3005);
+        let end = loop {
+            match master.read(&mut buffer) {
+                Ok(count @ 1..) => seen.extend_from_slice(&buffer[..count]),
+                end => break end,
+            }
+        };
+        assert_eq!(seen.len(), 3005, "{end:?}");
     }
 }
 
