@@ -32,6 +32,9 @@ const CHUNK: usize = 32 * 1024;
 /// How long somebody goes on writing to what is closed before it is told.
 const REFUSAL: Duration = Duration::from_secs(5);
 
+/// How long a terminal that was closed stays open for what was typed before.
+const HANGUP: Duration = Duration::from_secs(1);
+
 /// How far an output is: what was read of it in the guest, what was written of it at the host,
 /// and what has to be written before its command may be said to have ended.
 #[derive(Debug, Clone, Copy, Default)]
@@ -132,31 +135,52 @@ pub(crate) async fn carry(
             inward(&end, &mut recv, written).await;
         }
         (Kind::Input, Side::Guest) => {
-            if inward(&end, &mut recv, None).await {
+            if inward(&end, &mut recv, None).await == Stop::End {
                 finish(&mut send);
             }
         }
-        (Kind::Terminal, _) => {
-            let read_all = tokio::select! {
-                () = outward(&end, &mut send, read) => true,
-                _ = inward(&end, &mut recv, written) => false,
+        (Kind::Terminal, Side::Guest) => {
+            let ended = tokio::select! {
+                () = outward(&end, &mut send, read) => false,
+                () = async {
+                    if inward(&end, &mut recv, None).await == Stop::Closed {
+                        // What was printed before is still to be read.
+                        recv.end(false).await;
+                    }
+                } => true,
             };
             drop(end);
-            if !read_all {
+            if ended {
                 finish(&mut send);
+            } else {
+                recv.end(false).await;
             }
-            recv.end(false).await;
+        }
+        (Kind::Terminal, Side::Host) => {
+            tokio::select! {
+                () = outward(&end, &mut send, None) => {}
+                () = async {
+                    if inward(&end, &mut recv, written).await == Stop::Closed {
+                        // What was typed before may have room, or never.
+                        tokio::time::sleep(HANGUP).await;
+                    }
+                } => {}
+            }
+            drop(end);
+            finish(&mut send);
+            // Nobody there may be reading what was typed, and this goes before it.
+            let _ = tokio::time::timeout(HANGUP, recv.end(false)).await;
         }
         (Kind::Socket, _) => {
             let inwards = async {
-                let well = inward(&end, &mut recv, None).await;
+                let stop = inward(&end, &mut recv, None).await;
                 // What it has left to say still goes the other way.
                 let _ = shutdown(&end, Shutdown::Write);
-                well
+                stop
             };
-            let (well, ()) = tokio::join!(inwards, outward(&end, &mut send, None));
+            let (stop, ()) = tokio::join!(inwards, outward(&end, &mut send, None));
             drop(end);
-            if !well {
+            if stop == Stop::Closed {
                 recv.end(true).await;
             }
         }
@@ -221,25 +245,35 @@ async fn has_room(send: &mut SendStream<Bytes>) -> bool {
     }
 }
 
-/// From the stream to the descriptor, whether to the stream's proper end. `progress` counts what
-/// was written.
+/// Why nothing more is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stop {
+    /// All was.
+    End,
+    /// The stream is gone.
+    Reset,
+    /// Nobody reads any more.
+    Closed,
+}
+
+/// From the stream to the descriptor. `progress` counts what was written.
 async fn inward(
     end: &End,
     recv: &mut Incoming,
     progress: Option<&watch::Sender<Progress>>,
-) -> bool {
+) -> Stop {
     loop {
         let data = tokio::select! {
             data = recv.data() => data,
-            () = end.closed() => return false,
+            () = end.closed() => return Stop::Closed,
         };
         let mut bytes = match data {
             Some(Ok(bytes)) => bytes,
-            Some(Err(_)) => return false,
-            None => return true,
+            Some(Err(_)) => return Stop::Reset,
+            None => return Stop::End,
         };
         while bytes.has_remaining() {
-            let Ok(count) = end.write(&bytes).await else { return false };
+            let Ok(count) = end.write(&bytes).await else { return Stop::Closed };
             bytes.advance(count);
             recv.release(count);
             if let Some(progress) = progress {

@@ -684,3 +684,6 @@ async fn drain(fd: OwnedFd) {
     let mut buffer = vec![0; 64 * 1024];
     while let Ok(1..) = end.read(|fd| rustix::io::read(fd, &mut buffer)).await {}
 }
+
+#[cfg(test)]
+mod tests;

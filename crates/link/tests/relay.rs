@@ -168,10 +168,13 @@ async fn all_that_a_terminal_printed_is_there_before_the_end() {
         rustix::io::ioctl_fionbio(&master, true).unwrap();
         let mut seen = Vec::new();
         let mut buffer = [0; 4096];
-        while let Ok(count @ 1..) = master.read(&mut buffer) {
-            seen.extend_from_slice(&buffer[..count]);
-        }
-        assert_eq!(seen.len(), 3005);
+        let end = loop {
+            match master.read(&mut buffer) {
+                Ok(count @ 1..) => seen.extend_from_slice(&buffer[..count]),
+                end => break end,
+            }
+        };
+        assert_eq!(seen.len(), 3005, "{end:?}");
     }
 }
 
@@ -298,6 +301,79 @@ async fn another_host() {
     assert_eq!(running.stdout.read(&mut [0]).unwrap(), 0);
     owner.send(&packet(4, 0, 777, &[]), &[]);
     assert_eq!(owner.event(&[6], 777).0.len(), 8, "the other's command runs on");
+}
+
+/// The guest is moved from one hypervisor to the next, all the time.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_transport_changes() {
+    let guest = common::Guest::new();
+    let (link, socket) = denizen_link::Link::new().unwrap();
+    let link = std::sync::Arc::new(link);
+    let port = stream(guest.port.try_clone().unwrap());
+    let moving = link.clone();
+    let rounds = std::sync::Arc::new(std::sync::atomic::AtomicUsize::new(0));
+    let counter = rounds.clone();
+    let mover = tokio::spawn(async move {
+        let mut choice = Choice(3);
+        loop {
+            let (ours, transport) = std::os::unix::net::UnixStream::pair().unwrap();
+            let scale = 8 + choice.below(14);
+            let limit = 100 + choice.below(1 << scale);
+            let connecting = moving.connect(stream(ours), PATIENCE);
+            let carrying = common::carry(&port, transport, limit, &mut choice);
+            // It may be cut before it has answered.
+            tokio::join!(carrying, async { drop(connecting.await) });
+            counter.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+            if choice.below(3) == 0 {
+                moving.disconnect().await;
+            }
+        }
+    });
+    let work = std::thread::spawn(move || {
+        let mut owner = common::Owner::new(socket);
+        let (terminal, mut master) = owner.on_terminal(&["sh"], 80, 24);
+        let mut running = owner.sh("exec cat");
+        let sent = Choice(1).bytes(20_000_000);
+        let mut stdin = running.stdin.take().unwrap();
+        let copy = sent.clone();
+        let writer = std::thread::spawn(move || stdin.write_all(&copy).unwrap());
+        let mut got = Vec::new();
+        for part in 0..20 {
+            let mut bytes = vec![0; 1_000_000];
+            running.stdout.read_exact(&mut bytes).unwrap();
+            got.extend(bytes);
+            master.write_all(format!("echo $(({part} + 1000))\n").as_bytes()).unwrap();
+            read_until(&mut master, &format!("\n{}", part + 1000));
+        }
+        got.extend(all(running.stdout));
+        writer.join().unwrap();
+        assert!(got == sent, "{} bytes", got.len());
+        assert_eq!(owner.exit(running.id), (0, 0));
+        master.write_all(b"exit 8\n").unwrap();
+        assert_eq!(owner.exit(terminal), (0, 8));
+        owner
+    });
+    let owner = tokio::task::spawn_blocking(move || work.join().unwrap()).await.unwrap();
+    mover.abort();
+    drop(owner);
+    let rounds = rounds.load(std::sync::atomic::Ordering::SeqCst);
+    assert!(rounds > 30, "{rounds}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_machine_itself() {
+    let (link, _owner, _guest) = pair().await;
+    assert_eq!(link.sync().await.unwrap(), denizen_link::Steps::default());
+    // There is nothing to be frozen there.
+    let steps = link.rest().await.unwrap();
+    assert_eq!(steps.failed.len(), 1, "{steps:?}");
+    assert_eq!(steps.failed[0].0, "freeze");
+    // No such time is set, on whatever machine this runs.
+    let clock = denizen_link::Clock { seconds: 0, nanoseconds: 2_000_000_000 };
+    let wake = denizen_link::Wake { clock, entropy: "no digits".into(), fresh: None };
+    let steps = link.wake(&wake).await.unwrap();
+    let failed: Vec<_> = steps.failed.iter().map(|(step, _)| step.as_str()).collect();
+    assert!(failed.ends_with(&["clock", "entropy"]), "{steps:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

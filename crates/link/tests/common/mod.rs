@@ -31,27 +31,43 @@ pub struct Guest {
     folder: tempfile::TempDir,
 }
 
+/// An init, and its owner's end.
+fn launch(folder: &std::path::Path) -> (OwnedFd, Child) {
+    let path = folder.join("denizen-init");
+    std::fs::write(&path, denizen_init::PROGRAM).unwrap();
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o700)).unwrap();
+    let (owner, theirs) =
+        socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
+    let mut command = Command::new(&path);
+    let command = command.arg("7").env_clear().stdin(theirs).stdout(Stdio::null());
+    // Another test of this program may be about to fork while the file is being written.
+    let init = loop {
+        match command.spawn() {
+            Err(error) if error.raw_os_error() == Some(26) => std::thread::yield_now(),
+            spawned => break spawned.unwrap(),
+        }
+    };
+    (owner, init)
+}
+
+/// An owner of an init without relays.
+pub fn direct() -> (Owner, Child) {
+    let folder = tempfile::tempdir().unwrap();
+    let (owner, init) = launch(folder.path());
+    (Owner::new(owner), init)
+}
+
 impl Guest {
     pub fn new() -> Self {
+        // Nothing there can go to rest, whoever runs this.
+        Self::with("/proc")
+    }
+
+    pub fn with(path: &str) -> Self {
+        let path = std::path::PathBuf::from(path);
         let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("denizen-init");
-        std::fs::write(&path, denizen_init::PROGRAM).unwrap();
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o700)).unwrap();
-        let (owner, theirs) =
-            socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
-                .unwrap();
-        let mut command = Command::new(&path);
-        let command = command.arg("7").env_clear().stdin(theirs).stdout(Stdio::null());
-        let init = loop {
-            match command.spawn() {
-                Err(error) if error.raw_os_error() == Some(26) => std::thread::yield_now(),
-                spawned => break spawned.unwrap(),
-            }
-        };
-        // Its copy of init's end.
-        command.stdin(Stdio::null());
+        let (owner, init) = launch(folder.path());
         let (port, guests) = UnixStream::pair().unwrap();
-        let path = folder.path().to_owned();
         let thread = std::thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
             runtime.unwrap().block_on(denizen_link::guest::serve(guests.into(), owner, &path))
@@ -249,6 +265,41 @@ pub fn read_until(master: &mut std::fs::File, text: &str) -> String {
         seen.extend_from_slice(&buffer[..count]);
     }
     String::from_utf8(seen).unwrap()
+}
+
+/// What a hypervisor does: it copies between the guest's port and a transport of the host, until
+/// about so many bytes have passed either way. Some of those are lost then.
+pub async fn carry(
+    port: &tokio::net::UnixStream,
+    transport: UnixStream,
+    limit: usize,
+    choice: &mut Choice,
+) {
+    let transport = stream(transport);
+    let mut passed = 0;
+    let mut buffer = vec![0; 1 + choice.below(50_000)];
+    while passed < limit {
+        let (from, to) = tokio::select! {
+            _ = port.readable() => (port, &transport),
+            _ = transport.readable() => (&transport, port),
+        };
+        let count = match from.try_read(&mut buffer) {
+            Ok(0) => return,
+            Ok(count) => count,
+            Err(_) => continue,
+        };
+        passed += count;
+        let count = if passed < limit { count } else { choice.below(count + 1) };
+        let mut rest = &buffer[..count];
+        while !rest.is_empty() {
+            to.writable().await.unwrap();
+            match to.try_write(rest) {
+                Ok(count) => rest = &rest[count..],
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+                Err(_) => return,
+            }
+        }
+    }
 }
 
 /// A link that is connected to a guest without anything in between.
