@@ -127,7 +127,7 @@ fn fetch_kernel() -> Result<(), String> {
         apt-get download -qq "$package"
         dpkg -x linux-image-*.deb .
         mkdir modules
-        find lib -name '*.ko' -exec mv -t modules {} +
+        find lib '(' -name '*.ko' -o -name modules.builtin ')' -exec mv -t modules {} +
         rm -r linux-image-*.deb lib usr
         mv boot/vmlinuz-* vmlinuz && rm -r boot
     "#;
