@@ -63,7 +63,7 @@ fn is_there(program: &str) -> bool {
 }
 
 /// Programs that the tests run, with the Debian package that has each.
-const NEEDED: [(&str, &str); 26] = [
+const NEEDED: [(&str, &str); 27] = [
     ("sqlite3", "sqlite3"),
     ("tar", "tar"),
     ("zstd", "zstd"),
@@ -128,7 +128,7 @@ fn fetch_kernel() -> Result<(), String> {
         apt-get download -qq "$package"
         dpkg -x linux-image-*.deb .
         mkdir modules
-        find lib -name '*.ko' -exec mv -t modules {} +
+        find lib '(' -name '*.ko' -o -name modules.builtin ')' -exec mv -t modules {} +
         rm -r linux-image-*.deb lib usr
         mv boot/vmlinuz-* vmlinuz && rm -r boot
     "#;

@@ -39,6 +39,8 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// How long what is killed may take to be gone.
 const ENDING: Duration = Duration::from_secs(5);
 
+/// `RLIMIT_NOFILE`, and as many as a sandbox has; the kernel's own 4096 are few.
+const OPEN_FILES: (i32, u64) = (7, 65536);
 const HOSTS: &[u8] = b"127.0.0.1 localhost denizen\n::1 localhost\n";
 const PATH: &CStr = c"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
@@ -77,6 +79,9 @@ fn run(disk: &mut Option<File>) -> Result<()> {
     let folder = File::open("/disk").map_err(io_at("open disk"))?;
     let folder = disk.insert(folder);
     grow(&device, folder)?;
+    // Room for what a start writes: on a disk that a session has filled to the last block an
+    // overlay could only be read, and so nothing be deleted.
+    let reserve = set_reserve(&device, "0")?;
     prepare_disk()?;
     let port = find_port(&events)?;
     let mounts = Mounts::new()?;
@@ -86,7 +91,10 @@ fn run(disk: &mut Option<File>) -> Result<()> {
     if let Some(network) = &network {
         network.raise()?;
     }
-    let (init, relay) = start(port)?;
+    set_reserve(&device, &reserve)?;
+    let (init, relay) = start(&port)?;
+    // The relay's alone, so that the other end sees when it is gone.
+    drop(port);
     clear_trash(folder);
     wait_for_either(init, relay)
 }
@@ -202,24 +210,37 @@ fn grow(device: &str, folder: &File) -> Result<()> {
 
 /// Makes what the session's disk lacks, and an empty `/tmp`.
 fn prepare_disk() -> Result<()> {
-    let tmp = Path::new("/disk/tmp");
     for name in ["root", "work", "volume", "trash"] {
         make_folder(&Path::new("/disk").join(name), 0o755)?;
     }
-    // One rename, however much is in it. A start that was cut short may have left some there.
-    let mut free = (0u64..).map(|number| PathBuf::from(format!("/disk/trash/{number}")));
-    let moved = free.by_ref().find(|path| fs::symlink_metadata(path).is_err());
-    // On a disk that is full it stays: who is short of room would rather have it than no machine.
-    let _ = moved.map(|path| fs::rename(tmp, path));
+    let tmp = Path::new("/disk/tmp");
+    // Two renames, however much is in it; what was is removed later. Where even that cannot be
+    // it stays: nobody is helped by a machine that does not start.
+    let fresh = Path::new("/disk/trash/fresh");
+    if make_folder(fresh, 0o1777).is_ok() {
+        // A start that was cut short may have left some there.
+        let mut places = (0u64..).map(|number| PathBuf::from(format!("/disk/trash/{number}")));
+        let free = places.find(|path| fs::symlink_metadata(path).is_err());
+        let _ = free.map(|free| fs::rename(tmp, free));
+        let _ = fs::rename(fresh, tmp);
+    }
     make_folder(tmp, 0o1777)?;
     fs::set_permissions(tmp, Permissions::from_mode(0o1777)).map_err(io_at("/tmp"))
+}
+
+/// Says how much of a file system is for the kernel's own use when it is full; gives what it was.
+fn set_reserve(device: &str, blocks: &str) -> Result<String> {
+    let path = format!("/sys/fs/ext4/{device}/reserved_clusters");
+    let before = fs::read_to_string(&path).map_err(io_at(&path))?;
+    fs::write(&path, blocks).map_err(io_at(&path))?;
+    Ok(before)
 }
 
 /// Makes a folder, unless it is there.
 fn make_folder(path: &Path, mode: u32) -> Result<()> {
     match DirBuilder::new().mode(mode).create(path) {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
-        made => made.map_err(io_at(&format!("make {}", path.display()))),
+        result => result.map_err(io_at(&format!("make {}", path.display()))),
     }
 }
 
@@ -286,7 +307,8 @@ fn furnish(mounts: &Mounts) -> Result<()> {
     }
     kernel::name_host(c"denizen").map_err(at("name host"))?;
     kernel::raise_loopback().map_err(at("loopback"))?;
-    give(Path::new("/etc/hosts"), HOSTS).map_err(io_at("/etc/hosts"))
+    unless_spoilt(give(Path::new("/etc/hosts"), HOSTS).map_err(io_at("/etc/hosts")));
+    kernel::limit(OPEN_FILES.0, OPEN_FILES.1).map_err(at("open files"))
 }
 
 fn fs(kind: &CStr, settings: &[(&CStr, Option<&CStr>)], attributes: u64) -> Result<OwnedFd> {
@@ -304,6 +326,14 @@ fn place(path: &CStr, mode: u32, what: &OwnedFd) -> Result<()> {
     }
     make_folder(folder, mode)?;
     kernel::attach(what, path).map_err(at(&format!("mount {name}")))
+}
+
+/// A session may have made of its `/etc` whatever it likes, or have filled its disk: it is told,
+/// and starts all the same.
+fn unless_spoilt(result: Result<()>) {
+    if let Err((step, error)) = result {
+        complain(&step, error);
+    }
 }
 
 /// What a machine with a network has.
@@ -333,11 +363,11 @@ impl Network {
         let (address, gateway) = (self.address.to_bits(), self.gateway.to_bits());
         kernel::raise_interface(b"eth0", address, gateway, self.prefix, None)
             .map_err(at("network eth0"))?;
-        let content = format!("nameserver {}\n", self.dns);
-        if !Path::new("/etc").exists() {
-            make_folder(Path::new("/etc"), 0o755)?;
-        }
-        put(Path::new("/etc/resolv.conf"), content.as_bytes()).map_err(io_at("/etc/resolv.conf"))
+        let (folder, content) = (Path::new("/etc"), format!("nameserver {}\n", self.dns));
+        let file = folder.join("resolv.conf");
+        let write = || put(&file, content.as_bytes()).map_err(io_at("/etc/resolv.conf"));
+        unless_spoilt(make_folder(folder, 0o755).and_then(|()| write()));
+        Ok(())
     }
 }
 
@@ -353,7 +383,7 @@ fn network() -> Result<Option<Network>> {
 }
 
 /// Starts the session's init and the relay.
-fn start(port: OwnedFd) -> Result<(i32, i32)> {
+fn start(port: &OwnedFd) -> Result<(i32, i32)> {
     let words = fs::read("/run/denizen/command").map_err(io_at("the relay's command"))?;
     let words: Option<Vec<&CStr>> = words
         .split_inclusive(|byte| *byte == 0)
@@ -367,7 +397,7 @@ fn start(port: OwnedFd) -> Result<(i32, i32)> {
     let argv = [c"denizen-init", c"1"];
     let init = machine::start(c"/proc/self/exe", &argv, &[], &[(&inner, 0)]);
     let init = init.map_err(at("start init"))?;
-    let relay = machine::start(program, &words, &[PATH], &[(&outer, 0), (&port, 1)]);
+    let relay = machine::start(program, &words, &[PATH], &[(&outer, 0), (port, 1)]);
     let relay = relay.map_err(at("start the relay"))?;
     Ok((init, relay))
 }
@@ -448,11 +478,24 @@ fn end(disk: Option<&File>) -> ! {
         std::thread::sleep(Duration::from_millis(1));
     }
     machine::sync_all();
-    if let Some(error) = disk.and_then(|disk| machine::make_read_only(disk).err()) {
+    if let Some(Err(error)) = disk.map(|disk| close_disk(disk, since)) {
         complain("disk", error);
     }
     let error = machine::end();
     complain("end the machine", error);
     // The kernel panics when its first process ends, and the machine with it.
     std::process::exit(1)
+}
+
+/// Leaves the session's disk as one that was unmounted.
+fn close_disk(disk: &File, since: Instant) -> std::result::Result<(), i32> {
+    loop {
+        match machine::make_read_only(disk) {
+            // What is being removed from it, or still dies, is writing at this moment.
+            Err(sys::EBUSY) if since.elapsed() < ENDING => {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            done => return done,
+        }
+    }
 }

@@ -20,6 +20,7 @@ pub const E2BIG: i32 = 7;
 pub const ECHILD: i32 = 10;
 pub const EAGAIN: i32 = 11;
 pub const EACCES: i32 = 13;
+pub const EBUSY: i32 = 16;
 pub const EEXIST: i32 = 17;
 pub const ENODEV: i32 = 19;
 pub const ENOTDIR: i32 = 20;

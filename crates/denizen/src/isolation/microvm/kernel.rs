@@ -80,7 +80,8 @@ pub(crate) fn find(given: Option<(&Path, Option<&Path>)>) -> Result<Kernel, Kern
     find_in(given, Path::new(BOOT), Path::new(MODULES))
 }
 
-fn find_in(
+/// As [`find`], with kernels and modules installed elsewhere.
+pub(super) fn find_in(
     given: Option<(&Path, Option<&Path>)>,
     boot: &Path,
     modules: &Path,

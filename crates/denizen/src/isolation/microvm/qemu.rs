@@ -318,9 +318,7 @@ impl Machine {
                 uri: Some("unix:/tmp/memory".to_owned()),
             })
             .await?;
-            in_folder(&self.tmp, |folder| {
-                std::os::unix::net::UnixStream::connect(folder.join("memory"))
-            })
+            std::os::unix::net::UnixStream::connect(self.tmp.join("memory"))
         })?;
         let mut stream = stream;
         stream.set_write_timeout(Some(ANSWER))?;
