@@ -592,15 +592,10 @@ fn load(options: &Options, is_root: bool) -> Result<Settings> {
     pool.volume_root = absolute(&pool.volume_root)?;
     pool.backup_destination = pool.backup_destination.as_deref().map(place).transpose()?;
     let key = options.backup_key.clone().or(given.backup_key);
-    let mut limits: Limits =
-        options.limits.clone().map(|Toml(it)| it).or(given.limits).unwrap_or_default();
-    limits.disk_bytes.get_or_insert(DISK);
     let isolation = options.isolation.or(given.isolation).unwrap_or(Isolation::Sandbox);
     let is_machine = isolation == Isolation::MicroVm;
-    if is_machine && limits.memory_bytes == Limits::default().memory_bytes {
-        // Unlike that of others, it is there for this session alone.
-        limits.memory_bytes = Some(MACHINE_MEMORY);
-    }
+    let limits = options.limits.clone().map(|Toml(it)| it).or(given.limits);
+    let limits = limited(limits.unwrap_or_default(), is_machine);
     let socket = options.socket.clone().or(given.socket);
     let wait = options.acquire_timeout_seconds.or(given.acquire_timeout_seconds).unwrap_or(30);
     let linger = options.linger_seconds.or(given.linger_seconds).unwrap_or(300);
@@ -664,6 +659,16 @@ fn load(options: &Options, is_root: bool) -> Result<Settings> {
         cache: absolute(&cache)?,
         pool,
     })
+}
+
+/// The limits, with what is set for them if nothing else is.
+fn limited(mut limits: Limits, is_machine: bool) -> Limits {
+    limits.disk_bytes.get_or_insert(DISK);
+    if is_machine && limits.memory_bytes == Limits::default().memory_bytes {
+        // Unlike that of others, it is there for this session alone.
+        limits.memory_bytes = Some(MACHINE_MEMORY);
+    }
+    limits
 }
 
 impl Settings {

@@ -1256,7 +1256,10 @@ impl Pool {
             state.core.end_spares(now, out);
             for id in state.active() {
                 let is_frozen = |view: View<'_>| view.row.phase == Phase::Frozen;
-                if keeps_frozen && state.core.view(id).is_some_and(is_frozen) {
+                let is_frozen = state.core.view(id).is_some_and(is_frozen);
+                // What would end with a stop goes on.
+                let stays = is_frozen || (leave && !self.settings.background_is_use);
+                if keeps_frozen && stays {
                     continue;
                 }
                 let waiter = state.next_waiter;

@@ -4,8 +4,8 @@
 //! in, and `memory`, while it sleeps. Its volume has one file, `disk`: the guest's file system
 //! with all that the session has written, which is what backups, forks and snapshots copy. The
 //! session's processes are reached through `denizen-link`, as if they were here. What is made
-//! once for all sessions is in the pool's own folder `machines`: roots of images, denizen's
-//! program, initramfs, and for each kind of machine one that has booted and sleeps.
+//! once for all sessions is in the cache, in a folder `machines`: kernel and initramfs, roots of
+//! images, denizen's program, and for each kind of machine one that has booted and sleeps.
 //!
 //! This module must never read what a guest has written to its disk, nor have the host's kernel
 //! do so.
@@ -45,7 +45,7 @@ use self::machine::Vm;
 use self::memory::{DiskState, Owner};
 use super::sandbox::carried::Carried;
 use super::sandbox::root::Roots;
-use super::sandbox::{Fittings, Sandbox};
+use super::sandbox::{self, Fittings, Sandbox};
 use super::{Driver, Instance, Limits, Network, Notice, Notices, Options, Site};
 use crate::error::{Error, Result};
 use crate::usage::Usage;
@@ -78,7 +78,7 @@ struct Shared {
     carried: Carried,
     kernel: PathBuf,
     initramfs: PathBuf,
-    /// The pool's folder for what is made once.
+    /// For what is made once.
     folder: PathBuf,
     limits: Limits,
     network: Network,
@@ -116,7 +116,9 @@ impl MicroVm {
             isolation: "microvm",
             problem: "a guest needs denizen's own program: name it with `agent_program`".to_owned(),
         })?;
-        let folder = own.join("machines");
+        let cache = options.cache.clone().unwrap_or_else(|| own.join("cache"));
+        let folder = cache.join("machines").join(sandbox::users_name()?);
+        let folder = std::path::absolute(&folder).map_err(|it| Error::root(&folder, it))?;
         let failed = |source| Error::volume("make", &folder, source);
         fs::create_dir_all(&folder).map_err(failed)?;
         let carried = Carried::this_program(&program, own)
@@ -126,20 +128,23 @@ impl MicroVm {
         let found = kernel::find(given).map_err(|error| problem(&error))?;
         let initramfs =
             initramfs::keep(&found.modules, &folder).map_err(|error| problem(&error))?;
+        tracing::debug!(version = found.version, image = ?found.image, "kernel of machines");
         let kernel = keep(&found.image, &folder).map_err(failed)?;
         let (limits, network) = (options.limits.clone(), options.network.clone());
         let notices = options.notices.clone();
-        let sandbox = Options {
+        let walls = Options {
             // A program of denizen's is not needed beside what runs a guest.
             agent_program: None,
             linger: Duration::ZERO,
             sleep: crate::lifecycle::Sleep::Stop,
             ..options
         };
-        let sandbox = Arc::new(Sandbox::new(own, sandbox)?);
+        let sandbox = Arc::new(Sandbox::new(own, walls)?);
         Disks { sandbox: &sandbox, folder: &folder }.sweep().map_err(failed)?;
         // Kernels are root's only, with some distributions.
-        [&kernel, &initramfs].into_iter().try_for_each(|it| sandbox.give(it)).map_err(failed)?;
+        for file in [&kernel, &initramfs] {
+            sandbox.give(file).and_then(|()| disks::used(file)).map_err(failed)?;
+        }
         let qemu = qemu::Qemu::find(runtime.clone()).map_err(|error| problem(&error))?;
         let shared = Shared {
             sandbox,
@@ -227,25 +232,25 @@ impl Shared {
     fn probe(&self, hypervisor: &dyn Hypervisor) -> io::Result<()> {
         fs::metadata(KVM)?;
         let disks = Disks { sandbox: &self.sandbox, folder: &self.folder };
-        let site = disks.begin().map_err(io::Error::other)?;
-        let empty = site.volume.join("disk");
-        let probed = (|| {
-            fs::File::create(&empty)?.set_len(1 << 20)?;
-            self.sandbox.give(&empty)?;
-            let hardware = Hardware {
-                memory: LEAST_MEMORY,
-                processors: 1,
-                network: false,
-                // Nothing in it says that it is to be a session's: it ends by itself.
-                command_line: "console=ttyS0 panic=-1 denizen.probe".to_owned(),
-            };
-            let mut fittings = self.fittings(&hardware, vec![KVM]);
-            fittings.files.extend([ROOT, TOOLS].map(|name| (empty.clone(), name)));
-            let walls = self.sandbox.for_program(&site, &fittings).map_err(io::Error::other)?;
-            let tmp = site.home.join("tmp");
-            let walled = hypervisor::Walls { agent: &walls, tmp: &tmp };
-            let guest = hypervisor.boot(walled, &hardware);
-            let began = guest.and_then(|guest| {
+        let place = disks.begin().map_err(io::Error::other)?;
+        let site = &place.site;
+        let hardware = Hardware {
+            memory: LEAST_MEMORY,
+            processors: 1,
+            network: false,
+            // Nothing in it says that it is to be a session's: it ends by itself.
+            command_line: "console=ttyS0 panic=-1 denizen.probe".to_owned(),
+        };
+        let mut fittings = self.fittings(&hardware, vec![KVM]);
+        // It looks at none of its disks.
+        fittings.files.extend([ROOT, TOOLS].map(|name| (self.initramfs.clone(), name)));
+        let walls = self.sandbox.for_program(site, &fittings).map_err(io::Error::other)?;
+        let tmp = site.home.join("tmp");
+        let walled = hypervisor::Walls { agent: &walls, tmp: &tmp };
+        let began = Disks::empty(&walls, &site.volume, PROBE_DISK)
+            .map_err(io::Error::other)
+            .and_then(|()| hypervisor.boot(walled, &hardware))
+            .and_then(|guest| {
                 let mut over = guest.ended();
                 let over = async move { over.wait_for(|ended| *ended).await.map(drop) };
                 let over = self.runtime.block_on(tokio::time::timeout(PROBE, over));
@@ -255,12 +260,9 @@ impl Shared {
                     _ => Err(io::Error::other(said)),
                 }
             });
-            let _ = self.runtime.block_on(walls.shutdown(Duration::ZERO));
-            Driver::ended(&*self.sandbox, &site);
-            began
-        })();
-        disks::end(&site);
-        probed
+        let _ = self.runtime.block_on(walls.shutdown(Duration::ZERO));
+        Driver::ended(&*self.sandbox, site);
+        began
     }
 
     /// Bytes of a guest's memory.
@@ -309,6 +311,9 @@ impl Shared {
             sum.update([0]);
         }
         let identity = disks::hex(&sum.finalize());
+        for disk in [&root, &tools] {
+            disks::used(disk).map_err(|source| Error::volume("use", disk, source))?;
+        }
         Ok(Parts { root, tools, hardware, identity })
     }
 
@@ -371,6 +376,7 @@ impl Shared {
             crate::volume::remove_tree(&template.home).map_err(failed)?;
             return Ok(None);
         };
+        disks::used(&template.home).map_err(failed)?;
         fs::remove_dir(&site.volume).map_err(failed)?;
         let never = std::sync::atomic::AtomicBool::new(false);
         denizen_archive::copy(&template.volume, &site.volume, &never)?;
@@ -383,16 +389,14 @@ impl Shared {
             return Ok(());
         }
         let disks = Disks { sandbox: &self.sandbox, folder: &self.folder };
-        let site = disks.begin()?;
-        let failed = |source| Error::volume("make", &template.home, source);
-        let made = Roots::copy(like, &site).and_then(|()| {
-            Vm::new(self.clone(), site.clone()).make_template()?;
-            fs::rename(&site.home, &template.home).map_err(failed)
-        });
-        if made.is_err() {
-            disks::end(&site);
+        let place = disks.begin()?;
+        Roots::copy(like, &place.site)?;
+        Vm::new(self.clone(), place.site.clone()).make_template()?;
+        match fs::rename(&place.site.home, &template.home) {
+            // Another process has made the same.
+            Err(_) if template.home.exists() => Ok(()),
+            made => made.map_err(|source| Error::volume("make", &template.home, source)),
         }
-        made
     }
 }
 
@@ -402,6 +406,8 @@ type Memory = dyn Read + Send;
 const COMMAND_LINE: &str = "console=ttyS0 quiet loglevel=3 panic=-1";
 /// What processors are had by where KVM works.
 const KVM: &str = "/dev/kvm";
+/// How large its disk is.
+const PROBE_DISK: u64 = 64 << 20;
 /// How long a guest may take to begin that is to show whether it can.
 const PROBE: Duration = Duration::from_secs(20);
 /// What a guest says that has begun and was asked for no more.
@@ -412,15 +418,8 @@ fn keep(image: &Path, folder: &Path) -> io::Result<PathBuf> {
     let metadata = fs::metadata(image)?;
     let name = format!("kernel-{:x}-{:x}", metadata.mtime(), metadata.len());
     let kept = folder.join(&name);
-    for entry in fs::read_dir(folder)? {
-        let entry = entry?;
-        let other = entry.file_name();
-        if other.to_string_lossy().starts_with("kernel-") && other != name.as_str() {
-            fs::remove_file(entry.path())?;
-        }
-    }
     if !kept.exists() {
-        let partial = folder.join(format!("{name}.partial"));
+        let partial = folder.join(format!("{name}-{}", Uuid::new_v4()));
         fs::copy(image, &partial)?;
         fs::rename(&partial, &kept)?;
     }

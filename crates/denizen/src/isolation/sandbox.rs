@@ -48,6 +48,11 @@ pub(super) fn let_go(site: &Site) {
     group::thaw_recorded(&site.home);
 }
 
+/// A word for whose files those are that are made for sandboxes by this process.
+pub(super) fn users_name() -> Result<String> {
+    Users::of_this_process().map(Users::name)
+}
+
 /// Where the volume is within, and commands start.
 const WORKDIR: &str = "/volume";
 
@@ -252,7 +257,7 @@ impl Sandbox {
         self.check_users(site)?;
         let below = self.roots.below(base)?;
         let overlays = self.folders(site, &below).map_err(failed)?;
-        for tree in &fittings.tree {
+        if let Some(tree) = &fittings.tree {
             let Folders { upper, work } = Folders::new(site, &tree.target);
             [upper, work].iter().try_for_each(|path| self.folder(path, 0o755)).map_err(failed)?;
         }

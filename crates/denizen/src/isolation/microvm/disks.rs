@@ -8,6 +8,7 @@ use std::io::{self, Read};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
 use denizen_agent::{Agent, Exit, Spec};
 use sha2::{Digest, Sha256};
@@ -17,7 +18,7 @@ use uuid::Uuid;
 use super::super::sandbox::carried::Carried;
 use super::super::sandbox::root::{Base, Below};
 use super::super::sandbox::{Fittings, Sandbox, TREE};
-use super::super::{Limits, Site};
+use super::super::{Driver, Limits, Site};
 use crate::error::{Error, Result};
 
 /// A program that makes disks.
@@ -39,11 +40,29 @@ const SESSION_FEATURES: &str = "none,64bit,dir_index,dir_nlink,extent,ext_attr,e
                                 filetype,flex_bg,has_journal,huge_file,large_file,meta_bg,\
                                 metadata_csum,sparse_super";
 
+/// How long what can be made again is kept that nobody has used.
+const UNUSED: Duration = Duration::from_hours(30 * 24);
+
 /// Where they are kept.
 pub(super) struct Disks<'a> {
     pub(super) sandbox: &'a Sandbox,
-    /// The folder, which nobody else uses.
+    /// The folder, which other processes of this user may use too: what is in it has its name
+    /// only when it is whole, and never changes.
     pub(super) folder: &'a Path,
+}
+
+/// A place in which something is made, cleared away when this is dropped.
+pub(super) struct Place {
+    pub(super) site: Site,
+    /// Says that somebody is at work there.
+    lock: (PathBuf, File),
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        clear(&self.site);
+        let _ = fs::remove_file(&self.lock.0);
+    }
 }
 
 impl Disks<'_> {
@@ -108,12 +127,6 @@ impl Disks<'_> {
         let disk = self.folder.join(format!("tools-{key}"));
         if disk.exists() {
             return Ok((disk, key));
-        }
-        // Of earlier programs; a guest that still has one holds it open.
-        for entry in fs::read_dir(self.folder).map_err(failed)?.flatten() {
-            if entry.file_name().as_bytes().starts_with(b"tools-") {
-                fs::remove_file(entry.path()).map_err(failed)?;
-            }
         }
         let mut command: Vec<u8> = Vec::new();
         for word in carried.command().into_iter().chain(["guest".into()]) {
@@ -196,27 +209,24 @@ impl Disks<'_> {
         size: u64,
         fill: impl FnOnce(&Path) -> io::Result<()>,
     ) -> Result<()> {
-        let site = self.begin()?;
-        let made = (|| {
-            let failed = |source| Error::volume("make a disk in", &site.home, source);
-            fill(&site.volume).map_err(failed)?;
-            let agent = self.sandbox.for_program(&site, fittings)?;
-            let size = size.div_ceil(BLOCK).to_string();
-            let words: Vec<&str> = ["-q", "-F", "-t", "ext4", "-b", "4096", "-m", "0"]
-                .into_iter()
-                .chain(words.iter().copied())
-                .chain(["-E", "root_owner=0:0,nodiscard", "/volume/made", &size])
-                .collect();
-            let ran = run(&agent, &MKE2FS, &words);
-            let _ = Handle::current().block_on(agent.shutdown(std::time::Duration::ZERO));
-            self.ended(&site);
-            ran?;
-            let made = site.volume.join("made");
-            File::open(&made).and_then(|file| file.sync_all()).map_err(failed)?;
-            fs::rename(&made, disk).map_err(failed)
-        })();
-        end(&site);
-        made
+        let place = self.begin()?;
+        let site = &place.site;
+        let failed = |source| Error::volume("make a disk in", &site.home, source);
+        fill(&site.volume).map_err(failed)?;
+        let agent = self.sandbox.for_program(site, fittings)?;
+        let size = size.div_ceil(BLOCK).to_string();
+        let words: Vec<&str> = ["-q", "-F", "-t", "ext4", "-b", "4096", "-m", "0"]
+            .into_iter()
+            .chain(words.iter().copied())
+            .chain(["-E", "root_owner=0:0,nodiscard", "/volume/made", &size])
+            .collect();
+        let ran = run(&agent, &MKE2FS, &words);
+        let _ = Handle::current().block_on(agent.shutdown(Duration::ZERO));
+        Driver::ended(self.sandbox, site);
+        ran?;
+        let made = site.volume.join("made");
+        File::open(&made).and_then(|file| file.sync_all()).map_err(failed)?;
+        fs::rename(&made, disk).map_err(failed)
     }
 
     /// What a sandbox has for `mke2fs`.
@@ -224,39 +234,59 @@ impl Disks<'_> {
         Fittings { limits: Limits::none(), ..Fittings::default() }
     }
 
-    /// A place in which something is made.
-    pub(super) fn begin(&self) -> Result<Site> {
+    /// A place in which something can be made.
+    pub(super) fn begin(&self) -> Result<Place> {
         let id = Uuid::new_v4();
         let site = Site::in_folder(id, self.folder.join(format!("made-{id}")));
         let failed = |source| Error::volume("make", &site.home, source);
-        fs::create_dir_all(&site.volume).map_err(failed)?;
-        self.sandbox.give(&site.volume).map_err(failed)?;
-        Ok(site)
+        let path = site.home.with_extension("lock");
+        let lock = File::create_new(&path).map_err(failed)?;
+        lock.lock().map_err(failed)?;
+        let place = Place { site, lock: (path, lock) };
+        let failed = |source| Error::volume("make", &place.site.home, source);
+        fs::create_dir_all(&place.site.volume).map_err(failed)?;
+        self.sandbox.give(&place.site.volume).map_err(failed)?;
+        Ok(place)
     }
 
-    fn ended(&self, site: &Site) {
-        super::super::Driver::ended(self.sandbox, site);
-    }
-
-    /// Clears away what a process that was killed has left half-made.
+    /// Clears away what a process that was killed has left half-made, and what nobody has used
+    /// for long.
     pub(super) fn sweep(&self) -> io::Result<()> {
         for entry in fs::read_dir(self.folder)? {
-            let entry = entry?;
-            let name = entry.file_name();
-            let id = name.to_str().and_then(|name| name.strip_prefix("made-")?.parse().ok());
-            if let Some(id) = id {
-                let site = Site::in_folder(id, entry.path());
-                denizen_agent::sweep(&site.recorded_init().into_iter().collect::<Vec<_>>());
-                self.ended(&site);
-                end(&site);
+            let path = entry?.path();
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            let id = name.strip_prefix("made-").and_then(|name| name.strip_suffix(".lock"));
+            let Some(id) = id else {
+                let is_old = |used: SystemTime| used.elapsed().is_ok_and(|since| since > UNUSED);
+                if fs::symlink_metadata(&path)?.modified().is_ok_and(is_old) {
+                    tracing::info!(?path, "not used for a month: removed");
+                    crate::volume::remove_tree(&path)?;
+                }
+                continue;
+            };
+            let (Ok(id), Ok(lock)) = (id.parse(), File::open(&path)) else { continue };
+            if lock.try_lock().is_ok() {
+                let site = Site::in_folder(id, path.with_extension(""));
+                let first = [site.recorded_init(), site.machine().recorded_init()];
+                denizen_agent::sweep(&first.into_iter().flatten().collect::<Vec<_>>());
+                for site in [&site, &site.machine()] {
+                    Driver::ended(self.sandbox, site);
+                }
+                drop(Place { site, lock: (path, lock) });
             }
         }
         Ok(())
     }
 }
 
-/// Clears away a place in which something was made.
-pub(super) fn end(site: &Site) {
+/// Notes that something is used.
+pub(super) fn used(path: &Path) -> io::Result<()> {
+    let now = rustix::fs::Timespec { tv_sec: 0, tv_nsec: rustix::fs::UTIME_NOW };
+    let now = rustix::fs::Timestamps { last_access: now, last_modification: now };
+    Ok(rustix::fs::utimensat(rustix::fs::CWD, path, &now, rustix::fs::AtFlags::SYMLINK_NOFOLLOW)?)
+}
+
+fn clear(site: &Site) {
     if let Err(error) = crate::volume::remove_tree(&site.home) {
         tracing::warn!(folder = ?site.home, %error, "cannot be cleared");
     }
