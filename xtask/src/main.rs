@@ -63,10 +63,11 @@ fn is_there(program: &str) -> bool {
 }
 
 /// Programs that the tests run, with the Debian package that has each.
-const NEEDED: [(&str, &str); 26] = [
+const NEEDED: [(&str, &str); 27] = [
     ("sqlite3", "sqlite3"),
     ("tar", "tar"),
     ("zstd", "zstd"),
+    ("xz", "xz-utils"),
     ("setsid", "util-linux"),
     ("setpriv", "util-linux"),
     ("newuidmap", "uidmap"),

@@ -6,5 +6,5 @@ pub(crate) mod initramfs;
 pub(crate) mod kernel;
 pub(crate) mod modules;
 
-#[cfg(test)]
+#[cfg(all(test, target_arch = "x86_64"))]
 mod tests;
