@@ -67,6 +67,7 @@ const NEEDED: [(&str, &str); 27] = [
     ("sqlite3", "sqlite3"),
     ("tar", "tar"),
     ("zstd", "zstd"),
+    ("xz", "xz-utils"),
     ("setsid", "util-linux"),
     ("setpriv", "util-linux"),
     ("newuidmap", "uidmap"),

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 use std::fs;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
@@ -186,6 +187,9 @@ fn a_machine_starts_in_its_root_and_ends_with_its_relay() {
     let files = "volume kept file filled filled2";
     assert_eq!(told, ["tmp ()", files, "root changed"], "{}", said.console);
     assert!(machine.is_clean());
+    // What was deleted in the machine is the host's again.
+    let used = fs::metadata(machine.path("disk.img")).unwrap().blocks() * 512;
+    assert!(used < 32 << 20, "{used}\n{}", said.console);
 }
 
 #[test]
