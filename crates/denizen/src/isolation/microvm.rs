@@ -19,7 +19,7 @@ mod machine;
 mod memory;
 mod modules;
 mod qemu;
-#[cfg(test)]
+#[cfg(all(test, target_arch = "x86_64"))]
 mod tests;
 
 use std::collections::{BTreeMap, HashMap};

@@ -110,7 +110,7 @@ impl Machine {
 }
 
 const SCRIPT: &str = r#"
-    exec 1>&3 2>&3
+    exec 2>&1
     echo "uptime $(cut -d' ' -f1 /proc/uptime)"
     echo "name $(hostname) $(cat /etc/hosts | head -n 1)"
     echo "modes $(stat -c %a /volume /tmp /run /dev/shm /dev/pts/ptmx | xargs)"
@@ -147,7 +147,7 @@ const SCRIPT: &str = r#"
 
 /// Ends the machine by the death of its init, which this script is no child of.
 const AGAIN: &str = r#"
-    exec 1>&3 2>&3
+    exec 2>&1
     echo "tmp ($(ls /tmp))"
     echo "volume $(cat /volume/file) $(ls /volume | xargs)"
     rm /volume/filled && echo "root $(cat /etc/file)" > /etc/other && cat /etc/other
