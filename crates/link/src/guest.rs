@@ -39,6 +39,8 @@ use crate::wire::{Parser, Stream, Wire};
 const OWN: u32 = u32::MAX;
 /// How long the end is held up by a host that does not take what is left.
 const FAREWELL: Duration = Duration::from_secs(1);
+/// How often is looked whether all is said.
+const MOMENT: Duration = Duration::from_millis(2);
 /// How much a terminal is read to find its end, while something still writes to it.
 const TAIL: u64 = 1024 * 1024;
 /// The longest request to go to rest or to go on.
@@ -116,11 +118,8 @@ async fn host(stream: Stream, init: &Arc<Packets>, path: &Arc<Path>, again: bool
     let Ok(mut connection) = connection else { return std::future::pending().await };
     let owner = Owner::new();
     let (end, mut ended) = watch::channel(false);
-    let relay = Arc::new(Relay {
-        init: Arc::clone(init),
-        tasks: owner.tasks(),
-        state: Mutex::default(),
-    });
+    let relay =
+        Arc::new(Relay { init: Arc::clone(init), tasks: owner.tasks(), state: Mutex::default() });
     let mut first = Some(end);
     let serving = async {
         while let Some(Ok((request, respond))) = connection.accept().await {
@@ -151,10 +150,16 @@ async fn host(stream: Stream, init: &Arc<Packets>, path: &Arc<Path>, again: bool
         _ = ended.wait_for(|ended| *ended) => {}
     }
     // The last words are still to go to the wire.
+    let words = async {
+        tokio::task::yield_now().await;
+        while !relay.tasks.are_done() {
+            tokio::time::sleep(MOMENT).await;
+        }
+    };
     let _ = tokio::time::timeout(FAREWELL, async {
         tokio::select! {
-            () = &mut serving => {}
-            () = tokio::task::yield_now() => {}
+            () = serving => {}
+            () = words => {}
         }
     })
     .await;
@@ -185,10 +190,10 @@ async fn answer(request: Request<RecvStream>, mut respond: SendResponse<Bytes>, 
         *response.status_mut() = StatusCode::BAD_REQUEST;
     }
     // It can only fail if nobody is there to be told.
-    if let Ok(mut send) = respond.send_response(response, false) {
-        if send_all(&mut send, answer.unwrap_or_default().into()).await {
-            let _ = send.send_data(Bytes::new(), true);
-        }
+    if let Ok(mut send) = respond.send_response(response, false)
+        && send_all(&mut send, answer.unwrap_or_default().into()).await
+    {
+        let _ = send.send_data(Bytes::new(), true);
     }
 }
 
@@ -331,12 +336,7 @@ impl Relay {
         std::future::pending().await
     }
 
-    async fn pass(
-        self: &Arc<Self>,
-        descriptors: &[Descriptor],
-        packet: &[u8],
-        telling: &Telling,
-    ) {
+    async fn pass(self: &Arc<Self>, descriptors: &[Descriptor], packet: &[u8], telling: &Telling) {
         let Some((kind, flags, id)) = message::head(packet) else { return };
         match (kind, descriptors) {
             (message::SPAWN, [stdin, stdout, stderr]) => {
@@ -352,14 +352,16 @@ impl Relay {
                 let (connection, packet) = (*connection, packet.to_vec());
                 self.tasks.start(async move {
                     let made = relay.connect(id, connection, &packet).await;
-                    let errno = made.map_or_else(|errno| errno.raw_os_error().unsigned_abs(), |()| 0);
+                    let errno =
+                        made.map_or_else(|errno| errno.raw_os_error().unsigned_abs(), |()| 0);
                     tell(&telling, &[], &message::with_number(message::GIVEN, id, errno)).await;
                 });
             }
             (message::SIZE, _) => {
                 let size = packet.get(8..).and_then(|it| it.first_chunk());
                 if let Some([a, b, c, d]) = size {
-                    let (columns, rows) = (u16::from_le_bytes([*a, *b]), u16::from_le_bytes([*c, *d]));
+                    let (columns, rows) =
+                        (u16::from_le_bytes([*a, *b]), u16::from_le_bytes([*c, *d]));
                     let state = self.state.lock();
                     let outputs = state.outputs.get(&id).into_iter().flatten();
                     for output in outputs.filter(|output| output.kind == Kind::Terminal) {
@@ -487,7 +489,8 @@ impl Relay {
             match kind {
                 message::GIVEN => {
                     let number = message::number(event).and_then(|it| i32::try_from(it).ok());
-                    let refused = Errno::from_raw_os_error(number.filter(|it| *it > 0).unwrap_or(5));
+                    let refused =
+                        Errno::from_raw_os_error(number.filter(|it| *it > 0).unwrap_or(5));
                     let made = fds.into_iter().next().ok_or(refused);
                     if let Some(asked) = self.state.lock().asked.remove(&id) {
                         // Whoever asked may be gone.

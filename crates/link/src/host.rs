@@ -95,8 +95,7 @@ impl Link {
         // What is written first finds room in the wire, so that this waits for nothing.
         let handshake = std::pin::pin!(handshake(wire.stream()));
         let mut context = std::task::Context::from_waker(std::task::Waker::noop());
-        let std::task::Poll::Ready(Ok((requests, connection))) =
-            handshake.poll(&mut context)
+        let std::task::Poll::Ready(Ok((requests, connection))) = handshake.poll(&mut context)
         else {
             return Err(io::Error::other("the connection cannot be begun"));
         };
@@ -104,15 +103,21 @@ impl Link {
         let tasks = owner.tasks();
         let relay = Relay::run(packets, requests.clone(), tasks.clone());
         owner.tasks().start(async move {
+            let mut connection = std::pin::pin!(connection);
             let failure = tokio::select! {
                 biased;
-                ended = connection => match ended {
+                ended = &mut connection => match ended {
                     Ok(()) => Failure::Ended,
                     Err(error) => Failure::Connection(error.to_string()),
                 },
                 failure = relay => failure,
             };
+            let well = failure == Failure::Ended;
             end.send_replace(Some(failure));
+            if well {
+                // What was printed last is still on its way.
+                let _ = connection.await;
+            }
             // What is open is closed at both ends.
             tasks.end();
         });
@@ -233,7 +238,12 @@ async fn handshake<S: AsyncRead + AsyncWrite + Unpin>(
 }
 
 /// Takes what a transport brings, to its end.
-async fn read(wire: Wire, attempt: u64, mut stream: impl AsyncRead + Unpin, gone: watch::Sender<()>) {
+async fn read(
+    wire: Wire,
+    attempt: u64,
+    mut stream: impl AsyncRead + Unpin,
+    gone: watch::Sender<()>,
+) {
     let mut buffer = vec![0; 64 * 1024];
     let mut parser = Parser::default();
     while let Ok(count @ 1..) = stream.read(&mut buffer).await {
@@ -256,7 +266,9 @@ fn post(path: String) -> Request<()> {
     let mut request = Request::new(());
     *request.method_mut() = http::Method::POST;
     // The relays' own paths are all valid.
-    if let Ok(uri) = http::Uri::builder().scheme("http").authority("guest").path_and_query(path).build() {
+    if let Ok(uri) =
+        http::Uri::builder().scheme("http").authority("guest").path_and_query(path).build()
+    {
         *request.uri_mut() = uri;
     }
     request
@@ -405,8 +417,7 @@ impl Relay {
         fds: Vec<OwnedFd>,
     ) -> Result<(Vec<Descriptor>, Vec<u8>), Errno> {
         let mut fds = fds.into_iter();
-        let (Some(stdin), Some(stdout), Some(stderr)) = (fds.next(), fds.next(), fds.next())
-        else {
+        let (Some(stdin), Some(stdout), Some(stderr)) = (fds.next(), fds.next(), fds.next()) else {
             return Err(Errno::MFILE);
         };
         let mut request = packet.to_vec();

@@ -97,9 +97,8 @@ async fn the_output_is_there_before_the_end() {
 #[tokio::test(flavor = "multi_thread")]
 async fn who_is_slow_stops_who_is_fast() {
     let (_link, mut owner, _guest) = pair().await;
-    let mut running = owner.sh(
-        "i=0; while head -c 10000 /dev/zero; do i=$((i+1)); echo $i >&2; done",
-    );
+    let mut running =
+        owner.sh("i=0; while head -c 10000 /dev/zero; do i=$((i+1)); echo $i >&2; done");
     let mut count = 0usize;
     // What it says of itself stops when nothing is read of the other output.
     loop {
@@ -230,7 +229,9 @@ async fn a_socket_as_stdin() {
 async fn many_at_once() {
     let (_link, mut owner, _guest) = pair().await;
     let all: Vec<_> = (0..200)
-        .map(|number: u32| (number, owner.begin(&["sh", "-c", &format!("echo {number}; exit {}", number % 7)])))
+        .map(|number: u32| {
+            (number, owner.begin(&["sh", "-c", &format!("echo {number}; exit {}", number % 7)]))
+        })
         .collect();
     for (number, mut running) in all {
         let mut text = String::new();
@@ -262,6 +263,22 @@ async fn the_owner_leaves() {
     assert!(all(running.stdout).is_empty());
     let failure = tokio::time::timeout(PATIENCE, link.failed()).await.unwrap();
     assert_eq!(failure, denizen_link::Failure::Ended);
+}
+
+/// What was printed before the end of everything is not lost with it.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_last_words() {
+    for _ in 0..20 {
+        let (_link, mut owner, mut guest) = pair().await;
+        let mut running = owner.sh("head -c 60000 /dev/zero; echo on >&2; sleep 1000");
+        running.stderr.read_exact(&mut [0; 3]).unwrap();
+        let init = rustix::process::Pid::from_raw(guest.init().try_into().unwrap()).unwrap();
+        owner.send(&packet(3, 0, 0, &[]), &[]);
+        drop(owner);
+        assert_eq!(all(running.stdout).len(), 60_000);
+        guest.ended().unwrap();
+        assert!(rustix::process::test_kill_process(init).is_err());
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -49,7 +49,11 @@ pub(super) fn wake(path: &Path, wake: &Wake) -> Steps {
     if let Some(Fresh { hostname, machine_id }) = &wake.fresh {
         let named = rustix::system::sethostname(hostname.as_bytes());
         step(&mut steps, "hostname", named.map_err(io::Error::from));
-        step(&mut steps, "machine-id", std::fs::write("/etc/machine-id", format!("{machine_id}\n")));
+        step(
+            &mut steps,
+            "machine-id",
+            std::fs::write("/etc/machine-id", format!("{machine_id}\n")),
+        );
     }
     steps
 }
