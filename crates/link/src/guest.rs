@@ -28,7 +28,8 @@ use rustix::termios::{InputModes, OptionalActions, Winsize, tcgetattr, tcsetattr
 use tokio::sync::{oneshot, watch};
 
 use crate::carry::{
-    CONNECTION, Incoming, NoPacket, PacketReader, Progress, STREAMS, Side, WINDOW, carry, send_all,
+    CONNECTION, Incoming, NoPacket, PIECES, PacketReader, Progress, STREAMS, Side, WINDOW, carry,
+    send_all,
 };
 use crate::fd::{End, Packets, Port};
 use crate::message::{self, Descriptor, Kind, Mark};
@@ -110,6 +111,7 @@ async fn host(stream: Stream, init: &Arc<Packets>, path: &Arc<Path>, again: bool
         .max_concurrent_streams(STREAMS)
         .max_header_list_size(4096)
         .max_send_buffer_size(WINDOW as usize)
+        .data_frame_budget(PIECES)
         // Streams that one side has left while the other was still sending are no attack.
         .max_local_error_reset_streams(None)
         .max_pending_accept_reset_streams(STREAMS as usize)

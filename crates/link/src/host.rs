@@ -26,7 +26,8 @@ use tokio::task::JoinSet;
 
 use crate::Failure;
 use crate::carry::{
-    CONNECTION, Incoming, NoPacket, PacketReader, Progress, STREAMS, Side, WINDOW, carry, send_all,
+    CONNECTION, Incoming, NoPacket, PIECES, PacketReader, Progress, STREAMS, Side, WINDOW, carry,
+    send_all,
 };
 use crate::fd::{End, Packets};
 use crate::message::{self, Descriptor, Kind, Mark, Steps, Wake};
@@ -230,6 +231,7 @@ async fn handshake<S: AsyncRead + AsyncWrite + Unpin>(
         .max_concurrent_streams(0)
         .max_header_list_size(4096)
         .max_send_buffer_size(WINDOW as usize)
+        .data_frame_budget(PIECES)
         // Streams that one side has left while the other was still sending are no attack.
         .max_local_error_reset_streams(None)
         .enable_push(false)

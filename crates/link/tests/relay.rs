@@ -129,13 +129,41 @@ async fn who_is_slow_stops_who_is_fast() {
     assert_eq!(failed.unwrap().kind(), std::io::ErrorKind::BrokenPipe);
 }
 
+/// Whoever waits for the other end to be closed, and says nothing, is told.
+#[tokio::test(flavor = "multi_thread")]
+async fn closing_is_seen_without_a_word() {
+    use rustix::event::{PollFd, PollFlags, poll};
+    let (_link, mut owner, _guest) = pair().await;
+    let running = owner.sh("exec <&-; exec sleep 1000");
+    let mut hung_up = [PollFd::new(running.stdin.as_ref().unwrap(), PollFlags::empty())];
+    assert_eq!(poll(&mut hung_up, Some(&common::DEADLINE)), Ok(1));
+    // And the other way: it is `tail` that looks, as nothing is written.
+    let running = owner.sh("tail -f /dev/null");
+    drop(running.stdout);
+    owner.exit(running.id);
+}
+
+/// Letters one by one, for somebody who is slow, are as good as many at once.
+#[tokio::test(flavor = "multi_thread")]
+async fn letter_by_letter() {
+    let (_link, mut owner, _guest) = pair().await;
+    let slow: Vec<_> = (0..2)
+        .map(|_| owner.spawn(&["dd", "if=/dev/zero", "bs=1", "count=150000", "status=none"]))
+        .collect();
+    let other = owner.sh("exit 5");
+    assert_eq!(owner.exit(other.id), (0, 5));
+    for running in slow {
+        assert_eq!(all(running.stdout).len(), 150_000);
+        assert_eq!(owner.exit(running.id), (0, 0));
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_terminal() {
     let (_link, mut owner, _guest) = pair().await;
     let (id, mut master) = owner.on_terminal(&["sh"], 101, 37);
-    master.write_all(b"stty size; tty\n").unwrap();
-    read_until(&mut master, "37 101");
-    read_until(&mut master, "/dev/pts/");
+    master.write_all(b"tty; stty size\n").unwrap();
+    assert!(read_until(&mut master, "37 101").contains("/dev/pts/"));
     let size = [55u16.to_le_bytes(), 22u16.to_le_bytes()].concat();
     owner.send(&packet(11, 0, id, &size), &[]);
     master.write_all(b"stty size\n").unwrap();
