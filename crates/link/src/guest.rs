@@ -4,7 +4,7 @@
 
 mod rest;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::future::poll_fn;
 use std::io::{self, Write};
@@ -358,6 +358,17 @@ impl Relay {
                         made.map_or_else(|errno| errno.raw_os_error().unsigned_abs(), |()| 0);
                     tell(&telling, &[], &message::with_number(message::GIVEN, id, errno)).await;
                 });
+            }
+            (message::DRAIN, _) => {
+                // Of a spawn that the host could not ask for.
+                let streams: HashSet<u32> = descriptors
+                    .iter()
+                    .filter(|it| it.kind != Kind::Null)
+                    .map(|it| it.stream)
+                    .collect();
+                for stream in streams {
+                    drop(self.stream(stream).await);
+                }
             }
             (message::SIZE, _) => {
                 let size = packet.get(8..).and_then(|it| it.first_chunk());

@@ -363,13 +363,17 @@ impl Relay {
     ) -> Option<(Vec<Descriptor>, Vec<u8>)> {
         let (kind, flags, id) = message::head(packet)?;
         match kind {
-            message::SPAWN => match self.spawn(id, flags, packet, fds).await {
-                Ok(request) => return Some(request),
-                Err(errno) => {
-                    self.tell_number(message::FAILED, id, errno).await;
-                    return None;
-                }
-            },
+            message::SPAWN => {
+                let mut descriptors = Vec::new();
+                return match self.spawn(id, flags, packet, fds, &mut descriptors).await {
+                    Ok(request) => Some((descriptors, request)),
+                    Err(errno) => {
+                        self.tell_number(message::FAILED, id, errno).await;
+                        // What was opened already is closed by the guest.
+                        Some((descriptors, message::header(message::DRAIN, 0, id)))
+                    }
+                };
+            }
             message::TERMINAL => {
                 let made = rustix::pty::openpt(
                     OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC,
@@ -417,7 +421,8 @@ impl Relay {
         flags: u8,
         packet: &[u8],
         fds: Vec<OwnedFd>,
-    ) -> Result<(Vec<Descriptor>, Vec<u8>), Errno> {
+        descriptors: &mut Vec<Descriptor>,
+    ) -> Result<Vec<u8>, Errno> {
         let mut fds = fds.into_iter();
         let (Some(stdin), Some(stdout), Some(stderr)) = (fds.next(), fds.next(), fds.next()) else {
             return Err(Errno::MFILE);
@@ -437,7 +442,6 @@ impl Relay {
             given(stderr, Kind::Output, terminal)?,
         ];
         let mut known: Vec<((u64, u64, Kind), Descriptor)> = Vec::new();
-        let mut descriptors = Vec::new();
         for Given { fd, kind, key } in given {
             let copy = known.iter().find(|(other, _)| *other == key).map(|(_, it)| *it);
             let descriptor = match copy {
@@ -449,7 +453,7 @@ impl Relay {
         }
         let command = Command { killed: watch::Sender::new(false), ended: false };
         self.state.lock().commands.insert(id, command);
-        Ok((descriptors, request))
+        Ok(request)
     }
 
     /// Opens a stream for a descriptor.

@@ -129,6 +129,29 @@ async fn who_is_slow_stops_who_is_fast() {
     assert_eq!(failed.unwrap().kind(), std::io::ErrorKind::BrokenPipe);
 }
 
+/// What the host cannot even ask for leaves nothing either.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_cannot_be_asked_for() {
+    use rustix::event::{PollFd, PollFlags, poll};
+    let (_link, mut owner, _guest) = pair().await;
+    let null = std::fs::OpenOptions::new().read(true).write(true).open("/dev/null").unwrap();
+    for _ in 0..50 {
+        let (theirs, stdin) = std::io::pipe().unwrap();
+        // That is no terminal.
+        let id = owner.ask(&["true"], [theirs.as_fd(), null.as_fd(), null.as_fd()], true);
+        drop(theirs);
+        let (event, _) = owner.event(&[1, 2], id);
+        assert_eq!((event[0], event[8]), (2, 25));
+        let mut hung_up = [PollFd::new(&stdin, PollFlags::empty())];
+        assert_eq!(poll(&mut hung_up, Some(&common::DEADLINE)), Ok(1));
+    }
+    let file = tempfile::tempfile().unwrap();
+    let id = owner.ask(&["true"], [file.as_fd(); 3], false);
+    assert_eq!(owner.event(&[1, 2], id).0[8], 22);
+    let running = owner.sh("exit 4");
+    assert_eq!(owner.exit(running.id), (0, 4));
+}
+
 /// Whoever waits for the other end to be closed, and says nothing, is told.
 #[tokio::test(flavor = "multi_thread")]
 async fn closing_is_seen_without_a_word() {
