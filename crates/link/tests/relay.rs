@@ -189,8 +189,10 @@ async fn a_terminal() {
     assert!(read_until(&mut master, "37 101").contains("/dev/pts/"));
     let size = [55u16.to_le_bytes(), 22u16.to_le_bytes()].concat();
     owner.send(&packet(11, 0, id, &size), &[]);
-    master.write_all(b"stty size\n").unwrap();
-    read_until(&mut master, "22 55");
+    // What is typed and the size go on different ways.
+    let wait = b"until [ \"$(stty size)\" = '22 55' ]; do sleep 0.01; done; echo re'sized'\n";
+    master.write_all(wait).unwrap();
+    read_until(&mut master, "resized");
     master.write_all(b"echo $((6 * 7)); exit 9\n").unwrap();
     read_until(&mut master, "42");
     assert_eq!(owner.exit(id), (0, 9));
