@@ -82,6 +82,12 @@ impl End {
         when(&self.0, Interest::READABLE, work).await
     }
 
+    /// Reads to the end, and throws it all away. Cancel-safe.
+    pub(crate) async fn drain(&self) {
+        let mut buffer = [0; 4096];
+        while let Ok(1..) = self.read(|fd| rustix::io::read(fd, &mut buffer)).await {}
+    }
+
     /// Cancel-safe.
     pub(crate) async fn write(&self, bytes: &[u8]) -> io::Result<usize> {
         when(&self.0, Interest::WRITABLE, |fd| rustix::io::write(fd, bytes)).await

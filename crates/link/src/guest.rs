@@ -10,6 +10,7 @@ use std::future::poll_fn;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -36,8 +37,8 @@ use crate::message::{self, Descriptor, Kind, Mark};
 use crate::tasks::{Owner, Tasks};
 use crate::wire::{Parser, Stream, Wire};
 
-/// The id of the relay's own requests. An owner's ids begin at 1.
-const OWN: u32 = u32::MAX;
+/// The way of speaking, as denizen-init has it for owners that find it.
+const VERSION: u32 = 1;
 /// How long the end is held up by a host that does not take what is left.
 const FAREWELL: Duration = Duration::from_secs(1);
 /// How often is looked whether all is said.
@@ -82,15 +83,25 @@ pub async fn serve(port: OwnedFd, init: OwnedFd, path: &Path) -> io::Result<()> 
     };
     let sessions = async {
         let mut epoch = 0;
+        let stay = Owner::new();
+        let last_id = AtomicU32::new(0);
+        let known = Arc::new(Known { last_id, stay: stay.tasks(), path: Arc::clone(&path) });
         loop {
             // It cannot fail: the wire is there.
             if let Ok(status) = status.wait_for(|status| status.epoch > epoch).await {
                 epoch = status.epoch;
             }
-            let host = host(wire.stream(), &init, &path, epoch > 1);
+            let owner = Owner::new();
+            let relay = Relay {
+                init: Arc::clone(&init),
+                tasks: owner.tasks(),
+                state: Mutex::default(),
+                known: Arc::clone(&known),
+            };
+            let relay = Arc::new(relay);
             tokio::select! {
-                () = host => break,
-                _ = status.wait_for(|status| status.epoch > epoch) => {}
+                () = host(wire.stream(), &relay) => break,
+                _ = status.wait_for(|status| status.epoch > epoch) => relay.leave(),
             }
         }
         let flushed = poll_fn(|cx| wire.poll_flushed(cx));
@@ -104,7 +115,7 @@ pub async fn serve(port: OwnedFd, init: OwnedFd, path: &Path) -> io::Result<()> 
 }
 
 /// Serves one host; ends when the init has.
-async fn host(stream: Stream, init: &Arc<Packets>, path: &Arc<Path>, again: bool) {
+async fn host(stream: Stream, relay: &Arc<Relay>) {
     let connection = h2::server::Builder::new()
         .initial_window_size(WINDOW)
         .initial_connection_window_size(CONNECTION)
@@ -118,19 +129,16 @@ async fn host(stream: Stream, init: &Arc<Packets>, path: &Arc<Path>, again: bool
         .handshake(stream)
         .await;
     let Ok(mut connection) = connection else { return std::future::pending().await };
-    let owner = Owner::new();
     let (end, mut ended) = watch::channel(false);
-    let relay =
-        Arc::new(Relay { init: Arc::clone(init), tasks: owner.tasks(), state: Mutex::default() });
     let mut first = Some(end);
     let serving = async {
         while let Some(Ok((request, respond))) = connection.accept().await {
             match request.uri().path() {
                 "/init" => {
                     if let Some(end) = first.take() {
-                        let relay = Arc::clone(&relay);
+                        let relay = Arc::clone(relay);
                         relay.tasks.clone().start(async move {
-                            relay.run(request.into_body(), respond, again).await;
+                            relay.run(request.into_body(), respond).await;
                             end.send_replace(true);
                         });
                     }
@@ -139,7 +147,7 @@ async fn host(stream: Stream, init: &Arc<Packets>, path: &Arc<Path>, again: bool
                     Some(Ok(number)) => relay.opened(number, request, respond),
                     Some(Err(_)) => {}
                     None => {
-                        let path = Arc::clone(path);
+                        let path = Arc::clone(&relay.known.path);
                         relay.tasks.start(answer(request, respond, path));
                     }
                 },
@@ -204,6 +212,17 @@ struct Relay {
     init: Arc<Packets>,
     tasks: Tasks,
     state: Mutex<State>,
+    known: Arc<Known>,
+}
+
+/// What stays when hosts come and go.
+struct Known {
+    /// The last number that something was asked for by.
+    last_id: AtomicU32,
+    /// What is done for commands whose host has gone.
+    stay: Tasks,
+    /// Where the file system is that the session writes to.
+    path: Arc<Path>,
 }
 
 type Opened = (RecvStream, SendResponse<Bytes>);
@@ -218,6 +237,8 @@ struct State {
     asked: HashMap<u32, oneshot::Sender<Result<OwnedFd, Errno>>>,
     /// What the commands write to.
     outputs: HashMap<u32, Vec<Output>>,
+    /// The pipes among these, and those that commands which have ended have left to others.
+    pipes: Vec<Weak<End>>,
 }
 
 struct Output {
@@ -282,19 +303,14 @@ impl Relay {
     }
 
     /// Passes requests and events on; ends when init has.
-    async fn run(
-        self: Arc<Self>,
-        requests: RecvStream,
-        mut respond: SendResponse<Bytes>,
-        again: bool,
-    ) {
-        if again && !self.clear().await {
-            return;
-        }
+    async fn run(self: Arc<Self>, requests: RecvStream, mut respond: SendResponse<Bytes>) {
         let Ok(send) = respond.send_response(Response::new(()), false) else {
             return std::future::pending().await;
         };
         let telling: Telling = Arc::new(tokio::sync::Mutex::new(send));
+        // What an earlier host has started goes on, and its numbers are taken.
+        let last_id = self.known.last_id.load(Ordering::Relaxed);
+        tell(&telling, &[], &message::with_number(message::FOUND, last_id, VERSION)).await;
         let asking = self.serve(PacketReader::new(requests, message::TO_GUEST), &telling);
         tokio::select! {
             never = asking => match never {},
@@ -303,19 +319,12 @@ impl Relay {
         let _ = telling.lock().await.send_data(Bytes::new(), true);
     }
 
-    /// Kills what an earlier host had started, and forgets what there was to be told of it; false
-    /// if init has ended.
-    async fn clear(&self) -> bool {
-        let flags = message::EVERYTHING | message::ANNOUNCE;
-        self.request(&message::header(message::KILL, flags, OWN), &[]).await;
-        let mut buffer = vec![0; message::EVENT];
-        while let Ok((count @ 1.., _)) = self.init.receive(&mut buffer).await {
-            let head = message::head(buffer.get(..count).unwrap_or_default());
-            if let Some((message::TREE_GONE, _, OWN)) = head {
-                return true;
-            }
+    /// This host is gone and another one has come: what commands go on printing goes nowhere.
+    fn leave(&self) {
+        let pipes = std::mem::take(&mut self.state.lock().pipes);
+        for end in pipes.into_iter().filter_map(|pipe| pipe.upgrade()) {
+            self.known.stay.start(async move { end.drain().await });
         }
-        false
     }
 
     async fn serve(
@@ -340,6 +349,7 @@ impl Relay {
 
     async fn pass(self: &Arc<Self>, descriptors: &[Descriptor], packet: &[u8], telling: &Telling) {
         let Some((kind, flags, id)) = message::head(packet) else { return };
+        self.known.last_id.fetch_max(id, Ordering::Relaxed);
         match (kind, descriptors) {
             (message::SPAWN, [stdin, stdout, stderr]) => {
                 let descriptors = [*stdin, *stdout, *stderr];
@@ -476,6 +486,11 @@ impl Relay {
         let send = respond.send_response(Response::new(()), false).map_err(|_| Errno::PIPE)?;
         let progress = watch::Sender::new(Progress::default());
         let known = (Arc::downgrade(&end), progress.clone());
+        if kind == Kind::Output {
+            let pipes = &mut self.state.lock().pipes;
+            pipes.retain(|pipe| pipe.strong_count() > 0);
+            pipes.push(Arc::downgrade(&end));
+        }
         let recv = Incoming::Open(recv);
         self.tasks.start(carry(end, kind, Side::Guest, send, recv, progress));
         Ok(known)
@@ -498,7 +513,6 @@ impl Relay {
         while let Ok((count @ 1.., fds)) = self.init.receive(&mut buffer).await {
             let event = buffer.get(..count).unwrap_or_default();
             let Some((kind, _, id)) = message::head(event) else { continue };
-            let mut marks = Vec::new();
             match kind {
                 message::GIVEN => {
                     let number = message::number(event).and_then(|it| i32::try_from(it).ok());
@@ -512,10 +526,19 @@ impl Relay {
                     continue;
                 }
                 message::FAILED => drop(self.state.lock().outputs.remove(&id)),
-                message::EXITED => marks = self.marks(id, telling),
+                message::EXITED => {
+                    let marks = self.marks(id, telling);
+                    self.tasks.start(exited(
+                        Arc::clone(&self.known.path),
+                        Arc::clone(telling),
+                        marks,
+                        event.to_vec(),
+                    ));
+                    continue;
+                }
                 _ => {}
             }
-            tell(telling, &marks, event).await;
+            tell(telling, &[], event).await;
         }
     }
 
@@ -537,6 +560,14 @@ impl Relay {
         }
         marks
     }
+}
+
+/// Tells that a command has ended, when what it has written is on the disk: whoever is told may
+/// count on that, and the machine may be killed at any time.
+async fn exited(path: Arc<Path>, telling: Telling, marks: Vec<Mark>, event: Vec<u8>) {
+    // Where it cannot be done, nobody is helped by waiting.
+    let _ = tokio::task::spawn_blocking(move || rest::sync(&path)).await;
+    tell(&telling, &marks, &event).await;
 }
 
 /// Waits until a terminal has nothing left to be read.

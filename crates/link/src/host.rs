@@ -544,7 +544,7 @@ impl Relay {
                     }
                 }
                 message::EXITED => self.exited(id, flags != 0, event, marks).await,
-                1..=message::LISTING => {
+                1..=message::LISTING | message::FOUND => {
                     if kind == message::FAILED {
                         self.state.lock().commands.remove(&id);
                     }

@@ -27,16 +27,15 @@ pub(crate) const SIZE: u8 = 11;
 pub(crate) const CONTROLLING: u8 = 1;
 /// Of spawn: the strings are in a file.
 pub(crate) const IN_FILE: u8 = 2;
-/// Of kill: say when it is gone.
-pub(crate) const ANNOUNCE: u8 = 1;
 /// Of kill: everything, and go on serving.
 pub(crate) const EVERYTHING: u8 = 2;
 
 pub(crate) const FAILED: u8 = 2;
 pub(crate) const EXITED: u8 = 3;
-pub(crate) const TREE_GONE: u8 = 4;
 pub(crate) const LISTING: u8 = 6;
 pub(crate) const GIVEN: u8 = 9;
+/// The first event: the last number that something was asked for by, and the way of speaking.
+pub(crate) const FOUND: u8 = 10;
 
 /// More than any packet of init.
 pub(crate) const EVENT: usize = 32 * 1024;

@@ -11,7 +11,8 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
 use tokio::sync::watch;
 
-use super::{Launched, MACHINE_ENDING, PATIENCE, Shared};
+use super::found::await_word;
+use super::{Launched, MACHINE_ENDING, PATIENCE, Shared, State};
 use crate::{Error, Result};
 
 /// What runs an init elsewhere.
@@ -25,7 +26,8 @@ pub trait Machine: Send + Sync + std::fmt::Debug {
 /// A machine that was started.
 #[derive(Debug)]
 pub struct Started {
-    /// Where its init is spoken to: a `SOCK_SEQPACKET` socket, as `denizen-init` has it.
+    /// Where its init is spoken to: a `SOCK_SEQPACKET` socket, as `denizen-init` has it for an owner
+    /// that has found it.
     pub socket: OwnedFd,
     /// Can be read when the machine is gone and will not come back, as an `eventfd(2)` or a
     /// process's descriptor.
@@ -55,6 +57,8 @@ pub(super) fn start(machine: &dyn Machine) -> Result<(Arc<Shared>, Launched)> {
     let Started { socket, ended, machine } =
         machine.start().map_err(|source| Error::Launch { source })?;
     let prepared = || -> io::Result<(Shared, OwnedFd)> {
+        // Commands may run there that an earlier owner has started.
+        let (last_id, _) = await_word(&socket, PATIENCE)?;
         let shared = Shared {
             socket,
             wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
@@ -62,7 +66,7 @@ pub(super) fn start(machine: &dyn Machine) -> Result<(Arc<Shared>, Launched)> {
             process: Some(ended.try_clone()?),
             // No process here has it.
             nonce: u32::try_from(RandomState::new().hash_one(0u8) >> 33).unwrap_or(1).max(1),
-            state: Mutex::default(),
+            state: Mutex::new(State { last_id, ..State::default() }),
             finished: watch::Sender::new(false),
             contained: true,
             lingers: false,

@@ -102,7 +102,7 @@ impl Drop for Guest {
 pub struct Owner {
     socket: OwnedFd,
     others: VecDeque<(Vec<u8>, Option<OwnedFd>)>,
-    last: u32,
+    pub last: u32,
 }
 
 /// What a command is started with, seen from its owner.
