@@ -23,6 +23,7 @@ use std::time::{Duration, SystemTime};
 use denizen_agent::Agent;
 use denizen_image::Store;
 use denizen_network::Denial;
+use futures::StreamExt;
 use denizen_repository::{Counter, Report as BackupReport};
 use parking_lot::Mutex;
 use serde::Serialize;
@@ -1293,13 +1294,21 @@ impl Pool {
             let active = state.core.views().filter(|view| view.row.phase == Phase::Active);
             active.filter_map(|view| state.places.get(&view.row.id).cloned()).collect()
         };
-        for place in places {
+        let leave = async |place: Arc<Place>| {
             let instance = place.instance.lock().take();
             if let Some(Instance { agent, .. }) = instance {
-                self.driver.leave(&place.site);
+                let (driver, site) = (self.driver.clone(), place.site.clone());
+                let left = blocking(move || {
+                    driver.leave(&site);
+                    Ok(())
+                });
+                if let Err(error) = left.await {
+                    tracing::warn!(session = %place.site.id, %error, "cannot be left to itself");
+                }
                 agent.leave().await;
             }
-        }
+        };
+        futures::stream::iter(places).for_each_concurrent(LEAVING, leave).await;
     }
 
     fn prepared(self: &Arc<Self>, spare: Result<Spare>) {
@@ -1330,6 +1339,9 @@ impl Pool {
         self.changed.notify_waiters();
     }
 }
+
+/// How many instances are left to themselves at a time: some have much to write first.
+const LEAVING: usize = 4;
 
 /// What is there of a session's volume.
 fn found_of(row: &Row, volumes: &Volumes) -> Found {

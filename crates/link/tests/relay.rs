@@ -340,6 +340,7 @@ async fn the_init_ends() {
     let init = rustix::process::Pid::from_raw(guest.init().try_into().unwrap()).unwrap();
     rustix::process::kill_process(init, rustix::process::Signal::KILL).unwrap();
     guest.ended().unwrap();
+    assert_eq!(owner.receive().unwrap().0[0], 10, "that it is there");
     assert!(owner.receive().is_none());
     let failure = tokio::time::timeout(PATIENCE, link.failed()).await.unwrap();
     assert_eq!(failure, denizen_link::Failure::Ended);
