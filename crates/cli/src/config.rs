@@ -606,8 +606,8 @@ fn load(options: &Options, is_root: bool) -> Result<Settings> {
         url: options.url.clone().or(given.url).filter(|url| !url.is_empty()),
         listen: options.listen.clone().or(given.listen).unwrap_or_default(),
         insecure_listen: options.insecure_listen.or(given.insecure_listen).unwrap_or(false),
-        tls_certificate: file(&options.tls_certificate, given.tls_certificate)?,
-        tls_key: file(&options.tls_key, given.tls_key)?,
+        tls_certificate: chosen(&options.tls_certificate, given.tls_certificate)?,
+        tls_key: chosen(&options.tls_key, given.tls_key)?,
         hosts: options.hosts.clone().or(given.hosts).unwrap_or_default(),
         domain: options.domain.clone().or(given.domain),
         origins: options.origins.clone().or(given.origins).unwrap_or_default(),
@@ -622,8 +622,8 @@ fn load(options: &Options, is_root: bool) -> Result<Settings> {
         isolation,
         spares: options.spares.or(given.spares).unwrap_or(if is_machine { 0 } else { 2 }),
         image: options.image.clone().or(given.image),
-        kernel: file(&options.kernel, given.kernel)?,
-        kernel_modules: file(&options.kernel_modules, given.kernel_modules)?,
+        kernel: chosen(&options.kernel, given.kernel)?,
+        kernel_modules: chosen(&options.kernel_modules, given.kernel_modules)?,
         network: options.network.or(given.network).unwrap_or_default(),
         allow: options.allow.clone().or(given.allow).unwrap_or_default(),
         sleep: options.sleep.or(given.sleep).unwrap_or(if is_machine {
@@ -651,7 +651,7 @@ fn load(options: &Options, is_root: bool) -> Result<Settings> {
 }
 
 /// The path of a file, if one is set.
-fn file(option: &Option<PathBuf>, given: Option<PathBuf>) -> Result<Option<PathBuf>> {
+fn chosen(option: &Option<PathBuf>, given: Option<PathBuf>) -> Result<Option<PathBuf>> {
     option.clone().or(given).as_deref().map(absolute).transpose()
 }
 

@@ -60,6 +60,8 @@ struct Attempt {
     limited: Vec<&'static str>,
     /// Whether sessions could be frozen.
     freezer: bool,
+    /// What has run a guest, if one was.
+    machine: Option<String>,
 }
 
 impl Attempt {
@@ -92,6 +94,9 @@ pub async fn run(settings: &Settings, range: &Range, as_json: bool) -> Result<i3
             disk_limit(settings),
         ]);
         findings.extend(seccomp(&attempt));
+    }
+    if settings.isolation == Isolation::MicroVm {
+        findings.extend([machine_parts(), machine(&attempt), limits(settings, &attempt)]);
     }
     findings.extend(freezer(settings, &attempt));
     findings.extend([container(), nested(settings.isolation)].into_iter().flatten());
@@ -398,6 +403,9 @@ fn limits(settings: &Settings, attempt: &Attempt) -> Finding {
 fn freezer(settings: &Settings, attempt: &Attempt) -> Option<Finding> {
     const NAME: &str = "freezer";
     let wanted = settings.sleep == Sleep::Freeze;
+    if settings.isolation == Isolation::MicroVm {
+        return None;
+    }
     if settings.isolation != Isolation::Sandbox {
         return wanted.then(|| {
             let what = format!("isolation {} freezes no sessions", settings.isolation.name());
@@ -519,11 +527,12 @@ fn place(root: &Path) -> std::io::Result<tempfile::TempDir> {
 
 /// Runs a command the way sessions do, in a pool of its own that is removed again.
 async fn attempt(settings: &Settings) -> Attempt {
-    let (mut limited, mut freezer) = (Vec::new(), false);
-    let output = match place(&settings.pool.volume_root) {
+    let mut attempt =
+        Attempt { output: Ok(String::new()), limited: Vec::new(), freezer: false, machine: None };
+    attempt.output = match place(&settings.pool.volume_root) {
         Ok(folder) => {
             let root = folder.path().join("pool");
-            let running = run_command(settings, root, &mut limited, &mut freezer);
+            let running = run_command(settings, root, &mut attempt);
             match tokio::time::timeout(PATIENCE, running).await {
                 Ok(output) => output.map_err(|error| error.to_string()),
                 Err(_) => Err(format!("no end after {} seconds", PATIENCE.as_secs())),
@@ -531,14 +540,13 @@ async fn attempt(settings: &Settings) -> Attempt {
         }
         Err(error) => Err(format!("{}: {error}", settings.pool.volume_root.display())),
     };
-    Attempt { output, limited, freezer }
+    attempt
 }
 
 async fn run_command(
     settings: &Settings,
     volume_root: PathBuf,
-    limited: &mut Vec<&'static str>,
-    freezer: &mut bool,
+    attempt: &mut Attempt,
 ) -> denizen::Result<String> {
     let config = denizen::VmPoolConfig {
         enabled: true,
@@ -547,13 +555,24 @@ async fn run_command(
         shell_args: vec!["-c".to_owned()],
         ..denizen::VmPoolConfig::default()
     };
-    let pool = denizen::MicroVmManager::builder((&config).into())
+    let mut builder = denizen::MicroVmManager::builder((&config).into())
         .cache(settings.cache.clone())
         .isolation(settings.isolation)
-        .limits(settings.limits.clone())
-        .build()?;
-    *limited = pool.limited_resources()?;
-    *freezer = pool.can_freeze()?;
+        .limits(settings.limits.clone());
+    if settings.isolation == Isolation::MicroVm {
+        let program = std::env::current_exe();
+        builder = builder.agent_program(program.unwrap_or_else(|_| "denizen".into()));
+        if let Some(kernel) = &settings.kernel {
+            builder = builder.kernel(kernel, settings.kernel_modules.clone());
+        }
+        if let Some(image) = &settings.image {
+            builder = builder.image(image);
+        }
+    }
+    let pool = builder.build()?;
+    attempt.limited = pool.limited_resources()?;
+    attempt.freezer = pool.can_freeze()?;
+    attempt.machine = pool.hypervisor().await?;
     let session = pool.find_or_name(&"doctor".parse()?).await?;
     let guard = pool.acquire(session).await?;
     let output = guard.command(ATTEMPT).output().await;
@@ -564,8 +583,46 @@ async fn run_command(
     Ok(String::from_utf8_lossy(&output?.stdout).into_owned())
 }
 
+/// What machines are made with.
+fn machine_parts() -> Finding {
+    const NAME: &str = "machine parts";
+    const PROGRAMS: [(&str, &str); 3] = [
+        ("/usr/bin/qemu-system-x86_64", "qemu-system-x86"),
+        ("/usr/bin/qemu-img", "qemu-utils"),
+        ("/usr/sbin/mke2fs", "e2fsprogs"),
+    ];
+    let missing = PROGRAMS.iter().filter(|(path, _)| !Path::new(path).exists());
+    let (paths, packages): (Vec<_>, Vec<_>) = missing.copied().unzip();
+    if paths.is_empty() {
+        return fine(NAME, "QEMU and the programs that make its disks are there");
+    }
+    let what = format!("not there: {}", paths.join(", "));
+    wrong(NAME, Grade::Fail, what, format!("apt-get install {}", packages.join(" ")))
+}
+
+/// How processors are had, which only a guest that runs tells.
+fn machine(attempt: &Attempt) -> Finding {
+    const NAME: &str = "machine";
+    match &attempt.machine {
+        Some(machine) if machine.contains("without KVM") => {
+            let what = format!("{machine}: guests run several times slower than they could");
+            wrong(NAME, Grade::Note, what, "see kvm-ok(1); /dev/kvm must be open to this user")
+        }
+        Some(machine) => fine(NAME, machine.clone()),
+        None => fine(NAME, "not known while none can be made"),
+    }
+}
+
 fn command(settings: &Settings, attempt: &Attempt) -> Finding {
     let isolation = settings.isolation.name();
+    let image = settings.image.as_deref().filter(|image| !Path::new(image).is_absolute());
+    if let (Isolation::MicroVm, Some(_), Some(image)) =
+        (settings.isolation, &attempt.machine, image)
+    {
+        let what =
+            format!("not tried with image {image}, which is another pool's: run `denizen exec`");
+        return fine("command", what);
+    }
     match &attempt.output {
         Ok(_) if attempt.works() => fine("command", format!("isolation {isolation}: works")),
         Ok(output) => wrong(

@@ -313,6 +313,11 @@ pub(crate) trait Driver: Send + Sync {
     /// Whether instances can be frozen here, whatever becomes of idle ones.
     fn can_freeze(&self) -> bool;
 
+    /// What runs virtual machines here, for people. May block, for as long as one needs to start.
+    fn hypervisor(&self) -> Option<String> {
+        None
+    }
+
     /// Whether what is frozen needs nothing of this process any more, and the next one can go on
     /// with it by [`Driver::start`].
     fn keeps_frozen(&self) -> bool;

@@ -249,6 +249,15 @@ impl MicroVmManager {
         Ok(self.pool()?.driver().limits())
     }
 
+    /// What runs the sessions' virtual machines, and whether with KVM, for people; none where
+    /// sessions have none. The first time, a guest is run to find out.
+    ///
+    /// Cancel-safe: that goes on.
+    pub async fn hypervisor(&self) -> Result<Option<String>> {
+        let pool = self.pool()?.clone();
+        pool.hypervisor().await
+    }
+
     /// Whether sessions can be frozen here: while they are copied, and idle ones where
     /// [`Builder::sleep`] says so.
     ///

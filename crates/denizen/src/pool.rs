@@ -1023,6 +1023,12 @@ impl Pool {
         Ok(info)
     }
 
+    /// What runs the sessions' machines. Cancel-safe.
+    pub(crate) async fn hypervisor(&self) -> Result<Option<String>> {
+        let driver = self.driver.clone();
+        blocking(move || Ok(driver.hypervisor())).await
+    }
+
     /// What those of the sessions use that run. Cancel-safe.
     pub(crate) async fn usage(self: &Arc<Self>, ids: &[Uuid]) -> Result<HashMap<Uuid, Usage>> {
         let places: Vec<_> = {

@@ -96,6 +96,7 @@ struct Chosen {
     hypervisor: Box<dyn Hypervisor>,
     /// Of the host's, that it needs.
     devices: Vec<&'static str>,
+    why_not_kvm: Option<String>,
 }
 
 /// What a session's machine is made of.
@@ -213,10 +214,16 @@ impl Shared {
         self.chosen.get_or_init(|| {
             let kvm = self.qemu.clone().on_kvm();
             let chosen = match self.probe(&kvm) {
-                Ok(()) => Chosen { hypervisor: Box::new(kvm), devices: vec![KVM] },
+                Ok(()) => {
+                    Chosen { hypervisor: Box::new(kvm), devices: vec![KVM], why_not_kvm: None }
+                }
                 Err(why) => {
                     tracing::info!(%why, "KVM runs no guest here");
-                    Chosen { hypervisor: Box::new(self.qemu.clone()), devices: Vec::new() }
+                    Chosen {
+                        hypervisor: Box::new(self.qemu.clone()),
+                        devices: Vec::new(),
+                        why_not_kvm: Some(why.to_string()),
+                    }
                 }
             };
             tracing::info!(by = chosen.hypervisor.name(), "machines are run");
@@ -491,6 +498,13 @@ impl Driver for MicroVm {
 
     fn keeps_frozen(&self) -> bool {
         true
+    }
+
+    fn hypervisor(&self) -> Option<String> {
+        let _making = self.shared.making.lock();
+        let Chosen { hypervisor, why_not_kvm, .. } = self.shared.chosen();
+        let why = why_not_kvm.iter().map(|why| format!(" ({why})"));
+        Some(std::iter::once(hypervisor.name()).chain(why).collect())
     }
 
     fn copied(&self, from: &Site, into: &Site) -> Result<()> {

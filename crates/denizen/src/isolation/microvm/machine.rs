@@ -6,7 +6,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Weak};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use denizen_agent::{Agent, Machine, MachineStarted};
 use denizen_link::{Clock, Failure, Fresh, Link, Wake};
@@ -103,7 +103,9 @@ impl Vm {
         let has_disk = site.volume.join("disk").exists();
         // Before there are walls, which show the volume that is there then.
         let template = if has_disk { None } else { self.shared.template(&site, &parts)? };
+        let putting_up = Instant::now();
         let walls = self.shared.walls(&site, &parts)?;
+        tracing::debug!(session = %site.id, took = ?putting_up.elapsed(), "walls are up");
         let begun = self.begin_within(&site, &parts, &walls, template);
         if begun.is_err() {
             let _ = self.shared.runtime.block_on(walls.shutdown(Duration::ZERO));
@@ -179,7 +181,9 @@ impl Vm {
     ) -> io::Result<Arc<dyn Guest>> {
         let tmp = site.machine().home.join("tmp");
         let walled = Walls { agent: walls, tmp: &tmp };
+        let begun = Instant::now();
         let guest = self.shared.hypervisor().restore(walled, &parts.hardware, memory)?;
+        tracing::debug!(session = %site.id, took = ?begun.elapsed(), "memory brought back");
         match std::fs::remove_file(Self::memory(site)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
@@ -207,6 +211,7 @@ impl Vm {
 
     /// Connects a link to a guest, and tells the guest who and when it is.
     fn connect(&self, link: &Link, guest: &Arc<dyn Guest>, patience: Duration) -> io::Result<()> {
+        let begun = Instant::now();
         let port = guest.port()?;
         let mut over = guest.ended();
         let connected = self.shared.runtime.block_on(async {
@@ -215,7 +220,9 @@ impl Vm {
                 _ = over.wait_for(|ended| *ended) => Err(io::Error::other("the guest has ended")),
             }
         });
+        tracing::debug!(took = ?begun.elapsed(), "guest answers");
         let connected = connected.and_then(|()| self.introduce(link));
+        tracing::debug!(took = ?begun.elapsed(), "guest is told who it is");
         connected.map_err(|error| match guest.last_words() {
             words if words.is_empty() => error,
             words => io::Error::new(error.kind(), format!("{error}; it said: {words}")),

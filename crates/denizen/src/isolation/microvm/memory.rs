@@ -159,7 +159,9 @@ mod tests {
         failing.unwrap_err();
         assert_eq!(content(&path, &owner).unwrap(), None);
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "only the disk");
-        let noise: Vec<u8> = (0..1 << 20).map(|number: u32| number.wrapping_mul(2_654_435_761).to_le_bytes()[3]).collect();
+        let noise: Vec<u8> = (0..1 << 20)
+            .map(|number: u32| number.wrapping_mul(2_654_435_761).to_le_bytes()[3])
+            .collect();
         write(&path, &owner, |into| into.write_all(&noise)).unwrap();
         let length = fs::metadata(&path).unwrap().len();
         File::options().write(true).open(&path).unwrap().set_len(length - 100).unwrap();

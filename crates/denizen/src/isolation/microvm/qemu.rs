@@ -12,7 +12,7 @@ use std::pin::Pin;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::task::{Context, Poll};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use denizen_agent::{Agent, Spawn};
 use futures::StreamExt;
@@ -195,7 +195,9 @@ impl Hypervisor for Qemu {
         hardware: &Hardware,
         memory: &mut (dyn Read + Send),
     ) -> io::Result<Arc<dyn Guest>> {
+        let begun = Instant::now();
         let machine = self.runtime.block_on(self.start(walls, hardware, true))?;
+        tracing::debug!(took = ?begun.elapsed(), "QEMU answers");
         machine.load(memory)?;
         Ok(Arc::new(machine))
     }
@@ -310,7 +312,7 @@ impl Machine {
     }
 
     fn load(&self, memory: &mut (dyn Read + Send)) -> io::Result<()> {
-        let stream = self.runtime.block_on(async {
+        let mut stream = self.runtime.block_on(async {
             self.prepare_migration().await?;
             self.ask(qmp::migrate_incoming {
                 channels: None,
@@ -320,9 +322,8 @@ impl Machine {
             .await?;
             std::os::unix::net::UnixStream::connect(self.tmp.join("memory"))
         })?;
-        let mut stream = stream;
         stream.set_write_timeout(Some(ANSWER))?;
-        let copied = io::copy(memory, &mut stream);
+        let copied = copy(memory, &mut stream);
         drop(stream);
         copied?;
         let loaded = self.runtime.block_on(tokio::time::timeout(MEMORY, self.migrated()));
@@ -372,7 +373,7 @@ impl Guest for Machine {
 
     fn save(&self, into: &mut (dyn Write + Send)) -> io::Result<()> {
         let mut stream = self.runtime.block_on(self.begin_save())?;
-        let copied = io::copy(&mut stream, into);
+        let copied = copy(&mut stream, into);
         drop(stream);
         let saved = self.runtime.block_on(tokio::time::timeout(MEMORY, self.migrated()));
         copied?;
@@ -390,6 +391,19 @@ impl Guest for Machine {
 
     fn last_words(&self) -> String {
         last_words(&self.said)
+    }
+}
+
+/// Copies memory, of which there is much.
+fn copy(from: &mut dyn Read, into: &mut dyn Write) -> io::Result<()> {
+    let mut piece = vec![0; 1 << 20];
+    loop {
+        match from.read(&mut piece) {
+            Ok(0) => return into.flush(),
+            Ok(count) => into.write_all(piece.get(..count).unwrap_or_default())?,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
     }
 }
 
