@@ -26,6 +26,12 @@ pub(crate) const WINDOW: u32 = 64 * 1024;
 pub(crate) const CONNECTION: u32 = (1 << 31) - 1;
 /// Descriptors that can be open at once. Each can have a window's memory.
 pub(crate) const STREAMS: u32 = 4096;
+/// What small pieces may cost together that nobody has read yet, by h2's reckoning: a piece
+/// counts for what it lacks to be [`SMALL`].
+pub(crate) const PIECES: usize = 256 * 1024 * 1024;
+const SMALL: usize = 256;
+/// How long small pieces are gathered for somebody slow.
+const LAG: Duration = Duration::from_millis(10);
 /// The most that is read at once.
 const CHUNK: usize = 32 * 1024;
 
@@ -199,8 +205,14 @@ async fn outward(
     progress: Option<&watch::Sender<Progress>>,
 ) {
     let mut buffer = Vec::new();
+    let mut small = false;
     loop {
         send.reserve_capacity(CHUNK);
+        if small && send.capacity() < CHUNK {
+            // Whoever is slow and is told every letter by itself has much to keep: each costs
+            // more than it has bytes, and that is limited.
+            tokio::time::sleep(LAG).await;
+        }
         if send.capacity() == 0 && !has_room(send).await {
             return;
         }
@@ -221,6 +233,7 @@ async fn outward(
             read = end.read(read) => read,
             _ = poll_fn(|cx| send.poll_reset(cx)) => return,
         };
+        small = read.as_ref().is_ok_and(|count| *count < SMALL);
         // A terminal whose other end is closed gives an error.
         let bytes = match read {
             Err(_) | Ok(0) => return finish(send),

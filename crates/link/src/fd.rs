@@ -16,6 +16,8 @@ use rustix::net::{
 use tokio::io::unix::AsyncFd;
 use tokio::io::{Interest, Ready};
 
+/// How often is looked at what cannot be waited for.
+const PAUSE: Duration = Duration::from_millis(20);
 /// The most descriptors that a packet has.
 const DESCRIPTORS: usize = 4;
 
@@ -49,7 +51,14 @@ async fn when<T>(
         let mut guard = fd.ready(interest).await?;
         // What was said to be ready may be old: only a try after this point tells.
         match work(fd.get_ref().as_fd()) {
-            Err(Errno::AGAIN) => guard.clear_ready(),
+            Err(Errno::AGAIN) => {
+                // What was closed stays so for the runtime, though others may open it again.
+                let closed = guard.ready().is_read_closed() || guard.ready().is_write_closed();
+                guard.clear_ready();
+                if closed {
+                    tokio::time::sleep(PAUSE).await;
+                }
+            }
             Err(Errno::INTR) => {}
             result => return Ok(result?),
         }
@@ -169,9 +178,6 @@ impl Packets {
 /// hung up, over and over, so that waiting for that would be spinning; and what has hung up once
 /// is never waited for again by the runtime, unless it is registered anew.
 pub(crate) struct Port(Option<AsyncFd<OwnedFd>>);
-
-/// How often is looked for a host.
-const PAUSE: Duration = Duration::from_millis(20);
 
 impl Port {
     pub(crate) fn new(fd: OwnedFd) -> io::Result<Self> {

@@ -4,7 +4,7 @@
 
 mod rest;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::future::poll_fn;
 use std::io::{self, Write};
@@ -28,7 +28,8 @@ use rustix::termios::{InputModes, OptionalActions, Winsize, tcgetattr, tcsetattr
 use tokio::sync::{oneshot, watch};
 
 use crate::carry::{
-    CONNECTION, Incoming, NoPacket, PacketReader, Progress, STREAMS, Side, WINDOW, carry, send_all,
+    CONNECTION, Incoming, NoPacket, PIECES, PacketReader, Progress, STREAMS, Side, WINDOW, carry,
+    send_all,
 };
 use crate::fd::{End, Packets, Port};
 use crate::message::{self, Descriptor, Kind, Mark};
@@ -39,6 +40,8 @@ use crate::wire::{Parser, Stream, Wire};
 const OWN: u32 = u32::MAX;
 /// How long the end is held up by a host that does not take what is left.
 const FAREWELL: Duration = Duration::from_secs(1);
+/// How often is looked whether all is said.
+const MOMENT: Duration = Duration::from_millis(2);
 /// How much a terminal is read to find its end, while something still writes to it.
 const TAIL: u64 = 1024 * 1024;
 /// The longest request to go to rest or to go on.
@@ -108,6 +111,7 @@ async fn host(stream: Stream, init: &Arc<Packets>, path: &Arc<Path>, again: bool
         .max_concurrent_streams(STREAMS)
         .max_header_list_size(4096)
         .max_send_buffer_size(WINDOW as usize)
+        .data_frame_budget(PIECES)
         // Streams that one side has left while the other was still sending are no attack.
         .max_local_error_reset_streams(None)
         .max_pending_accept_reset_streams(STREAMS as usize)
@@ -148,10 +152,16 @@ async fn host(stream: Stream, init: &Arc<Packets>, path: &Arc<Path>, again: bool
         _ = ended.wait_for(|ended| *ended) => {}
     }
     // The last words are still to go to the wire.
+    let words = async {
+        tokio::task::yield_now().await;
+        while !relay.tasks.are_done() {
+            tokio::time::sleep(MOMENT).await;
+        }
+    };
     let _ = tokio::time::timeout(FAREWELL, async {
         tokio::select! {
-            () = &mut serving => {}
-            () = tokio::task::yield_now() => {}
+            () = serving => {}
+            () = words => {}
         }
     })
     .await;
@@ -182,10 +192,10 @@ async fn answer(request: Request<RecvStream>, mut respond: SendResponse<Bytes>, 
         *response.status_mut() = StatusCode::BAD_REQUEST;
     }
     // It can only fail if nobody is there to be told.
-    if let Ok(mut send) = respond.send_response(response, false) {
-        if send_all(&mut send, answer.unwrap_or_default().into()).await {
-            let _ = send.send_data(Bytes::new(), true);
-        }
+    if let Ok(mut send) = respond.send_response(response, false)
+        && send_all(&mut send, answer.unwrap_or_default().into()).await
+    {
+        let _ = send.send_data(Bytes::new(), true);
     }
 }
 
@@ -348,6 +358,17 @@ impl Relay {
                         made.map_or_else(|errno| errno.raw_os_error().unsigned_abs(), |()| 0);
                     tell(&telling, &[], &message::with_number(message::GIVEN, id, errno)).await;
                 });
+            }
+            (message::DRAIN, _) => {
+                // Of a spawn that the host could not ask for.
+                let streams: HashSet<u32> = descriptors
+                    .iter()
+                    .filter(|it| it.kind != Kind::Null)
+                    .map(|it| it.stream)
+                    .collect();
+                for stream in streams {
+                    drop(self.stream(stream).await);
+                }
             }
             (message::SIZE, _) => {
                 let size = packet.get(8..).and_then(|it| it.first_chunk());

@@ -26,7 +26,8 @@ use tokio::task::JoinSet;
 
 use crate::Failure;
 use crate::carry::{
-    CONNECTION, Incoming, NoPacket, PacketReader, Progress, STREAMS, Side, WINDOW, carry, send_all,
+    CONNECTION, Incoming, NoPacket, PIECES, PacketReader, Progress, STREAMS, Side, WINDOW, carry,
+    send_all,
 };
 use crate::fd::{End, Packets};
 use crate::message::{self, Descriptor, Kind, Mark, Steps, Wake};
@@ -103,15 +104,21 @@ impl Link {
         let tasks = owner.tasks();
         let relay = Relay::run(packets, requests.clone(), tasks.clone());
         owner.tasks().start(async move {
+            let mut connection = std::pin::pin!(connection);
             let failure = tokio::select! {
                 biased;
-                ended = connection => match ended {
+                ended = &mut connection => match ended {
                     Ok(()) => Failure::Ended,
                     Err(error) => Failure::Connection(error.to_string()),
                 },
                 failure = relay => failure,
             };
+            let well = failure == Failure::Ended;
             end.send_replace(Some(failure));
+            if well {
+                // What was printed last is still on its way.
+                let _ = connection.await;
+            }
             // What is open is closed at both ends.
             tasks.end();
         });
@@ -224,6 +231,7 @@ async fn handshake<S: AsyncRead + AsyncWrite + Unpin>(
         .max_concurrent_streams(0)
         .max_header_list_size(4096)
         .max_send_buffer_size(WINDOW as usize)
+        .data_frame_budget(PIECES)
         // Streams that one side has left while the other was still sending are no attack.
         .max_local_error_reset_streams(None)
         .enable_push(false)
@@ -355,13 +363,17 @@ impl Relay {
     ) -> Option<(Vec<Descriptor>, Vec<u8>)> {
         let (kind, flags, id) = message::head(packet)?;
         match kind {
-            message::SPAWN => match self.spawn(id, flags, packet, fds).await {
-                Ok(request) => return Some(request),
-                Err(errno) => {
-                    self.tell_number(message::FAILED, id, errno).await;
-                    return None;
-                }
-            },
+            message::SPAWN => {
+                let mut descriptors = Vec::new();
+                return match self.spawn(id, flags, packet, fds, &mut descriptors).await {
+                    Ok(request) => Some((descriptors, request)),
+                    Err(errno) => {
+                        self.tell_number(message::FAILED, id, errno).await;
+                        // What was opened already is closed by the guest.
+                        Some((descriptors, message::header(message::DRAIN, 0, id)))
+                    }
+                };
+            }
             message::TERMINAL => {
                 let made = rustix::pty::openpt(
                     OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC,
@@ -409,7 +421,8 @@ impl Relay {
         flags: u8,
         packet: &[u8],
         fds: Vec<OwnedFd>,
-    ) -> Result<(Vec<Descriptor>, Vec<u8>), Errno> {
+        descriptors: &mut Vec<Descriptor>,
+    ) -> Result<Vec<u8>, Errno> {
         let mut fds = fds.into_iter();
         let (Some(stdin), Some(stdout), Some(stderr)) = (fds.next(), fds.next(), fds.next()) else {
             return Err(Errno::MFILE);
@@ -429,7 +442,6 @@ impl Relay {
             given(stderr, Kind::Output, terminal)?,
         ];
         let mut known: Vec<((u64, u64, Kind), Descriptor)> = Vec::new();
-        let mut descriptors = Vec::new();
         for Given { fd, kind, key } in given {
             let copy = known.iter().find(|(other, _)| *other == key).map(|(_, it)| *it);
             let descriptor = match copy {
@@ -441,7 +453,7 @@ impl Relay {
         }
         let command = Command { killed: watch::Sender::new(false), ended: false };
         self.state.lock().commands.insert(id, command);
-        Ok((descriptors, request))
+        Ok(request)
     }
 
     /// Opens a stream for a descriptor.

@@ -4,13 +4,11 @@
 //! descriptors along. Into a guest leads only a stream of bytes. So there is a relay at each end
 //! of it: the host's ([`host::Link`]) is to the owner what its init would be, the guest's
 //! ([`guest::serve`]) is to the init what its owner would be, and both stay as they are.
-//! Between them is HTTP/2, a stream for each descriptor, over a [wire] that outlives its
+//! Between them is HTTP/2, a stream for each descriptor, over a wire that outlives its
 //! transport, because a guest is put to disk and goes on elsewhere.
 //!
 //! The host must never believe the guest: what it sends is bounded in memory and cannot make
 //! this process panic.
-//!
-//! [wire]: wire
 
 mod carry;
 mod cobs;

@@ -9,7 +9,7 @@
 //!
 //! denizen-init's packets are those of its table, with these differences: the strings of a
 //! spawn are always in the packet; a terminal is only made by a spawn; the entry of a `connect`
-//! is the connection; and `size` is the relays' own.
+//! is the connection; the entries of a `drain` are to be closed; and `size` is the relays' own.
 
 use serde::{Deserialize, Serialize};
 

@@ -32,6 +32,14 @@ impl Tasks {
         }
     }
 
+    /// Whether none of them goes on.
+    pub(crate) fn are_done(&self) -> bool {
+        self.0.lock().as_mut().is_none_or(|tasks| {
+            while tasks.try_join_next().is_some() {}
+            tasks.is_empty()
+        })
+    }
+
     /// Ends all, and starts no more.
     pub(crate) fn end(&self) {
         // They start others, and are dropped here if they do not run just now.

@@ -275,11 +275,7 @@ enum Frame<'a> {
 }
 
 impl Parser {
-    fn parse(
-        &mut self,
-        mut bytes: &[u8],
-        mut take: impl FnMut(Frame<'_>) -> Result<(), Failure>,
-    ) -> Result<(), Failure> {
+    fn parse(&mut self, mut bytes: &[u8], mut take: impl FnMut(Frame<'_>)) {
         while let Some(end) = memchr::memchr(0, bytes) {
             let (part, rest) = bytes.split_at(end);
             self.add(part);
@@ -287,14 +283,13 @@ impl Parser {
                 && cobs::unstuff(&self.stuffed, &mut self.plain)
                 && let Some(frame) = read(&self.plain)
             {
-                take(frame)?;
+                take(frame);
             }
             self.stuffed.clear();
             self.too_long = false;
             bytes = rest.get(1..).unwrap_or_default();
         }
         self.add(bytes);
-        Ok(())
     }
 
     fn add(&mut self, part: &[u8]) {
@@ -353,8 +348,7 @@ impl Wire {
         Stream { shared: Arc::clone(&self.shared), epoch }
     }
 
-    /// A new transport is there, or (`None` is sent and believed then) the old one is gone;
-    /// gives its number.
+    /// The host has another transport, over which it is to speak, or none; gives its number.
     pub(crate) fn begin(&self, speak: bool) -> u64 {
         let mut state = self.shared.state.lock();
         state.attempt += 1;
@@ -393,32 +387,31 @@ impl Wire {
         if attempt.is_some_and(|attempt| attempt != state.attempt) {
             return;
         }
-        let mut greeted = false;
-        let mut failed = None;
-        // After an error, only a new host's hello is of interest; it may be in these bytes.
-        let _ = parser.parse(bytes, |frame| {
+        let mut news = false;
+        parser.parse(bytes, |frame| {
+            // After an error, only another host's hello is of interest.
+            let over = state.failed.is_some();
             let taken = match frame {
-                Frame::Hello(nonce, attempt, offset) => {
-                    let new = state.nonce != Some(nonce);
-                    if state.failed.is_some() && (state.is_host || !new) {
-                        return Ok(());
-                    }
-                    state.hello(nonce, attempt, offset).map(|valid| greeted |= valid)
+                Frame::Hello(nonce, ..)
+                    if over && (state.is_host || state.nonce == Some(nonce)) =>
+                {
+                    return;
                 }
-                _ if !state.ready || state.failed.is_some() => Ok(()),
+                Frame::Hello(nonce, attempt, offset) => {
+                    state.hello(nonce, attempt, offset).map(|valid| news |= valid)
+                }
+                _ if over || !state.ready => return,
                 Frame::Data(offset, bytes) => state.data(offset, bytes),
                 Frame::Ack(offset) => state.acknowledged(offset),
             };
             if let Err(failure) = taken {
                 state.failed = Some(failure);
                 state.wake_all();
-                failed = state.failed.clone();
+                news = true;
             }
-            Ok(())
         });
-        if greeted || failed.is_some() {
-            let (attempt, epoch) = (state.attempt, state.epoch);
-            let ready = state.ready;
+        if news {
+            let (attempt, epoch, ready) = (state.attempt, state.epoch, state.ready);
             let failed = state.failed.clone();
             drop(state);
             self.shared.status.send_modify(|status| {

@@ -20,7 +20,7 @@ fn measure(owner: &mut Owner, what: &str) {
         times.push(begin.elapsed());
     }
     times.sort();
-    println!("{what}: median {:?}, 90% {:?}", times[250], times[450]);
+    println!("{what}: 10% {:?}, median {:?}, 90% {:?}", times[50], times[250], times[450]);
 }
 
 #[tokio::test(flavor = "multi_thread")]

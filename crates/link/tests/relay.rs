@@ -129,17 +129,70 @@ async fn who_is_slow_stops_who_is_fast() {
     assert_eq!(failed.unwrap().kind(), std::io::ErrorKind::BrokenPipe);
 }
 
+/// What the host cannot even ask for leaves nothing either.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_cannot_be_asked_for() {
+    use rustix::event::{PollFd, PollFlags, poll};
+    let (_link, mut owner, _guest) = pair().await;
+    let null = std::fs::OpenOptions::new().read(true).write(true).open("/dev/null").unwrap();
+    for _ in 0..50 {
+        let (theirs, stdin) = std::io::pipe().unwrap();
+        // That is no terminal.
+        let id = owner.ask(&["true"], [theirs.as_fd(), null.as_fd(), null.as_fd()], true);
+        drop(theirs);
+        let (event, _) = owner.event(&[1, 2], id);
+        assert_eq!((event[0], event[8]), (2, 25));
+        let mut hung_up = [PollFd::new(&stdin, PollFlags::empty())];
+        assert_eq!(poll(&mut hung_up, Some(&common::DEADLINE)), Ok(1));
+    }
+    let file = tempfile::tempfile().unwrap();
+    let id = owner.ask(&["true"], [file.as_fd(); 3], false);
+    assert_eq!(owner.event(&[1, 2], id).0[8], 22);
+    let running = owner.sh("exit 4");
+    assert_eq!(owner.exit(running.id), (0, 4));
+}
+
+/// Whoever waits for the other end to be closed, and says nothing, is told.
+#[tokio::test(flavor = "multi_thread")]
+async fn closing_is_seen_without_a_word() {
+    use rustix::event::{PollFd, PollFlags, poll};
+    let (_link, mut owner, _guest) = pair().await;
+    let running = owner.sh("exec <&-; exec sleep 1000");
+    let mut hung_up = [PollFd::new(running.stdin.as_ref().unwrap(), PollFlags::empty())];
+    assert_eq!(poll(&mut hung_up, Some(&common::DEADLINE)), Ok(1));
+    // And the other way: it is `tail` that looks, as nothing is written.
+    let running = owner.sh("tail -f /dev/null");
+    drop(running.stdout);
+    owner.exit(running.id);
+}
+
+/// Letters one by one, for somebody who is slow, are as good as many at once.
+#[tokio::test(flavor = "multi_thread")]
+async fn letter_by_letter() {
+    let (_link, mut owner, _guest) = pair().await;
+    let slow: Vec<_> = (0..2)
+        .map(|_| owner.spawn(&["dd", "if=/dev/zero", "bs=1", "count=150000", "status=none"]))
+        .collect();
+    let other = owner.sh("exit 5");
+    assert_eq!(owner.exit(other.id), (0, 5));
+    for running in slow {
+        assert_eq!(all(running.stdout).len(), 150_000);
+        assert_eq!(owner.exit(running.id), (0, 0));
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_terminal() {
     let (_link, mut owner, _guest) = pair().await;
     let (id, mut master) = owner.on_terminal(&["sh"], 101, 37);
-    master.write_all(b"stty size; tty\n").unwrap();
-    read_until(&mut master, "37 101");
-    read_until(&mut master, "/dev/pts/");
+    master.write_all(b"tty; stty size\n").unwrap();
+    assert!(read_until(&mut master, "37 101").contains("/dev/pts/"));
     let size = [55u16.to_le_bytes(), 22u16.to_le_bytes()].concat();
     owner.send(&packet(11, 0, id, &size), &[]);
-    master.write_all(b"stty size\n").unwrap();
-    read_until(&mut master, "22 55");
+    // What is typed and the size go on different ways.
+    let wait = b"until [ \"$(stty size)\" = '22 55' ]; do sleep 0.01; done; echo re'sized'\n";
+    master.write_all(wait).unwrap();
+    read_until(&mut master, "resized");
     master.write_all(b"echo $((6 * 7)); exit 9\n").unwrap();
     read_until(&mut master, "42");
     assert_eq!(owner.exit(id), (0, 9));
@@ -263,6 +316,22 @@ async fn the_owner_leaves() {
     assert!(all(running.stdout).is_empty());
     let failure = tokio::time::timeout(PATIENCE, link.failed()).await.unwrap();
     assert_eq!(failure, denizen_link::Failure::Ended);
+}
+
+/// What was printed before the end of everything is not lost with it.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_last_words() {
+    for _ in 0..20 {
+        let (_link, mut owner, mut guest) = pair().await;
+        let mut running = owner.sh("head -c 60000 /dev/zero; echo on >&2; sleep 1000");
+        running.stderr.read_exact(&mut [0; 3]).unwrap();
+        let init = rustix::process::Pid::from_raw(guest.init().try_into().unwrap()).unwrap();
+        owner.send(&packet(3, 0, 0, &[]), &[]);
+        drop(owner);
+        assert_eq!(all(running.stdout).len(), 60_000);
+        guest.ended().unwrap();
+        assert!(rustix::process::test_kill_process(init).is_err());
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -35,6 +35,7 @@ use std::time::Duration;
 use denizen_agent::{Agent, Launch};
 use denizen_image::Store;
 use parking_lot::Mutex;
+use rustix::fs::{FileType, Mode};
 use sha2::{Digest, Sha256};
 use tokio::runtime::Handle;
 use uuid::Uuid;
@@ -95,7 +96,7 @@ struct Shared {
 struct Chosen {
     hypervisor: Box<dyn Hypervisor>,
     /// Of the host's, that it needs.
-    devices: Vec<&'static str>,
+    devices: Vec<(PathBuf, &'static str)>,
     why_not_kvm: Option<String>,
 }
 
@@ -214,8 +215,8 @@ impl Shared {
         self.chosen.get_or_init(|| {
             let kvm = self.qemu.clone().on_kvm();
             let chosen = match self.probe(&kvm) {
-                Ok(()) => {
-                    Chosen { hypervisor: Box::new(kvm), devices: vec![KVM], why_not_kvm: None }
+                Ok(device) => {
+                    Chosen { hypervisor: Box::new(kvm), devices: vec![device], why_not_kvm: None }
                 }
                 Err(why) => {
                     tracing::info!(%why, "KVM runs no guest here");
@@ -236,8 +237,9 @@ impl Shared {
     }
 
     /// Runs a guest on KVM until its kernel has begun: no file tells whether it can.
-    fn probe(&self, hypervisor: &dyn Hypervisor) -> io::Result<()> {
-        fs::metadata(KVM)?;
+    /// Gives the device that it needs.
+    fn probe(&self, hypervisor: &dyn Hypervisor) -> io::Result<(PathBuf, &'static str)> {
+        let device = (self.kvm()?, KVM);
         let disks = Disks { sandbox: &self.sandbox, folder: &self.folder };
         let place = disks.begin().map_err(io::Error::other)?;
         let site = &place.site;
@@ -248,7 +250,7 @@ impl Shared {
             // Nothing in it says that it is to be a session's: it ends by itself.
             command_line: "console=ttyS0 panic=-1 denizen.probe".to_owned(),
         };
-        let mut fittings = self.fittings(&hardware, vec![KVM]);
+        let mut fittings = self.fittings(&hardware, vec![device.clone()]);
         // It looks at none of its disks.
         fittings.files.extend([ROOT, TOOLS].map(|name| (self.initramfs.clone(), name)));
         let walls = self.sandbox.for_program(site, &fittings).map_err(io::Error::other)?;
@@ -263,13 +265,30 @@ impl Shared {
                 let over = self.runtime.block_on(tokio::time::timeout(PROBE, over));
                 let said = guest.last_words();
                 match over {
-                    Ok(_) if said.contains(PROBED) => Ok(()),
+                    Ok(_) if said.contains(PROBED) => Ok(device),
                     _ => Err(io::Error::other(said)),
                 }
             });
         let _ = self.runtime.block_on(walls.shutdown(Duration::ZERO));
         Driver::ended(&*self.sandbox, site);
         began
+    }
+
+    /// The device of KVM as what runs guests can open it: root's is not theirs.
+    fn kvm(&self) -> io::Result<PathBuf> {
+        let device = fs::metadata(KVM)?.rdev();
+        if !rustix::process::geteuid().is_root() {
+            return Ok(KVM.into());
+        }
+        let own = self.folder.join("kvm");
+        if !own.exists() {
+            let partial = self.folder.join(format!("kvm-{}", Uuid::new_v4()));
+            let (kind, mode) = (FileType::CharacterDevice, Mode::RUSR | Mode::WUSR);
+            rustix::fs::mknodat(rustix::fs::CWD, &partial, kind, mode, device)?;
+            self.sandbox.give(&partial)?;
+            fs::rename(&partial, &own)?;
+        }
+        Ok(own)
     }
 
     /// Bytes of a guest's memory.
@@ -325,7 +344,7 @@ impl Shared {
     }
 
     /// What walls have in which a guest runs.
-    fn fittings(&self, hardware: &Hardware, devices: Vec<&'static str>) -> Fittings {
+    fn fittings(&self, hardware: &Hardware, devices: Vec<(PathBuf, &'static str)>) -> Fittings {
         Fittings {
             files: vec![(self.kernel.clone(), KERNEL), (self.initramfs.clone(), INITRAMFS)],
             devices,

@@ -96,8 +96,8 @@ const PROTECTED: [&str; 5] =
 pub(super) struct Fittings {
     /// Files of the host, and where they are within; not to be written.
     pub(super) files: Vec<(PathBuf, &'static str)>,
-    /// Devices of the host, by their paths.
-    pub(super) devices: Vec<&'static str>,
+    /// Devices of the host, and where they are within.
+    pub(super) devices: Vec<(PathBuf, &'static str)>,
     /// A root that is shown at [`TREE`] as a tree of files.
     pub(super) tree: Option<Below>,
     /// Whether it has the pool's network.
@@ -394,9 +394,11 @@ impl Sandbox {
     fn devices(&self, plan: &mut Plan, fittings: &Fittings) {
         plan.fs("tmpfs", "/dev", Attributes::DATA, &["mode=755", "size=64k"]);
         let usual = DEVICES.map(|name| format!("/dev/{name}"));
-        for path in usual.iter().map(String::as_str).chain(fittings.devices.iter().copied()) {
+        let usual = usual.iter().map(|path| (Path::new(path), path.as_str()));
+        let others = fittings.devices.iter().map(|(source, path)| (source.as_path(), *path));
+        for (source, path) in usual.chain(others) {
             plan.step(["file", path]);
-            plan.bind(Path::new(path), path, Attributes::DEVICE);
+            plan.bind(source, path, Attributes::DEVICE);
         }
         plan.dir("/dev/pts", 0o755);
         let mut settings = vec!["ptmxmode=666", "mode=620"];

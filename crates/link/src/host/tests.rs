@@ -112,7 +112,8 @@ async fn garbage_is_no_guest() {
     let flooding = std::thread::spawn(move || {
         use std::io::Write;
         // With and without ends of frames, for as long as it is taken.
-        let garbage: Vec<u8> = (0..100_000u32).map(|at| (at.wrapping_mul(at) >> 7).to_le_bytes()[0]).collect();
+        let garbage: Vec<u8> =
+            (0..100_000u32).map(|at| (at.wrapping_mul(at) >> 7).to_le_bytes()[0]).collect();
         while theirs.write_all(&garbage).is_ok() && theirs.write_all(&[1; 100_000]).is_ok() {}
     });
     let error = link.connect(stream(ours), Duration::from_millis(300)).await.unwrap_err();
@@ -300,9 +301,8 @@ async fn streams_that_are_misused() {
     let [(stdin, ours), (stdout, out), (mut stderr, err)] = pipes;
     drop((stdin, out, err));
     // It is not there any more.
-    let ended = tokio::task::spawn_blocking(move || {
-        std::io::Read::read(&mut stderr, &mut [0]).unwrap()
-    });
+    let ended =
+        tokio::task::spawn_blocking(move || std::io::Read::read(&mut stderr, &mut [0]).unwrap());
     assert_eq!(tokio::time::timeout(SOON, ended).await.unwrap().unwrap(), 0);
     let mut before = 0;
     loop {
