@@ -304,6 +304,7 @@ pub(crate) trait Driver: Send + Sync {
     fn resume(&self, site: &Site) -> Option<Instance>;
 
     /// Lets go of an instance that goes on without this process: nothing here serves it any more.
+    /// May block.
     fn leave(&self, site: &Site);
 
     /// Clears away what an instance leaves outside of its session's folder. Nothing runs in it,

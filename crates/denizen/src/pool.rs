@@ -1296,7 +1296,14 @@ impl Pool {
         for place in places {
             let instance = place.instance.lock().take();
             if let Some(Instance { agent, .. }) = instance {
-                self.driver.leave(&place.site);
+                let (driver, site) = (self.driver.clone(), place.site.clone());
+                let left = blocking(move || {
+                    driver.leave(&site);
+                    Ok(())
+                });
+                if let Err(error) = left.await {
+                    tracing::warn!(session = %place.site.id, %error, "cannot be left");
+                }
                 agent.leave().await;
             }
         }
