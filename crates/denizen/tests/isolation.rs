@@ -7,6 +7,7 @@ mod common;
 use std::path::{Path, PathBuf};
 use std::process::Command as Program;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use denizen::{
@@ -17,9 +18,7 @@ use tempfile::TempDir;
 use tokio::io::AsyncWriteExt;
 use uuid::Uuid;
 
-use crate::common::{cache, server, text};
-
-const ALL: [Isolation; 2] = [Isolation::Host, Isolation::Sandbox];
+use crate::common::{isolated, limits, server, text};
 
 struct World {
     folder: TempDir,
@@ -44,7 +43,7 @@ impl World {
             config: (&config).into(),
             folder,
             isolation,
-            limits: Limits::default(),
+            limits: limits(isolation),
             network: Network::None,
         }
     }
@@ -54,9 +53,8 @@ impl World {
     }
 
     fn try_open(&self) -> denizen::Result<Arc<MicroVmManager>> {
-        let builder = MicroVmManager::builder(self.config.clone()).isolation(self.isolation);
-        let builder = builder.network(self.network.clone());
-        builder.cache(cache()).limits(self.limits.clone()).build()
+        let builder = isolated(MicroVmManager::builder(self.config.clone()), self.isolation);
+        builder.network(self.network.clone()).limits(self.limits.clone()).build()
     }
 }
 
@@ -65,8 +63,22 @@ async fn sh(guard: &VmExecutionGuard, line: &str) -> Output {
 }
 
 /// A number of seconds by which a process can be told from all others.
-fn mark(number: u32) -> String {
-    format!("91{number}{:07}", std::process::id())
+fn mark() -> String {
+    static NEXT: AtomicU32 = AtomicU32::new(100);
+    format!("91{}{:07}", NEXT.fetch_add(1, Ordering::Relaxed), std::process::id())
+}
+
+/// Processes in sight of a session whose command line begins with the mark.
+async fn within(guard: &VmExecutionGuard, mark: &str) -> usize {
+    let lines = text(guard, "ps -eo args").await;
+    lines.lines().filter(|line| line.starts_with(mark)).count()
+}
+
+/// Waits until so many of them are there.
+async fn until_within(guard: &VmExecutionGuard, mark: &str, count: usize) {
+    let come = async { while within(guard, mark).await != count {} };
+    let come = tokio::time::timeout(Duration::from_secs(30), come).await;
+    assert!(come.is_ok(), "waited in vain until {count} run");
 }
 
 /// Processes on this machine whose command line begins with the mark.
@@ -86,189 +98,310 @@ async fn until(what: &str, condition: impl Fn() -> bool) {
     }
 }
 
-#[tokio::test]
-async fn commands_are_what_they_are_elsewhere() {
-    for isolation in ALL {
-        let pool = World::new(isolation);
-        let pool = pool.open();
-        let guard = pool.acquire(Uuid::new_v4()).await.unwrap();
-        let output = sh(&guard, r"printf 'out\377'; printf 'err\376' >&2; exit 7").await;
-        assert_eq!(output.exit, Exit::Code(7), "{isolation:?}");
-        assert_eq!((&output.stdout[..], &output.stderr[..]), (&b"out\xff"[..], &b"err\xfe"[..]));
-        assert_eq!(sh(&guard, "kill -9 $$").await.exit, Exit::Signal(9));
-        let workdir = guard.workdir().to_str().unwrap().to_owned();
-        assert_eq!(text(&guard, "pwd").await.trim(), workdir);
-        assert_eq!(text(&guard, "echo $HOME").await.trim(), workdir);
-        let echoed = guard.command("cat").stdin(vec![7; 300_000]).output().await.unwrap();
-        assert_eq!(echoed.stdout, vec![7; 300_000]);
-        let env = guard.program("env").env("MINE", "yes").output().await.unwrap();
-        let env = String::from_utf8(env.stdout).unwrap();
-        assert!(env.contains("MINE=yes\n") && !env.contains("CARGO"), "{isolation:?}: {env}");
-        let error = guard.program("no-such-program").output().await.unwrap_err();
-        let error = error.to_string();
-        assert!(error.contains("no-such-program"), "{isolation:?}: {error}");
-        let error = guard.command("true").current_dir("none").output().await.unwrap_err();
-        assert!(error.to_string().contains("none"), "{isolation:?}: {error}");
-        let big = guard.program("printf").args(["%s", &"x".repeat(100_000)]).output();
-        assert_eq!(big.await.unwrap().stdout.len(), 100_000);
-    }
+over! { host: Host, sandbox: Sandbox, microvm: MicroVm; {
+    commands_are_what_they_are_elsewhere,
+    a_command_is_followed_and_fed_while_it_runs,
+    the_whole_tree_ends_with_its_command,
+    what_is_left_running_counts_as_use,
+    a_terminal_is_one_and_has_a_name,
+    bootstrap_runs_within_and_once,
+    backups_bring_it_back_and_forks_go_their_own_way,
+    ports_of_a_session_can_be_reached,
+} }
+
+async fn commands_are_what_they_are_elsewhere(isolation: Isolation) {
+    let pool = World::new(isolation);
+    let pool = pool.open();
+    let guard = pool.acquire(Uuid::new_v4()).await.unwrap();
+    let output = sh(&guard, r"printf 'out\377'; printf 'err\376' >&2; exit 7").await;
+    assert_eq!(output.exit, Exit::Code(7));
+    assert_eq!((&output.stdout[..], &output.stderr[..]), (&b"out\xff"[..], &b"err\xfe"[..]));
+    assert_eq!(sh(&guard, "kill -9 $$").await.exit, Exit::Signal(9));
+    let workdir = guard.workdir().to_str().unwrap().to_owned();
+    assert_eq!(text(&guard, "pwd").await.trim(), workdir);
+    assert_eq!(text(&guard, "echo $HOME").await.trim(), workdir);
+    let echoed = guard.command("cat").stdin(vec![7; 300_000]).output().await.unwrap();
+    assert_eq!(echoed.stdout, vec![7; 300_000]);
+    let env = guard.program("env").env("MINE", "yes").output().await.unwrap();
+    let env = String::from_utf8(env.stdout).unwrap();
+    assert!(env.contains("MINE=yes\n") && !env.contains("CARGO"), "{env}");
+    let error = guard.program("no-such-program").output().await.unwrap_err();
+    let error = error.to_string();
+    assert!(error.contains("no-such-program"), "{error}");
+    let error = guard.command("true").current_dir("none").output().await.unwrap_err();
+    assert!(error.to_string().contains("none"), "{error}");
+    let big = guard.program("printf").args(["%s", &"x".repeat(100_000)]).output();
+    assert_eq!(big.await.unwrap().stdout.len(), 100_000);
 }
 
-#[tokio::test]
-async fn a_command_is_followed_and_fed_while_it_runs() {
-    for isolation in ALL {
-        let world = World::new(isolation);
-        let pool = world.open();
-        let guard = pool.acquire(Uuid::new_v4()).await.unwrap();
-        let line = "while read word; do echo got $word; echo also >&2; done; echo end";
-        let mut running = guard.command(line).piped_stdin().spawn().await.unwrap();
-        let mut stdin = running.stdin().unwrap();
-        let mut heard = Vec::new();
-        for word in ["one", "two"] {
-            stdin.write_all(format!("{word}\n").as_bytes()).await.unwrap();
-            let wanted = format!("got {word}\n");
-            while !String::from_utf8_lossy(&heard).contains(&wanted) {
-                let chunk = running.next().await.unwrap().unwrap();
-                if chunk.stream == Stream::Stdout {
-                    heard.extend_from_slice(&chunk.bytes);
-                }
+async fn a_command_is_followed_and_fed_while_it_runs(isolation: Isolation) {
+    let world = World::new(isolation);
+    let pool = world.open();
+    let guard = pool.acquire(Uuid::new_v4()).await.unwrap();
+    let line = "while read word; do echo got $word; echo also >&2; done; echo end";
+    let mut running = guard.command(line).piped_stdin().spawn().await.unwrap();
+    let mut stdin = running.stdin().unwrap();
+    let mut heard = Vec::new();
+    for word in ["one", "two"] {
+        stdin.write_all(format!("{word}\n").as_bytes()).await.unwrap();
+        let wanted = format!("got {word}\n");
+        while !String::from_utf8_lossy(&heard).contains(&wanted) {
+            let chunk = running.next().await.unwrap().unwrap();
+            if chunk.stream == Stream::Stdout {
+                heard.extend_from_slice(&chunk.bytes);
             }
         }
-        drop(stdin);
-        while let Some(chunk) = running.next().await.unwrap() {
-            heard.extend_from_slice(&chunk.bytes);
-        }
-        assert!(heard.ends_with(b"end\n"), "{isolation:?}");
-        assert_eq!(running.wait().await.unwrap(), Exit::Code(0));
     }
+    drop(stdin);
+    while let Some(chunk) = running.next().await.unwrap() {
+        heard.extend_from_slice(&chunk.bytes);
+    }
+    assert!(heard.ends_with(b"end\n"));
+    assert_eq!(running.wait().await.unwrap(), Exit::Code(0));
 }
 
-#[tokio::test]
-async fn the_whole_tree_ends_with_its_command() {
-    for (isolation, mark) in ALL.into_iter().zip([mark(51), mark(52)]) {
-        let world = World::new(isolation);
-        let pool = world.open();
-        let guard = pool.acquire(Uuid::new_v4()).await.unwrap();
-        let line = format!(
-            "(setsid sh -c 'setsid env -i sleep {mark}1 & exit' &); sleep {mark}2 & sleep {mark}3"
-        );
-        let all = |count| {
-            let mark = format!("sleep {mark}");
-            move || running(&mark) == count
-        };
-        let timed = guard.command(line.clone()).timeout(Duration::from_millis(700));
-        assert_eq!(timed.output().await.unwrap().exit, Exit::TimedOut);
-        assert!(all(0)(), "{isolation:?}: after its time");
-        let dropped = guard.command(line).spawn().await.unwrap();
-        until("the tree runs", all(3)).await;
-        drop(dropped);
-        until("the tree is gone", all(0)).await;
-    }
+async fn the_whole_tree_ends_with_its_command(isolation: Isolation) {
+    let mark = mark();
+    let world = World::new(isolation);
+    let pool = world.open();
+    let guard = pool.acquire(Uuid::new_v4()).await.unwrap();
+    let line = format!(
+        "(setsid sh -c 'setsid env -i sleep {mark}1 & exit' &); sleep {mark}2 & sleep {mark}3"
+    );
+    let mark = format!("sleep {mark}");
+    let timed = guard.command(line.clone()).timeout(Duration::from_millis(700));
+    assert_eq!(timed.output().await.unwrap().exit, Exit::TimedOut);
+    assert_eq!(within(&guard, &mark).await, 0, "after its time");
+    let dropped = guard.command(line).spawn().await.unwrap();
+    until_within(&guard, &mark, 3).await;
+    drop(dropped);
+    until_within(&guard, &mark, 0).await;
+    assert_eq!(running(&mark), 0);
 }
 
-#[tokio::test]
-async fn what_is_left_running_counts_as_use() {
-    for (isolation, mark) in ALL.into_iter().zip([mark(53), mark(54)]) {
-        let world = World::new(isolation);
-        let pool = world.open();
-        let id = Uuid::new_v4();
-        let guard = pool.acquire(id).await.unwrap();
-        text(&guard, &format!("echo kept > file; setsid sleep {mark} > /dev/null 2>&1 &")).await;
-        drop(guard);
-        until("it runs", || running(&format!("sleep {mark}")) == 1).await;
-        let error = pool.stop(id, false).await.unwrap_err();
-        assert!(matches!(error, Error::InUse { .. }), "{isolation:?}: {error}");
-        pool.stop(id, true).await.unwrap();
-        assert_eq!(running(&format!("sleep {mark}")), 0, "{isolation:?}");
-        let guard = pool.acquire(id).await.unwrap();
-        assert_eq!(text(&guard, "cat file").await, "kept\n");
-    }
+async fn what_is_left_running_counts_as_use(isolation: Isolation) {
+    let mark = mark();
+    let world = World::new(isolation);
+    let pool = world.open();
+    let id = Uuid::new_v4();
+    let guard = pool.acquire(id).await.unwrap();
+    text(&guard, &format!("echo kept > file; setsid sleep {mark} > /dev/null 2>&1 &")).await;
+    let mark = format!("sleep {mark}");
+    until_within(&guard, &mark, 1).await;
+    drop(guard);
+    let error = pool.stop(id, false).await.unwrap_err();
+    assert!(matches!(error, Error::InUse { .. }), "{error}");
+    pool.stop(id, true).await.unwrap();
+    assert_eq!(running(&mark), 0);
+    let guard = pool.acquire(id).await.unwrap();
+    assert_eq!(within(&guard, &mark).await, 0);
+    assert_eq!(text(&guard, "cat file").await, "kept\n");
 }
 
-#[tokio::test]
-async fn a_terminal_is_one_and_has_a_name() {
+async fn a_terminal_is_one_and_has_a_name(isolation: Isolation) {
     use denizen_agent::{Spec, Stdio};
-    for isolation in ALL {
-        let world = World::new(isolation);
-        let pool = world.open();
-        let guard = pool.acquire(Uuid::new_v4()).await.unwrap();
-        let mut spec = Spec::new("sh", guard.workdir());
-        let line = "stty size; tty; test -c $(tty) && echo there; echo $((6*7)) > /dev/tty";
-        spec.args = ["-c", line].map(Into::into).to_vec();
-        spec.stdio = Stdio::Pty { columns: 77, rows: 33 };
-        let mut child = guard.agent().unwrap().spawn(spec).await.unwrap();
-        let mut output = child.take_output().unwrap();
-        let mut heard = Vec::new();
-        while let Some(chunk) = output.next().await.unwrap() {
-            heard.extend_from_slice(&chunk.bytes);
-        }
-        let heard = String::from_utf8(heard).unwrap();
-        for part in ["33 77", "/dev/pts/", "there", "42"] {
-            assert!(heard.contains(part), "{isolation:?}: {heard}");
-        }
+    let world = World::new(isolation);
+    let pool = world.open();
+    let guard = pool.acquire(Uuid::new_v4()).await.unwrap();
+    let mut spec = Spec::new("sh", guard.workdir());
+    let line = "stty size; tty; test -c $(tty) && echo there; echo $((6*7)) > /dev/tty";
+    spec.args = ["-c", line].map(Into::into).to_vec();
+    spec.stdio = Stdio::Pty { columns: 77, rows: 33 };
+    let mut child = guard.agent().unwrap().spawn(spec).await.unwrap();
+    let mut output = child.take_output().unwrap();
+    let mut heard = Vec::new();
+    while let Some(chunk) = output.next().await.unwrap() {
+        heard.extend_from_slice(&chunk.bytes);
+    }
+    let heard = String::from_utf8(heard).unwrap();
+    for part in ["33 77", "/dev/pts/", "there", "42"] {
+        assert!(heard.contains(part), "{heard}");
     }
 }
 
-#[tokio::test]
-async fn bootstrap_runs_within_and_once() {
-    for isolation in ALL {
-        let mut world = World::new(isolation);
-        let mark = mark(55);
-        let line = format!("pwd >> where; hostname >> where; sleep {mark} &");
-        world.config.bootstrap_command = Some(["sh", "-c", &line].map(str::to_owned).to_vec());
-        let pool = world.open();
-        let id = Uuid::new_v4();
-        let guard = pool.acquire(id).await.unwrap();
-        let expected = text(&guard, "pwd; hostname").await;
-        assert_eq!(text(&guard, "cat where").await, expected, "{isolation:?}");
-        assert_eq!(running(&format!("sleep {mark}")), 0, "nothing of it goes on");
-        drop(guard);
-        pool.stop(id, false).await.unwrap();
-        let guard = pool.acquire(id).await.unwrap();
-        assert_eq!(text(&guard, "cat where").await, expected, "{isolation:?}");
-    }
+async fn bootstrap_runs_within_and_once(isolation: Isolation) {
+    let mut world = World::new(isolation);
+    let mark = mark();
+    let line = format!("pwd >> where; hostname >> where; sleep {mark} &");
+    world.config.bootstrap_command = Some(["sh", "-c", &line].map(str::to_owned).to_vec());
+    let pool = world.open();
+    let id = Uuid::new_v4();
+    let guard = pool.acquire(id).await.unwrap();
+    let expected = text(&guard, "pwd; hostname").await;
+    assert_eq!(text(&guard, "cat where").await, expected);
+    assert_eq!(within(&guard, &format!("sleep {mark}")).await, 0, "nothing of it goes on");
+    drop(guard);
+    pool.stop(id, false).await.unwrap();
+    let guard = pool.acquire(id).await.unwrap();
+    assert_eq!(text(&guard, "cat where").await, expected);
 }
 
-#[tokio::test]
-async fn backups_bring_it_back_and_forks_go_their_own_way() {
-    for isolation in ALL {
-        let world = World::new(isolation);
-        let pool = world.open();
-        let id = Uuid::new_v4();
-        let guard = pool.acquire(id).await.unwrap();
-        let line = "mkdir -p deep/er; echo old > deep/er/file; ln -s /nowhere link; chmod 700 deep";
+async fn backups_bring_it_back_and_forks_go_their_own_way(isolation: Isolation) {
+    let has_root = isolation != Isolation::Host;
+    let world = World::new(isolation);
+    let pool = world.open();
+    let id = Uuid::new_v4();
+    let guard = pool.acquire(id).await.unwrap();
+    let line = "mkdir -p deep/er; echo old > deep/er/file; ln -s /nowhere link; chmod 700 deep";
+    text(&guard, line).await;
+    if has_root {
+        let line = "echo changed > /usr/bin/new; rm /etc/passwd; mkdir /opt/new; \
+                    rm -r /usr/share/doc; mkdir /usr/share/doc; echo only > /usr/share/doc/this";
         text(&guard, line).await;
-        if isolation == Isolation::Sandbox {
-            let line = "echo changed > /usr/bin/new; rm /etc/passwd; mkdir /opt/new; \
-                        rm -r /usr/share/doc; mkdir /usr/share/doc; echo only > /usr/share/doc/this";
-            text(&guard, line).await;
+    }
+    drop(guard);
+    pool.backup(id).await.unwrap();
+    let fork = pool.fork(id).await.unwrap();
+    let guard = pool.acquire(id).await.unwrap();
+    text(&guard, "echo new > deep/er/file").await;
+    if has_root {
+        text(&guard, "rm /usr/bin/new; echo back > /etc/passwd").await;
+    }
+    drop(guard);
+    // As it was saved last, not as it is saved now.
+    pool.restore(id, None).await.unwrap();
+    assert_eq!(pool.backups(id).await.unwrap().len(), 2, "what it had was saved first");
+    for session in [id, fork] {
+        let guard = pool.acquire(session).await.unwrap();
+        assert_eq!(text(&guard, "cat deep/er/file").await, "old\n");
+        assert_eq!(text(&guard, "readlink link; stat -c %a deep").await, "/nowhere\n700\n");
+        assert_eq!(text(&guard, "ls -A").await, "deep\nlink\n");
+        if has_root {
+            assert_eq!(
+                text(&guard, "cat /usr/bin/new; ls /usr/share/doc").await,
+                "changed\nthis\n"
+            );
+            assert!(!sh(&guard, "test -e /etc/passwd").await.exit.success());
+            assert!(sh(&guard, "test -d /opt/new").await.exit.success());
         }
-        drop(guard);
-        pool.backup(id).await.unwrap();
-        let fork = pool.fork(id).await.unwrap();
+    }
+    pool.shutdown().await.unwrap();
+}
+
+async fn ports_of_a_session_can_be_reached(isolation: Isolation) {
+    use tokio::io::AsyncReadExt;
+    let world = World::new(isolation);
+    let pool = world.open();
+    let guard = pool.acquire(Uuid::new_v4()).await.unwrap();
+    let program = "import socket\n\
+                   s = socket.create_server(('127.0.0.1', 0))\n\
+                   print(s.getsockname()[1], flush=True)\n\
+                   c = s.accept()[0]\n\
+                   c.sendall(b'within ' + c.recv(100))\n";
+    let python = guard.program("python3").args(["-c", program]);
+    let mut server = python.spawn().await.unwrap();
+    let port = server.next().await.unwrap().unwrap();
+    let port: u16 = String::from_utf8_lossy(&port.bytes).trim().parse().unwrap();
+    let connection = guard.agent().unwrap().connect(port).await.unwrap();
+    let mut connection = tokio::net::TcpStream::from_std(connection).unwrap();
+    connection.write_all(b"hello").await.unwrap();
+    let mut heard = String::new();
+    connection.read_to_string(&mut heard).await.unwrap();
+    assert_eq!(heard, "within hello");
+}
+
+// ---- What has a network of its own ------------------------------------------------------
+
+mod networks {
+    use super::*;
+
+    over! { sandbox: Sandbox, microvm: MicroVm; {
+        a_filtered_network_opens_what_its_rules_open_and_tells_of_the_rest,
+        a_full_network_is_one,
+    } }
+
+    async fn a_filtered_network_opens_what_its_rules_open_and_tells_of_the_rest(
+        isolation: Isolation,
+    ) {
+        let (open, shut) = (server("127.0.0.1"), server("127.0.0.1"));
+        let mut world = World::new(isolation);
+        let rules = [format!("127.0.0.1:{open}"), "example.org".to_owned()];
+        world.network = Network::Filtered(rules.iter().map(|rule| rule.parse().unwrap()).collect());
+        let pool = world.open();
+        let mut events = pool.events().unwrap();
+        let id = Uuid::new_v4();
         let guard = pool.acquire(id).await.unwrap();
-        text(&guard, "echo new > deep/er/file").await;
-        if isolation == Isolation::Sandbox {
-            text(&guard, "rm /usr/bin/new; echo back > /etc/passwd").await;
-        }
-        drop(guard);
-        // As it was saved last, not as it is saved now.
-        pool.restore(id, None).await.unwrap();
-        assert_eq!(pool.backups(id).await.unwrap().len(), 2, "what it had was saved first");
-        for session in [id, fork] {
-            let guard = pool.acquire(session).await.unwrap();
-            assert_eq!(text(&guard, "cat deep/er/file").await, "old\n", "{isolation:?}");
-            assert_eq!(text(&guard, "readlink link; stat -c %a deep").await, "/nowhere\n700\n");
-            assert_eq!(text(&guard, "ls -A").await, "deep\nlink\n", "{isolation:?}");
-            if isolation == Isolation::Sandbox {
-                assert_eq!(
-                    text(&guard, "cat /usr/bin/new; ls /usr/share/doc").await,
-                    "changed\nthis\n"
-                );
-                assert!(!sh(&guard, "test -e /etc/passwd").await.exit.success());
-                assert!(sh(&guard, "test -d /opt/new").await.exit.success());
+        // Its own loopback is not the host's: only the proxy leads there.
+        let get = |port: u16| format!("NO_PROXY= no_proxy= curl -sS http://127.0.0.1:{port}/");
+        assert_eq!(text(&guard, &get(open)).await, "outside\n");
+        let denied = sh(&guard, &get(shut)).await;
+        assert_ne!(denied.stdout, b"outside\n", "{denied:?}");
+        assert!(
+            !sh(&guard, &format!("curl -sS --noproxy '*' http://127.0.0.1:{open}/"))
+                .await
+                .exit
+                .success()
+        );
+        let elsewhere =
+            sh(&guard, "curl -sS -o /dev/null -w '%{http_code}' http://elsewhere.example/").await;
+        assert_eq!(elsewhere.stdout, b"403");
+        let mut told = Vec::new();
+        while told.len() < 2 {
+            let event = events.next().await.unwrap();
+            if let EventKind::Denied { host, port, rule } = event.kind {
+                assert_eq!(event.session, id);
+                told.push(format!("{host} {port} {rule}"));
             }
         }
+        assert!(told[0].starts_with(&format!("127.0.0.1 {shut} ")), "{told:?}");
+        assert!(told[1].contains("elsewhere.example 80 not in the allow-list"), "{told:?}");
+        // Started again, it has its way again.
+        drop(guard);
+        pool.stop(id, true).await.unwrap();
+        let guard = pool.acquire(id).await.unwrap();
+        assert_eq!(text(&guard, &get(open)).await, "outside\n");
+    }
+
+    async fn a_full_network_is_one(isolation: Isolation) {
+        // In a network namespace of the test's own: its address is nobody else's.
+        if std::env::var_os("DENIZEN_TEST_APART").is_none() {
+            if !rustix::process::geteuid().is_root() {
+                println!("skipped: an address of the test's own needs root");
+                return;
+            }
+            let tun = std::fs::File::options().write(true).open("/dev/net/tun");
+            if tun.is_err_and(|error| error.kind() == std::io::ErrorKind::PermissionDenied) {
+                println!("skipped: this machine keeps /dev/net/tun from its users");
+                return;
+            }
+            let again =
+                "ip link set lo up && ip addr add 192.0.2.1/32 dev lo && exec \"$0\" \"$@\"";
+            let output = Program::new("unshare")
+                .args(["--net", "sh", "-c", again])
+                .arg(std::env::current_exe().unwrap())
+                .arg(format!("networks::{}::a_full_network_is_one", isolation.name()))
+                .args(["--exact", "--nocapture"])
+                .env("DENIZEN_TEST_APART", "1")
+                .output()
+                .unwrap();
+            let said = String::from_utf8_lossy(&output.stderr);
+            assert!(output.status.success(), "{}{said}", String::from_utf8_lossy(&output.stdout));
+            return;
+        }
+        let port = server("192.0.2.1");
+        let mut world = World::new(isolation);
+        world.network = Network::Full(["192.0.2.1".parse().unwrap()].into_iter().collect());
+        let pool = world.open();
+        let mut events = pool.events().unwrap();
+        let guard = pool.acquire(Uuid::new_v4()).await.unwrap();
+        assert_eq!(text(&guard, &format!("curl -sS http://192.0.2.1:{port}/")).await, "outside\n");
+        let resolver = match isolation {
+            Isolation::MicroVm => "nameserver 10.0.3.3\n",
+            _ => "nameserver 10.0.2.3\n",
+        };
+        assert_eq!(text(&guard, "cat /etc/resolv.conf").await, resolver);
+        assert!(text(&guard, "getent ahostsv4 localhost").await.contains("127.0.0.1"));
+        let denied =
+            sh(&guard, "curl -sS --max-time 20 http://169.254.169.254/latest/meta-data").await;
+        assert!(!denied.exit.success());
+        loop {
+            let event = events.next().await.unwrap();
+            if let EventKind::Denied { host, .. } = event.kind {
+                assert_eq!(host, "169.254.169.254");
+                break;
+            }
+        }
+        drop(guard);
         pool.shutdown().await.unwrap();
     }
 }
@@ -437,7 +570,7 @@ async fn a_session_that_fills_the_disk_is_ended_and_can_delete() {
     let line = "head -c 40000000 /dev/zero > file; echo there; exec cat";
     let mut below = calm.command(line).piped_stdin().spawn().await.unwrap();
     below.next().await.unwrap();
-    let mark = mark(56);
+    let mark = mark();
     let fill = |folder: &str| {
         format!(
             "sleep {mark} & cd {folder} && i=0; while [ $i -lt 3000 ]; \
@@ -539,7 +672,7 @@ async fn a_command_in_a_sandbox_keeps_its_mark() {
     let guard = pool.acquire(Uuid::new_v4()).await.unwrap();
     // Another one, so that it cannot only be that one's.
     let _other = guard.command("sleep 1000").spawn().await.unwrap();
-    let mark = mark(57);
+    let mark = mark();
     let line = format!(
         "ulimit -x 1; prlimit --locks=2:2; (setsid env -i setsid sleep {mark} &); sleep 1000"
     );
@@ -552,119 +685,6 @@ async fn a_command_in_a_sandbox_keeps_its_mark() {
     let lowered = "ulimit -n 50 && ulimit -n && prlimit --nofile=40:40 && prlimit -n -o SOFT";
     let lowered = guard.program("bash").args(["-c", lowered]).output().await.unwrap();
     assert!(String::from_utf8_lossy(&lowered.stdout).starts_with("50\n"), "{lowered:?}");
-}
-
-#[tokio::test]
-async fn a_filtered_network_opens_what_its_rules_open_and_tells_of_the_rest() {
-    let (open, shut) = (server("127.0.0.1"), server("127.0.0.1"));
-    let mut world = World::new(Isolation::Sandbox);
-    let rules = [format!("127.0.0.1:{open}"), "example.org".to_owned()];
-    world.network = Network::Filtered(rules.iter().map(|rule| rule.parse().unwrap()).collect());
-    let pool = world.open();
-    let mut events = pool.events().unwrap();
-    let id = Uuid::new_v4();
-    let guard = pool.acquire(id).await.unwrap();
-    // The sandbox's own loopback is not the host's: only the proxy leads there.
-    let get = |port: u16| format!("NO_PROXY= no_proxy= curl -sS http://127.0.0.1:{port}/");
-    assert_eq!(text(&guard, &get(open)).await, "outside\n");
-    let denied = sh(&guard, &get(shut)).await;
-    assert_ne!(denied.stdout, b"outside\n", "{denied:?}");
-    assert!(
-        !sh(&guard, &format!("curl -sS --noproxy '*' http://127.0.0.1:{open}/"))
-            .await
-            .exit
-            .success()
-    );
-    let elsewhere =
-        sh(&guard, "curl -sS -o /dev/null -w '%{http_code}' http://elsewhere.example/").await;
-    assert_eq!(elsewhere.stdout, b"403");
-    let mut told = Vec::new();
-    while told.len() < 2 {
-        let event = events.next().await.unwrap();
-        if let EventKind::Denied { host, port, rule } = event.kind {
-            assert_eq!(event.session, id);
-            told.push(format!("{host} {port} {rule}"));
-        }
-    }
-    assert!(told[0].starts_with(&format!("127.0.0.1 {shut} ")), "{told:?}");
-    assert!(told[1].contains("elsewhere.example 80 not in the allow-list"), "{told:?}");
-    // Started again, it has its way again.
-    drop(guard);
-    pool.stop(id, true).await.unwrap();
-    let guard = pool.acquire(id).await.unwrap();
-    assert_eq!(text(&guard, &get(open)).await, "outside\n");
-}
-
-#[tokio::test]
-async fn a_full_network_is_one() {
-    // In a network namespace of the test's own: its address is nobody else's.
-    if std::env::var_os("DENIZEN_TEST_APART").is_none() {
-        if !rustix::process::geteuid().is_root() {
-            println!("skipped: an address of the test's own needs root");
-            return;
-        }
-        let tun = std::fs::File::options().write(true).open("/dev/net/tun");
-        if tun.is_err_and(|error| error.kind() == std::io::ErrorKind::PermissionDenied) {
-            println!("skipped: this machine keeps /dev/net/tun from its users");
-            return;
-        }
-        let again = "ip link set lo up && ip addr add 192.0.2.1/32 dev lo && exec \"$0\" \"$@\"";
-        let output = Program::new("unshare")
-            .args(["--net", "sh", "-c", again])
-            .arg(std::env::current_exe().unwrap())
-            .args(["--exact", "a_full_network_is_one", "--nocapture"])
-            .env("DENIZEN_TEST_APART", "1")
-            .output()
-            .unwrap();
-        let said = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "{}{said}", String::from_utf8_lossy(&output.stdout));
-        return;
-    }
-    let port = server("192.0.2.1");
-    let mut world = World::new(Isolation::Sandbox);
-    world.network = Network::Full(["192.0.2.1".parse().unwrap()].into_iter().collect());
-    let pool = world.open();
-    let mut events = pool.events().unwrap();
-    let guard = pool.acquire(Uuid::new_v4()).await.unwrap();
-    assert_eq!(text(&guard, &format!("curl -sS http://192.0.2.1:{port}/")).await, "outside\n");
-    assert_eq!(text(&guard, "cat /etc/resolv.conf").await, "nameserver 10.0.2.3\n");
-    assert!(text(&guard, "getent ahostsv4 localhost").await.contains("127.0.0.1"));
-    let denied = sh(&guard, "curl -sS --max-time 20 http://169.254.169.254/latest/meta-data").await;
-    assert!(!denied.exit.success());
-    loop {
-        let event = events.next().await.unwrap();
-        if let EventKind::Denied { host, .. } = event.kind {
-            assert_eq!(host, "169.254.169.254");
-            break;
-        }
-    }
-    drop(guard);
-    pool.shutdown().await.unwrap();
-}
-
-#[tokio::test]
-async fn ports_of_a_session_can_be_reached() {
-    use tokio::io::AsyncReadExt;
-    for isolation in ALL {
-        let world = World::new(isolation);
-        let pool = world.open();
-        let guard = pool.acquire(Uuid::new_v4()).await.unwrap();
-        let program = "import socket\n\
-                       s = socket.create_server(('127.0.0.1', 0))\n\
-                       print(s.getsockname()[1], flush=True)\n\
-                       c = s.accept()[0]\n\
-                       c.sendall(b'within ' + c.recv(100))\n";
-        let python = guard.program("python3").args(["-c", program]);
-        let mut server = python.spawn().await.unwrap();
-        let port = server.next().await.unwrap().unwrap();
-        let port: u16 = String::from_utf8_lossy(&port.bytes).trim().parse().unwrap();
-        let connection = guard.agent().unwrap().connect(port).await.unwrap();
-        let mut connection = tokio::net::TcpStream::from_std(connection).unwrap();
-        connection.write_all(b"hello").await.unwrap();
-        let mut heard = String::new();
-        connection.read_to_string(&mut heard).await.unwrap();
-        assert_eq!(heard, "within hello", "{isolation:?}");
-    }
 }
 
 #[test]

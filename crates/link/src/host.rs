@@ -502,8 +502,9 @@ impl Relay {
     }
 
     async fn connect(self: &Arc<Self>, id: u32) -> Result<Descriptor, Errno> {
-        let (ours, theirs) =
-            socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+        // As init's own are.
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
         let descriptor = self.open(ours, Kind::Socket).await?;
         self.state.lock().connections.insert(id, theirs);
         Ok(descriptor)

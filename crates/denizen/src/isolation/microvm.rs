@@ -384,7 +384,9 @@ impl Shared {
         if site.home.starts_with(&self.folder) {
             return Ok(None);
         }
-        let home = self.folder.join(format!("template-{}", parts.identity));
+        // Its disk is as large as this pool's are.
+        let name = format!("template-{}-{}", parts.identity, self.disk_size() >> 20);
+        let home = self.folder.join(name);
         let template = Site::in_folder(Uuid::nil(), home);
         if !template.home.exists()
             && let Err(error) = self.make_template(site, &template)

@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use denizen::{Builder, Clock, Error, MicroVmManager, RegistryError, VmExecutionGuard};
+use denizen::{
+    Builder, Clock, Error, Isolation, Limits, MicroVmManager, RegistryError, VmExecutionGuard,
+};
 use parking_lot::Mutex;
 
 /// A clock that stands still until it is moved.
@@ -36,6 +38,115 @@ pub fn cache() -> PathBuf {
         Some(folder) => folder.into(),
         None => Path::new(env!("CARGO_TARGET_TMPDIR")).join("cache"),
     }
+}
+
+/// Makes a test for each isolation, in a module of its name, of functions that take one.
+#[macro_export]
+macro_rules! over {
+    ($($module:ident: $isolation:ident),*; $tests:tt) => {
+        $($crate::over!(@ $module $isolation $tests);)*
+    };
+    (@ $module:ident $isolation:ident { $($test:ident),* $(,)? }) => {
+        mod $module {
+            $(
+                #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+                async fn $test() {
+                    super::$test(denizen::Isolation::$isolation).await;
+                }
+            )*
+        }
+    };
+}
+
+/// Has a pool be of an isolation, with what that needs here.
+pub fn isolated(builder: Builder, isolation: Isolation) -> Builder {
+    let builder = builder.isolation(isolation).limits(limits(isolation)).cache(cache());
+    if isolation != Isolation::MicroVm {
+        return builder;
+    }
+    let guest = Path::new(env!("CARGO_TARGET_TMPDIR")).join("../guest");
+    let kernel = guest.join("vmlinuz");
+    assert!(kernel.exists(), "no kernel for guests: `cargo xtask test` fetches one");
+    let builder = builder.kernel(kernel, Some(guest.join("modules")));
+    builder.agent_program(program()).image(root().to_str().unwrap())
+}
+
+/// What sessions may use in tests: guests as little as will do.
+pub fn limits(isolation: Isolation) -> Limits {
+    match isolation {
+        Isolation::MicroVm => {
+            Limits { memory_bytes: Some(256 << 20), disk_bytes: Some(1 << 30), ..Limits::default() }
+        }
+        _ => Limits::default(),
+    }
+}
+
+/// The program `denizen`, which runs in guests. It is of another package: whoever runs tests
+/// builds it first.
+fn program() -> PathBuf {
+    let tests = std::env::var_os("DENIZEN_TEST_PROGRAM").map_or_else(
+        || std::env::current_exe().unwrap().parent().unwrap().join("../denizen"),
+        PathBuf::from,
+    );
+    assert!(tests.exists(), "no {}: `cargo build -p denizen-cli` makes it", tests.display());
+    tests.canonicalize().unwrap()
+}
+
+/// Puts programs of this machine, and what these need, into the folder `$1`.
+const ROOT: &str = r#"
+    cd "$1"
+    mkdir -p dev etc home opt proc root run srv sys tmp var usr/bin usr/lib usr/lib64 volume
+    for name in bin lib lib64; do ln -s usr/$name $name; done
+    ln -s usr/bin sbin; ln -s bin usr/sbin
+    printf 'root:x:0:0:root:/root:/bin/sh
+daemon:x:1:1::/:/bin/sh
+' > etc/passwd
+    printf 'root:x:0:
+daemon:x:1:
+' > etc/group
+    mkdir -p usr/share/doc; echo kept > usr/share/doc/kept
+    export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+    for name in bash cat chmod chown cp curl cut date dd df du env false find fstrim getent grep         gzip head hostname id kill ln ls mkdir mkfifo mv nproc printf ps pwd python3 readlink rm         rmdir sed seq setsid sh sha256sum sleep sort stat stty sync tail tar tee test timeout         touch tr true tty uname wc xargs; do
+        path=$(command -v $name) || exit
+        case $path in /*) ;; *) path=/usr/bin/$name ;; esac
+        cp -L "$path" usr/bin/$name
+    done
+    python3 -c 'import mmap, socket, sys
+for module in sys.modules.values():
+    for name in ["__file__", "__cached__"]:
+        if getattr(module, name, None): print(getattr(module, name))' > files
+    for file in usr/bin/* $(grep '\.so$' files); do
+        ldd $file 2> /dev/null | grep -o '/[^ ]*' || true
+    done | sort -u >> files
+    while read -r file; do
+        into=.$file
+        case $file in /lib*) into=./usr$file ;; esac
+        [ ! -e "$file" ] || { mkdir -p "${into%/*}"; cp -pL "$file" "$into"; }
+    done < files
+    rm files
+"#;
+
+/// The root that guests have in tests: made once, so that disks of it are, too.
+fn root() -> PathBuf {
+    let name = ROOT
+        .bytes()
+        .fold(0u64, |sum, byte| sum.wrapping_mul(0x0100_0000_01b3).wrapping_add(byte.into()));
+    let root = cache().join(format!("root-{name:016x}"));
+    if !root.exists() {
+        std::fs::create_dir_all(cache()).unwrap();
+        let partial = tempfile::tempdir_in(cache()).unwrap().keep();
+        std::fs::set_permissions(&partial, std::os::unix::fs::PermissionsExt::from_mode(0o755))
+            .unwrap();
+        let mut shell = std::process::Command::new("sh");
+        let made = shell.args(["-ec", ROOT, "sh"]).arg(&partial).output().unwrap();
+        assert!(made.status.success(), "{made:?}");
+        if std::fs::rename(&partial, &root).is_err() {
+            // Another test was faster.
+            assert!(root.exists());
+            std::fs::remove_dir_all(&partial).unwrap();
+        }
+    }
+    root
 }
 
 /// Opens a pool once the last task of the one before it, in this process, has let go of its lock.

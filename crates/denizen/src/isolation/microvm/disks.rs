@@ -121,7 +121,8 @@ impl Disks<'_> {
             for part in [metadata.len(), metadata.mtime().cast_unsigned(), metadata.ino()] {
                 sum.update(part.to_le_bytes());
             }
-            sum.update(path.as_os_str().as_bytes());
+            // Each pool has a name of its own for the program.
+            sum.update(path.file_name().unwrap_or_default().as_bytes());
         }
         let key = hex(&sum.finalize());
         let disk = self.folder.join(format!("tools-{key}"));
