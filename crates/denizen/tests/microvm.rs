@@ -142,7 +142,7 @@ async fn rebooted(events: &mut Events) -> String {
 async fn counting(pool: &MicroVmManager, id: Uuid) -> String {
     let guard = pool.acquire(id).await.unwrap();
     text(&guard, COUNT).await;
-    until("it counts", async || text(&guard, "wc -l < count || true").await .len() > 2).await;
+    until("it counts", async || text(&guard, "wc -l < count || true").await.len() > 2).await;
     text(&guard, "cat pid").await
 }
 

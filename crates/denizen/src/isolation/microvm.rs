@@ -1,7 +1,7 @@
 //! `microvm`: a guest kernel for each session, within the walls of a sandbox.
 //!
 //! A session's folder has beside its volume: `machine/`, the sandbox that what runs the guest is
-//! in, and `memory`, while it sleeps. Its volume has one file, `disk`: the guest's file system
+//! in, and `memory`, while it sleeps. Its volume has one file, its disk: the guest's file system
 //! with all that the session has written, which is what backups, forks and snapshots copy. The
 //! session's processes are reached through `denizen-link`, as if they were here. What is made
 //! once for all sessions is in the cache, in a folder `machines`: kernel and initramfs, roots of
@@ -206,6 +206,10 @@ impl Shared {
         }
     }
 
+    fn disks(&self) -> Disks<'_> {
+        Disks { sandbox: &self.sandbox, folder: &self.folder }
+    }
+
     fn next_number(&self) -> u64 {
         self.numbers.fetch_add(1, Ordering::Relaxed)
     }
@@ -240,8 +244,7 @@ impl Shared {
     /// Gives the device that it needs.
     fn probe(&self, hypervisor: &dyn Hypervisor) -> io::Result<(PathBuf, &'static str)> {
         let device = (self.kvm()?, KVM);
-        let disks = Disks { sandbox: &self.sandbox, folder: &self.folder };
-        let place = disks.begin().map_err(io::Error::other)?;
+        let place = self.disks().begin().map_err(io::Error::other)?;
         let site = &place.site;
         let hardware = Hardware {
             memory: LEAST_MEMORY,
@@ -322,7 +325,7 @@ impl Shared {
     fn parts(&self, site: &Site) -> Result<Parts> {
         let base = self.sandbox.roots().of(site)?;
         let _making = self.making.lock();
-        let disks = Disks { sandbox: &self.sandbox, folder: &self.folder };
+        let disks = self.disks();
         let (root, root_key) = disks.root(&base)?;
         let (tools, tools_key) = disks.tools(&self.carried)?;
         let hardware = self.hardware();
@@ -395,7 +398,7 @@ impl Shared {
             return Ok(None);
         }
         let failed = |source| Error::volume("copy a disk to", &site.volume, source);
-        let disk = DiskState::of(&template.volume.join("disk")).map_err(failed)?;
+        let disk = DiskState::of(&template.disk()).map_err(failed)?;
         let owner = Owner { machine: parts.identity.clone(), disk };
         let memory = memory::open(&template.home.join("memory"), &owner);
         let Ok(Some(memory)) = memory else {
@@ -416,8 +419,7 @@ impl Shared {
         if template.home.exists() {
             return Ok(());
         }
-        let disks = Disks { sandbox: &self.sandbox, folder: &self.folder };
-        let place = disks.begin()?;
+        let place = self.disks().begin()?;
         Roots::copy(like, &place.site)?;
         Vm::new(self.clone(), place.site.clone()).make_template()?;
         match fs::rename(&place.site.home, &template.home) {

@@ -82,7 +82,7 @@ impl Vm {
 
     /// What it wakes from belongs to.
     fn owner(parts: &Parts, site: &Site) -> io::Result<Owner> {
-        let disk = DiskState::of(&site.volume.join("disk"))?;
+        let disk = DiskState::of(&site.disk())?;
         Ok(Owner { machine: parts.identity.clone(), disk })
     }
 
@@ -100,8 +100,9 @@ impl Vm {
     fn begin(&self) -> Result<(Running, OwnedFd)> {
         let site = self.site.lock().clone();
         let parts = self.shared.parts(&site)?;
-        let has_disk = site.volume.join("disk").exists();
         // Before there are walls, which show the volume that is there then.
+        self.shared.disks().adopt(&site, self.shared.disk_size())?;
+        let has_disk = site.disk().exists();
         let template = if has_disk { None } else { self.shared.template(&site, &parts)? };
         let putting_up = Instant::now();
         let walls = self.shared.walls(&site, &parts)?;
@@ -121,7 +122,7 @@ impl Vm {
         walls: &Agent,
         template: Option<Box<Memory>>,
     ) -> Result<(Running, OwnedFd)> {
-        if !site.volume.join("disk").exists() {
+        if !site.disk().exists() {
             Disks::empty(walls, &site.volume, self.shared.disk_size())?;
         }
         let memory = if template.is_some() {
@@ -446,7 +447,7 @@ pub(super) fn copy_memory(from: &Site, into: &Site) -> io::Result<()> {
     if !memory.exists() {
         return Ok(());
     }
-    let disk = DiskState::of(&into.volume.join("disk"))?;
+    let disk = DiskState::of(&into.disk())?;
     memory::copy(&memory, &Vm::memory(into), disk)
 }
 
