@@ -310,6 +310,9 @@ pub(crate) struct Pool {
 impl Drop for Pool {
     /// Instances end with the pool, which those that stand still could not.
     fn drop(&mut self) {
+        if self.driver.keeps_frozen() {
+            return;
+        }
         for place in self.state.get_mut().places.values() {
             if place.agent().is_some()
                 && let Err(error) = self.driver.thaw(&place.site)
@@ -1298,12 +1301,10 @@ impl Pool {
             let instance = place.instance.lock().take();
             if let Some(Instance { agent, .. }) = instance {
                 let (driver, site) = (self.driver.clone(), place.site.clone());
-                let left = blocking(move || {
-                    driver.leave(&site);
-                    Ok(())
-                });
-                if let Err(error) = left.await {
+                if let Err(error) = blocking(move || driver.leave(&site)).await {
                     tracing::warn!(session = %place.site.id, %error, "cannot be left to itself");
+                    // What runs there can at least write down what it has.
+                    let _ = agent.shutdown(operation::GRACE).await;
                 }
                 agent.leave().await;
             }

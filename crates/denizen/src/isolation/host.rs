@@ -34,7 +34,9 @@ impl Driver for Host {
         None
     }
 
-    fn leave(&self, _: &Site) {}
+    fn leave(&self, _: &Site) -> Result<()> {
+        Ok(())
+    }
 
     fn ended(&self, _: &Site) {}
 

@@ -507,8 +507,9 @@ impl Driver for Sandbox {
         Some(Instance { agent, env })
     }
 
-    fn leave(&self, site: &Site) {
+    fn leave(&self, site: &Site) -> Result<()> {
         self.networks.close(site.id);
+        Ok(())
     }
 
     fn ended(&self, site: &Site) {
