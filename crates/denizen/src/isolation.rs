@@ -31,7 +31,7 @@ const VOLUME: &str = "volume";
 
 /// The one file there of a session that has a machine: its disk, with its persistent files.
 const DISK: &str = ".denizen-disk";
-/// The file beside what a session has changed in its root that says so.
+/// The folder beside what a session has changed in its root that says so, by being there.
 const DISK_NOTE: &str = "disk";
 
 /// How far a session is kept from its host.
@@ -258,6 +258,11 @@ impl Site {
         Self { id, volume: home.join(VOLUME), home }
     }
 
+    /// The memory of a machine that sleeps.
+    pub(crate) fn memory(&self) -> PathBuf {
+        self.home.join("memory")
+    }
+
     /// The disk of a session that has a machine.
     fn disk(&self) -> PathBuf {
         self.volume.join(DISK)
@@ -277,9 +282,9 @@ impl Site {
     fn note_disk(&self) -> std::io::Result<()> {
         use std::os::unix::fs::DirBuilderExt;
         let changes = self.root_changes();
-        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&changes)?;
-        let note = std::fs::File::create(changes.join(DISK_NOTE))?;
-        note.sync_all().and_then(|()| std::fs::File::open(changes)?.sync_all())
+        let note = changes.join(DISK_NOTE);
+        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(note)?;
+        std::fs::File::open(changes)?.sync_all()
     }
 
     /// Fails if the session's files are on a disk that only a machine can read.

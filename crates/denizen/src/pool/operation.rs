@@ -344,7 +344,12 @@ fn originate(pool: &Pool, site: &Site, origin: Option<&Origin>) -> Fallible<()> 
                 moved = fs::rename(from.root_changes(), site.root_changes());
             }
             moved.map_err(|source| Error::volume("make", &site.home, source))?;
-            pool.driver.copied(&from, site)
+            match fs::rename(from.memory(), site.memory()) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    Err(Error::volume("make", &site.home, error))
+                }
+                _ => Ok(()),
+            }
         }
         Some(Origin::Image(image)) => pool.driver.choose_image(site, image),
         Some(Origin::Archive(sent)) => {

@@ -5,7 +5,6 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant, SystemTime};
@@ -85,11 +84,6 @@ impl Vm {
         })
     }
 
-    /// Where its memory is while it sleeps.
-    fn memory(site: &Site) -> PathBuf {
-        site.home.join("memory")
-    }
-
     /// What it wakes from belongs to.
     fn owner(parts: &Parts, site: &Site) -> io::Result<Owner> {
         let disk = DiskState::of(&site.disk())?;
@@ -110,7 +104,7 @@ impl Vm {
     fn begin(&self) -> Result<(Running, OwnedFd)> {
         let site = self.site.lock().clone();
         // Of a daemon that was killed while this machine was being put to sleep.
-        let _ = std::fs::remove_file(memory::partial(&Self::memory(&site)));
+        let _ = std::fs::remove_file(memory::partial(&site.memory()));
         let parts = Arc::new(self.shared.parts(&site)?);
         // Before there are walls, which show the volume that is there then.
         self.shared.disks().adopt(&site, self.shared.disk_size())?;
@@ -142,7 +136,7 @@ impl Vm {
             Ok(template)
         } else {
             let owner = Self::owner(parts, site).map_err(failed)?;
-            let memory = memory::open(&Self::memory(site), &owner);
+            let memory = memory::open(&site.memory(), &owner);
             memory.map(|memory| memory.map(|it| Box::new(it) as Box<Memory>))
         };
         let resumed = memory.and_then(|memory| {
@@ -164,7 +158,7 @@ impl Vm {
 
     /// Tells that what ran does not go on, and why. Fails if it may still do so another time.
     fn lost_memory(&self, site: &Site, why: &io::Error) -> io::Result<()> {
-        let memory = Self::memory(site);
+        let memory = site.memory();
         if memory.exists() {
             if !memory::is_unfit(why) {
                 return Err(io::Error::new(why.kind(), format!("it cannot be woken now: {why}")));
@@ -203,7 +197,7 @@ impl Vm {
         let hypervisor = &self.shared.chosen()?.hypervisor;
         let guest = hypervisor.restore(walled, &parts.hardware, memory)?;
         tracing::debug!(session = %site.id, took = ?begun.elapsed(), "memory brought back");
-        match std::fs::remove_file(Self::memory(site)) {
+        match std::fs::remove_file(site.memory()) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             // A power cut must not bring it back: the guest's disk is another one by then.
             removed => removed.and_then(|()| File::open(&site.home)?.sync_all())?,
@@ -333,7 +327,7 @@ impl Vm {
             }
             running.guest.pause()?;
             let owner = Self::owner(&running.parts, &site)?;
-            memory::write(&Self::memory(&site), &owner, |into| running.guest.save(into))
+            memory::write(&site.memory(), &owner, |into| running.guest.save(into))
         });
         if let Err(error) = slept {
             let goes_on = running.guest.go_on().and_then(|()| self.introduce(&running.link));
@@ -424,7 +418,7 @@ impl Vm {
     ) -> io::Result<(Arc<Parts>, Enclosed, Arc<dyn Guest>)> {
         let parts = Arc::new(self.shared.parts(site).map_err(io::Error::other)?);
         let owner = Self::owner(&parts, site)?;
-        let memory = memory::open(&Self::memory(site), &owner)?;
+        let memory = memory::open(&site.memory(), &owner)?;
         let mut memory = memory.ok_or_else(|| io::Error::other("its memory is not there"))?;
         let walls = self.shared.walls(site, &parts, false).map_err(io::Error::other)?;
         let woken = self
@@ -498,12 +492,12 @@ fn end(state: &mut State) {
 
 /// Copies the memory of a session that sleeps to a copy of it, if it has one.
 pub(super) fn copy_memory(from: &Site, into: &Site) -> io::Result<()> {
-    let memory = Vm::memory(from);
+    let memory = from.memory();
     if !memory.exists() {
         return Ok(());
     }
     let [disk, copy] = [DiskState::of(&from.disk())?, DiskState::of(&into.disk())?];
-    memory::copy(&memory, disk, &Vm::memory(into), copy)
+    memory::copy(&memory, disk, &into.memory(), copy)
 }
 
 /// Tells that a machine is gone.
