@@ -308,8 +308,12 @@ pub(crate) struct Pool {
 }
 
 impl Drop for Pool {
-    /// Instances end with the pool, which those that stand still could not.
+    /// Instances end with the pool, which those that stand still could not where that needs
+    /// them to hear of it.
     fn drop(&mut self) {
+        if self.driver.keeps_frozen() {
+            return;
+        }
         for place in self.state.get_mut().places.values() {
             if place.agent().is_some()
                 && let Err(error) = self.driver.thaw(&place.site)

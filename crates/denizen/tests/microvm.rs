@@ -32,7 +32,7 @@ const COUNT: &str = "(echo kept > /dev/shm/kept; setsid sh -c \
                      > /dev/null 2>&1 &)";
 
 struct World {
-    folder: TempDir,
+    _folder: TempDir,
     clock: Arc<Manual>,
     config: VmPoolRuntimeConfig,
     limits: Limits,
@@ -52,7 +52,7 @@ impl World {
             ..VmPoolConfig::default()
         };
         Self {
-            folder,
+            _folder: folder,
             clock: Arc::default(),
             config: (&config).into(),
             limits: limits(Isolation::MicroVm),
@@ -251,11 +251,10 @@ async fn forks_are_others_and_what_runs_goes_on_in_them() {
             said.len()
         }
     };
-    for line in ["hostname", "cat /etc/machine-id", "head -c 16 /dev/urandom | od -x || sha256sum"]
+    for line in ["hostname", "cat /etc/machine-id", "head -c 16 /dev/urandom | sha256sum"]
     {
         assert_eq!(same(line).await, 3, "{line}");
     }
-    assert_eq!(same("cat /proc/sys/kernel/random/boot_id").await, 1, "they are forks of one boot");
     for id in all {
         still_counts(&pool.acquire(id).await.unwrap(), &pid).await;
     }
@@ -303,10 +302,7 @@ async fn a_memory_that_does_not_fit_is_not_brought_back() {
         assert!(reason.contains(why), "{why}: {reason}");
         let kept: String = (0..=number).map(|number| format!("{number}\n")).collect();
         assert_eq!(text(&guard, "cat kept").await, kept);
-        assert_eq!(
-            text(&guard, "ls /dev/shm; kill -0 $(cat pid) 2> /dev/null || echo gone").await,
-            "gone\n"
-        );
+        assert_eq!(text(&guard, "ls /dev/shm").await, "");
         drop(guard);
         pool.shutdown().await.unwrap();
     }
@@ -363,6 +359,19 @@ async fn the_next_pool_goes_on_with_what_was_left() {
 
 // ---- The machine is killed --------------------------------------------------------------
 
+/// A session whose machine was killed: until that is noticed, commands are told that they are
+/// lost.
+async fn again(pool: &MicroVmManager, id: Uuid) -> VmExecutionGuard {
+    let guard = pool.acquire(id).await.unwrap();
+    until("it is another one", async || match guard.command("true").output().await {
+        Ok(output) => output.exit.success(),
+        Err(Error::Agent(denizen_agent::Error::InitLost)) => false,
+        Err(error) => panic!("{error}"),
+    })
+    .await;
+    guard
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_machine_that_is_killed_is_another_one_with_the_same_disk() {
     let world = World::new();
@@ -372,7 +381,7 @@ async fn a_machine_that_is_killed_is_another_one_with_the_same_disk() {
     let mut step = 0;
     let mut keep = async |guard: &VmExecutionGuard| {
         step += 1;
-        text(guard, &format!("echo {step} >> kept; sync")).await;
+        text(guard, &format!("echo {step} >> kept")).await;
         kept.push_str(&format!("{step}\n"));
         kept.clone()
     };
@@ -383,7 +392,7 @@ async fn a_machine_that_is_killed_is_another_one_with_the_same_disk() {
     until("it is gone", async || machines(id).is_empty()).await;
     drop(guard);
     // While a command runs.
-    let guard = pool.acquire(id).await.unwrap();
+    let guard = again(&pool, id).await;
     assert_eq!(text(&guard, "cat kept").await, expected);
     let running = guard.command("echo on; sleep 1000").spawn().await.unwrap();
     expected = keep(&guard).await;
@@ -394,7 +403,7 @@ async fn a_machine_that_is_killed_is_another_one_with_the_same_disk() {
     drop(guard);
     // While it falls asleep, and while it wakes.
     for of_a_partial in [true, false] {
-        let guard = pool.acquire(id).await.unwrap();
+        let guard = again(&pool, id).await;
         assert_eq!(text(&guard, "cat kept").await, expected);
         expected = keep(&guard).await;
         drop(guard);
@@ -425,7 +434,7 @@ async fn a_machine_that_is_killed_is_another_one_with_the_same_disk() {
         let left: Vec<_> = left.filter(|it| it.starts_with("memory.")).collect();
         assert_eq!(left, [""; 0]);
     }
-    let guard = pool.acquire(id).await.unwrap();
+    let guard = again(&pool, id).await;
     assert_eq!(text(&guard, "cat kept").await, expected);
     drop(guard);
     pool.shutdown().await.unwrap();
