@@ -259,7 +259,12 @@ impl Disks<'_> {
             let id = name.strip_prefix("made-").and_then(|name| name.strip_suffix(".lock"));
             let Some(id) = id else {
                 let is_old = |used: SystemTime| used.elapsed().is_ok_and(|since| since > UNUSED);
-                if fs::symlink_metadata(&path)?.modified().is_ok_and(is_old) {
+                let metadata = match fs::symlink_metadata(&path) {
+                    // It was just cleared away, here or by another process.
+                    Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                    metadata => metadata?,
+                };
+                if metadata.modified().is_ok_and(is_old) {
                     tracing::info!(?path, "not used for a month: removed");
                     crate::volume::remove_tree(&path)?;
                 }
