@@ -29,6 +29,9 @@ use crate::usage::Usage;
 /// The folder, in a session's, of its persistent files.
 const VOLUME: &str = "volume";
 
+/// The one file there of a session that has a machine: its disk, with its persistent files.
+const DISK: &str = ".denizen-disk";
+
 /// How far a session is kept from its host.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -251,6 +254,22 @@ impl Site {
     /// A session whose folder this is.
     pub(crate) fn in_folder(id: Uuid, home: PathBuf) -> Self {
         Self { id, volume: home.join(VOLUME), home }
+    }
+
+    /// The disk of a session that has a machine.
+    fn disk(&self) -> PathBuf {
+        self.volume.join(DISK)
+    }
+
+    /// Fails if the session's files are on a disk that only a machine can read.
+    fn check_files(&self, isolation: &'static str) -> Result<()> {
+        if std::fs::symlink_metadata(self.disk()).is_err() {
+            return Ok(());
+        }
+        let problem = "the session's files are on the disk of a virtual machine: set isolation to \
+                       `microvm`"
+            .to_owned();
+        Err(Error::Isolation { isolation, problem })
     }
 
     /// What a session that has a root of its own has changed in it.

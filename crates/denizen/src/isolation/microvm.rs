@@ -1,7 +1,7 @@
 //! `microvm`: a guest kernel for each session, within the walls of a sandbox.
 //!
 //! A session's folder has beside its volume: `machine/`, the sandbox that what runs the guest is
-//! in, and `memory`, while it sleeps. Its volume has one file, `disk`: the guest's file system
+//! in, and `memory`, while it sleeps. Its volume has one file, its disk: the guest's file system
 //! with all that the session has written, which is what backups, forks and snapshots copy. The
 //! session's processes are reached through `denizen-link`, as if they were here. What is made
 //! once for all sessions is in the cache, in a folder `machines`: kernel and initramfs, roots of
@@ -86,6 +86,8 @@ struct Shared {
     notices: Option<Notices>,
     runtime: Handle,
     numbers: AtomicU64,
+    /// How many guests there are.
+    guests: Arc<Mutex<u64>>,
     /// Held while something is made that others would make too.
     making: Mutex<()>,
     /// The same of what boots.
@@ -98,6 +100,22 @@ struct Chosen {
     /// Of the host's, that it needs.
     devices: Vec<(PathBuf, &'static str)>,
     why_not_kvm: Option<String>,
+}
+
+/// Where a guest runs.
+#[derive(Clone)]
+struct Enclosed {
+    agent: Agent,
+    _admitted: Arc<Admitted>,
+}
+
+/// A guest that is counted, until this is dropped.
+struct Admitted(Arc<Mutex<u64>>);
+
+impl Drop for Admitted {
+    fn drop(&mut self) {
+        *self.0.lock() -= 1;
+    }
 }
 
 /// What a session's machine is made of.
@@ -161,6 +179,7 @@ impl MicroVm {
             notices,
             runtime,
             numbers: AtomicU64::new(1),
+            guests: Arc::default(),
             making: Mutex::default(),
             booting: Mutex::default(),
         };
@@ -177,26 +196,6 @@ impl MicroVm {
     fn known(&self, site: &Site) -> Option<Arc<Vm>> {
         self.machines.lock().get(&site.id).cloned()
     }
-
-    /// Fails if the guests that may be there, and one more, could have more memory than there is.
-    fn admit(&self) -> Result<()> {
-        let info = rustix::system::sysinfo();
-        let total = info.totalram.saturating_mul(u64::from(info.mem_unit)).saturating_sub(RESERVE);
-        let each = self.shared.memory() + OVERHEAD;
-        let running = self.machines.lock().values().filter(|machine| machine.runs()).count();
-        let wanted = each.saturating_mul(running as u64 + 1);
-        if wanted <= total {
-            return Ok(());
-        }
-        Err(Error::Isolation {
-            isolation: "microvm",
-            problem: format!(
-                "{running} machines run, and one more of {} MiB could have more memory than this \
-                 host has: stop a session, or set less `memory_bytes` in `limits`",
-                each >> 20
-            ),
-        })
-    }
 }
 
 impl Shared {
@@ -204,6 +203,31 @@ impl Shared {
         if let Some(notices) = &self.notices {
             let _ = notices.try_send((id, notice));
         }
+    }
+
+    /// Counts one more guest. Fails if all of them could have more memory than there is, unless it
+    /// has been there before: what sleeps shall wake.
+    fn admit(&self, is_new: bool) -> Result<Admitted> {
+        let info = rustix::system::sysinfo();
+        let total = info.totalram.saturating_mul(u64::from(info.mem_unit)).saturating_sub(RESERVE);
+        let each = self.memory() + OVERHEAD;
+        let mut count = self.guests.lock();
+        if is_new && each.saturating_mul(*count + 1) > total {
+            return Err(Error::Isolation {
+                isolation: "microvm",
+                problem: format!(
+                    "{count} machines run, and one more of {} MiB could have more memory than \
+                     this host has: stop a session, or set less `memory_bytes` in `limits`",
+                    each >> 20
+                ),
+            });
+        }
+        *count += 1;
+        Ok(Admitted(self.guests.clone()))
+    }
+
+    fn disks(&self) -> Disks<'_> {
+        Disks { sandbox: &self.sandbox, folder: &self.folder }
     }
 
     fn next_number(&self) -> u64 {
@@ -240,8 +264,7 @@ impl Shared {
     /// Gives the device that it needs.
     fn probe(&self, hypervisor: &dyn Hypervisor) -> io::Result<(PathBuf, &'static str)> {
         let device = (self.kvm()?, KVM);
-        let disks = Disks { sandbox: &self.sandbox, folder: &self.folder };
-        let place = disks.begin().map_err(io::Error::other)?;
+        let place = self.disks().begin().map_err(io::Error::other)?;
         let site = &place.site;
         let hardware = Hardware {
             memory: LEAST_MEMORY,
@@ -322,7 +345,7 @@ impl Shared {
     fn parts(&self, site: &Site) -> Result<Parts> {
         let base = self.sandbox.roots().of(site)?;
         let _making = self.making.lock();
-        let disks = Disks { sandbox: &self.sandbox, folder: &self.folder };
+        let disks = self.disks();
         let (root, root_key) = disks.root(&base)?;
         let (tools, tools_key) = disks.tools(&self.carried)?;
         let hardware = self.hardware();
@@ -361,15 +384,17 @@ impl Shared {
         }
     }
 
-    /// Puts up the walls for a session's guest.
-    fn walls(&self, site: &Site, parts: &Parts) -> Result<Agent> {
+    /// Puts up the walls for a session's guest, if there may be one more.
+    fn walls(&self, site: &Site, parts: &Parts, is_new: bool) -> Result<Enclosed> {
+        let admitted = Arc::new(self.admit(is_new)?);
         let machine = site.machine();
         let failed = |source| Error::volume("make", &machine.home, source);
         fs::create_dir_all(&machine.home).map_err(failed)?;
         let devices = self.chosen().devices.clone();
         let mut fittings = self.fittings(&parts.hardware, devices);
         fittings.files.extend([(parts.root.clone(), ROOT), (parts.tools.clone(), TOOLS)]);
-        self.sandbox.for_program(&machine, &fittings)
+        let agent = self.sandbox.for_program(&machine, &fittings)?;
+        Ok(Enclosed { agent, _admitted: admitted })
     }
 
     /// Clears away what walls leave that are gone.
@@ -395,7 +420,7 @@ impl Shared {
             return Ok(None);
         }
         let failed = |source| Error::volume("copy a disk to", &site.volume, source);
-        let disk = DiskState::of(&template.volume.join("disk")).map_err(failed)?;
+        let disk = DiskState::of(&template.disk()).map_err(failed)?;
         let owner = Owner { machine: parts.identity.clone(), disk };
         let memory = memory::open(&template.home.join("memory"), &owner);
         let Ok(Some(memory)) = memory else {
@@ -416,8 +441,7 @@ impl Shared {
         if template.home.exists() {
             return Ok(());
         }
-        let disks = Disks { sandbox: &self.sandbox, folder: &self.folder };
-        let place = disks.begin()?;
+        let place = self.disks().begin()?;
         Roots::copy(like, &place.site)?;
         Vm::new(self.clone(), place.site.clone()).make_template()?;
         match fs::rename(&place.site.home, &template.home) {
@@ -461,7 +485,6 @@ fn problem(error: &dyn std::error::Error) -> Error {
 
 impl Driver for MicroVm {
     fn start(&self, site: &Site) -> Result<Instance> {
-        self.admit()?;
         let base = self.shared.sandbox.roots().of(site)?;
         let machine = self.machine(site);
         let agent = Agent::with(Launch { machine: Some(machine), ..Launch::default() });

@@ -18,7 +18,8 @@ use uuid::Uuid;
 use super::super::sandbox::carried::Carried;
 use super::super::sandbox::root::{Base, Below};
 use super::super::sandbox::{Fittings, Sandbox, TREE};
-use super::super::{Driver, Limits, Site};
+use super::super::{DISK, Driver, Limits, Site};
+use super::hypervisor;
 use crate::error::{Error, Result};
 
 /// A program that makes disks.
@@ -151,50 +152,80 @@ impl Disks<'_> {
         Ok((disk, key))
     }
 
-    /// Makes a session's empty disk in a folder, as `disk`, with what makes sandboxes there. In a
-    /// format that has no room for what is not there: what reads it need not read 20 GiB of
-    /// nothing.
+    /// Makes a session's empty disk in a folder, with what makes sandboxes there. In a format that
+    /// has no room for what is not there: what reads it need not read 20 GiB of nothing.
     pub(super) fn empty(agent: &Agent, volume: &Path, size: u64) -> Result<()> {
+        Self::disk_of(agent, volume, &[], size)
+    }
+
+    /// The same with what `words` has mke2fs take along.
+    fn disk_of(agent: &Agent, volume: &Path, words: &[&str], size: u64) -> Result<()> {
         let failed = |source| Error::volume("make a disk in", volume, source);
         let files = ["disk.raw", "disk.partial"].map(|name| volume.join(name));
         let clear = || files.iter().for_each(|file| drop(fs::remove_file(file)));
         clear();
         let size = (size / BLOCK).to_string();
+        let mut mke2fs =
+            vec!["-q", "-F", "-t", "ext4", "-b", "4096", "-m", "0", "-O", SESSION_FEATURES];
+        mke2fs.extend(words);
         // Both tables are made when they are needed.
-        let words = [
-            "-q",
-            "-F",
-            "-t",
-            "ext4",
-            "-b",
-            "4096",
-            "-m",
-            "0",
-            "-O",
-            SESSION_FEATURES,
-            "-E",
-            "lazy_itable_init=1,lazy_journal_init=1,nodiscard,root_owner=0:0",
-            "/volume/disk.raw",
-            &size,
-        ];
-        let words_after =
+        mke2fs.extend(["-E", "lazy_itable_init=1,lazy_journal_init=1,nodiscard,root_owner=0:0"]);
+        mke2fs.extend(["/volume/disk.raw", &size]);
+        let convert =
             ["convert", "-f", "raw", "-O", "qcow2", "/volume/disk.raw", "/volume/disk.partial"];
-        let made = run(agent, &MKE2FS, &words)
-            .and_then(|()| run(agent, &QEMU_IMG, &words_after))
-            .and_then(|()| fs::rename(&files[1], volume.join("disk")).map_err(failed));
+        let made = run(agent, &MKE2FS, &mke2fs)
+            .and_then(|()| run(agent, &QEMU_IMG, &convert))
+            .and_then(|()| fs::rename(&files[1], volume.join(DISK)).map_err(failed));
         clear();
         made
+    }
+
+    /// Makes a disk of what a session has as files: those of another isolation, or of an import.
+    /// They go in the instant in which the disk is there.
+    pub(super) fn adopt(&self, site: &Site, size: u64) -> Result<()> {
+        let failed = |source| Error::volume("make a disk of the files in", &site.home, source);
+        let new = site.home.join("volume.new");
+        let changes = Sandbox::changes(site);
+        let clear = || {
+            crate::volume::remove_tree(&new)?;
+            if site.disk().exists() { crate::volume::remove_tree(&changes) } else { Ok(()) }
+        };
+        // Of a process that was killed, before that instant or after it.
+        clear().map_err(failed)?;
+        let has_files = fs::read_dir(&site.volume).map_err(failed)?.next().is_some();
+        if site.disk().exists() || !(has_files || changes.exists()) {
+            return Ok(());
+        }
+        tracing::info!(session = %site.id, "its files become a disk");
+        fs::create_dir(&new).and_then(|()| self.sandbox.give(&new)).map_err(failed)?;
+        let place = Site { volume: new.clone(), ..site.machine() };
+        fs::create_dir_all(&place.home).map_err(failed)?;
+        let mut files = vec![(site.volume.clone(), "/run/tree/volume")];
+        if changes.exists() {
+            files.push((changes.clone(), "/run/tree/root"));
+        }
+        let agent = self.sandbox.for_program(&place, &Fittings { files, ..Self::fittings() })?;
+        let made = Self::disk_of(&agent, &new, &["-d", TREE], size);
+        let _ = Handle::current().block_on(agent.shutdown(Duration::ZERO));
+        Driver::ended(self.sandbox, &place);
+        made?;
+        File::open(new.join(DISK)).and_then(|file| file.sync_all()).map_err(failed)?;
+        let exchange = rustix::fs::RenameFlags::EXCHANGE;
+        rustix::fs::renameat_with(rustix::fs::CWD, &new, rustix::fs::CWD, &site.volume, exchange)
+            .map_err(|errno| failed(errno.into()))?;
+        clear().map_err(failed)
     }
 
     /// Has a session's disk be as large as it may be; it never gets smaller. The guest sees to
     /// the rest.
     pub(super) fn grow(agent: &Agent, volume: &Path, size: u64) -> Result<()> {
-        let disk = volume.join("disk");
+        let disk = volume.join(DISK);
         let has = size_of(&disk).map_err(|source| Error::volume("read", &disk, source))?;
         if has >= size {
             return Ok(());
         }
-        run(agent, &QEMU_IMG, &["resize", "-q", "-f", "qcow2", "/volume/disk", &size.to_string()])
+        let inside = hypervisor::DISK;
+        run(agent, &QEMU_IMG, &["resize", "-q", "-f", "qcow2", inside, &size.to_string()])
     }
 
     fn make(&self, disk: &Path, fittings: &Fittings, words: &[&str], size: u64) -> Result<()> {

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant, SystemTime};
 
-use denizen_agent::{Agent, Machine, MachineStarted};
+use denizen_agent::{Machine, MachineStarted};
 use denizen_link::{Clock, Failure, Fresh, Link, Wake};
 use parking_lot::Mutex;
 use rustix::event::{EventfdFlags, eventfd};
@@ -16,7 +16,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use super::disks::Disks;
 use super::hypervisor::{Guest, Walls};
 use super::memory::{self, DiskState, Owner};
-use super::{Memory, Parts, Shared, problem};
+use super::{Enclosed, Memory, Parts, Shared, problem};
 use crate::error::Result;
 use crate::isolation::{Notice, Site};
 
@@ -47,7 +47,7 @@ enum State {
 struct Running {
     /// What it was started as: a later one has another number.
     number: u64,
-    walls: Agent,
+    walls: Enclosed,
     guest: Arc<dyn Guest>,
     link: Arc<Link>,
     /// Is written to when it is gone for good.
@@ -82,7 +82,7 @@ impl Vm {
 
     /// What it wakes from belongs to.
     fn owner(parts: &Parts, site: &Site) -> io::Result<Owner> {
-        let disk = DiskState::of(&site.volume.join("disk"))?;
+        let disk = DiskState::of(&site.disk())?;
         Ok(Owner { machine: parts.identity.clone(), disk })
     }
 
@@ -100,15 +100,16 @@ impl Vm {
     fn begin(&self) -> Result<(Running, OwnedFd)> {
         let site = self.site.lock().clone();
         let parts = self.shared.parts(&site)?;
-        let has_disk = site.volume.join("disk").exists();
         // Before there are walls, which show the volume that is there then.
+        self.shared.disks().adopt(&site, self.shared.disk_size())?;
+        let has_disk = site.disk().exists();
         let template = if has_disk { None } else { self.shared.template(&site, &parts)? };
         let putting_up = Instant::now();
-        let walls = self.shared.walls(&site, &parts)?;
+        let walls = self.shared.walls(&site, &parts, true)?;
         tracing::debug!(session = %site.id, took = ?putting_up.elapsed(), "walls are up");
         let begun = self.begin_within(&site, &parts, &walls, template);
         if begun.is_err() {
-            let _ = self.shared.runtime.block_on(walls.shutdown(Duration::ZERO));
+            let _ = self.shared.runtime.block_on(walls.agent.shutdown(Duration::ZERO));
             self.shared.cleared(&site);
         }
         begun
@@ -118,11 +119,11 @@ impl Vm {
         &self,
         site: &Site,
         parts: &Parts,
-        walls: &Agent,
+        walls: &Enclosed,
         template: Option<Box<Memory>>,
     ) -> Result<(Running, OwnedFd)> {
-        if !site.volume.join("disk").exists() {
-            Disks::empty(walls, &site.volume, self.shared.disk_size())?;
+        if !site.disk().exists() {
+            Disks::empty(&walls.agent, &site.volume, self.shared.disk_size())?;
         }
         let memory = if template.is_some() {
             template
@@ -152,10 +153,11 @@ impl Vm {
         self.shared.tell(site.id, Notice::Rebooted { reason: why.to_string() });
     }
 
-    fn boot(&self, site: &Site, parts: &Parts, walls: &Agent) -> io::Result<(Running, OwnedFd)> {
-        Disks::grow(walls, &site.volume, self.shared.disk_size()).map_err(io::Error::other)?;
+    fn boot(&self, site: &Site, parts: &Parts, walls: &Enclosed) -> io::Result<(Running, OwnedFd)> {
+        Disks::grow(&walls.agent, &site.volume, self.shared.disk_size())
+            .map_err(io::Error::other)?;
         let tmp = site.machine().home.join("tmp");
-        let walled = Walls { agent: walls, tmp: &tmp };
+        let walled = Walls { agent: &walls.agent, tmp: &tmp };
         let guest = self.shared.hypervisor().boot(walled, &parts.hardware)?;
         self.reach(walls, guest, BOOT)
     }
@@ -164,7 +166,7 @@ impl Vm {
         &self,
         site: &Site,
         parts: &Parts,
-        walls: &Agent,
+        walls: &Enclosed,
         mut memory: Box<Memory>,
     ) -> io::Result<(Running, OwnedFd)> {
         let guest = self.load(site, parts, walls, &mut *memory)?;
@@ -176,11 +178,11 @@ impl Vm {
         &self,
         site: &Site,
         parts: &Parts,
-        walls: &Agent,
+        walls: &Enclosed,
         memory: &mut Memory,
     ) -> io::Result<Arc<dyn Guest>> {
         let tmp = site.machine().home.join("tmp");
-        let walled = Walls { agent: walls, tmp: &tmp };
+        let walled = Walls { agent: &walls.agent, tmp: &tmp };
         let begun = Instant::now();
         let guest = self.shared.hypervisor().restore(walled, &parts.hardware, memory)?;
         tracing::debug!(session = %site.id, took = ?begun.elapsed(), "memory brought back");
@@ -195,7 +197,7 @@ impl Vm {
     /// Links to a guest that has just begun.
     fn reach(
         &self,
-        walls: &Agent,
+        walls: &Enclosed,
         guest: Arc<dyn Guest>,
         patience: Duration,
     ) -> io::Result<(Running, OwnedFd)> {
@@ -289,13 +291,8 @@ impl Vm {
                 }
             }
         };
-        let _ = running.walls.shutdown(Duration::ZERO).await;
+        let _ = running.walls.agent.shutdown(Duration::ZERO).await;
         signal(&running.ended);
-    }
-
-    /// Whether it has a guest.
-    pub(super) fn runs(&self) -> bool {
-        matches!(&*self.state.lock(), State::Runs(_))
     }
 
     /// Has it sleep in a file. After a failure it runs on, or is gone.
@@ -340,7 +337,7 @@ impl Vm {
     fn put_away(&self, site: &Site, running: &Running) -> io::Result<()> {
         self.shared.runtime.block_on(async {
             running.link.disconnect().await;
-            let _ = running.walls.shutdown(Duration::ZERO).await;
+            let _ = running.walls.agent.shutdown(Duration::ZERO).await;
             let mut over = running.guest.ended();
             let over = tokio::time::timeout(ANSWER, over.wait_for(|ended| *ended)).await;
             over.map(drop).map_err(io::Error::from)
@@ -379,17 +376,17 @@ impl Vm {
         true
     }
 
-    fn wake_from(&self, site: &Site, link: &Link) -> io::Result<(Agent, Arc<dyn Guest>)> {
+    fn wake_from(&self, site: &Site, link: &Link) -> io::Result<(Enclosed, Arc<dyn Guest>)> {
         let parts = self.shared.parts(site).map_err(io::Error::other)?;
         let owner = Self::owner(&parts, site)?;
         let memory = memory::open(&Self::memory(site), &owner)?;
         let mut memory = memory.ok_or_else(|| io::Error::other("its memory is not there"))?;
-        let walls = self.shared.walls(site, &parts).map_err(io::Error::other)?;
+        let walls = self.shared.walls(site, &parts, false).map_err(io::Error::other)?;
         let woken = self
             .load(site, &parts, &walls, &mut memory)
             .and_then(|guest| self.connect(link, &guest, ANSWER).map(|()| guest));
         if woken.is_err() {
-            let _ = self.shared.runtime.block_on(walls.shutdown(Duration::ZERO));
+            let _ = self.shared.runtime.block_on(walls.agent.shutdown(Duration::ZERO));
             self.shared.cleared(site);
         }
         Ok((walls, woken?))
@@ -399,8 +396,8 @@ impl Vm {
     pub(super) fn make_template(&self) -> Result<()> {
         let site = self.site.lock().clone();
         let parts = self.shared.parts(&site)?;
-        let walls = self.shared.walls(&site, &parts)?;
-        let made = Disks::empty(&walls, &site.volume, self.shared.disk_size())
+        let walls = self.shared.walls(&site, &parts, true)?;
+        let made = Disks::empty(&walls.agent, &site.volume, self.shared.disk_size())
             .and_then(|()| self.boot(&site, &parts, &walls).map_err(|error| problem(&error)))
             .and_then(|(running, _socket)| {
                 // Its first process has had no owner's word yet, so it is anybody's.
@@ -408,7 +405,7 @@ impl Vm {
                 self.suspend().map_err(|error| problem(&error))
             });
         if made.is_err() {
-            let _ = self.shared.runtime.block_on(walls.shutdown(Duration::ZERO));
+            let _ = self.shared.runtime.block_on(walls.agent.shutdown(Duration::ZERO));
             self.shared.cleared(&site);
         }
         made
@@ -446,7 +443,7 @@ pub(super) fn copy_memory(from: &Site, into: &Site) -> io::Result<()> {
     if !memory.exists() {
         return Ok(());
     }
-    let disk = DiskState::of(&into.volume.join("disk"))?;
+    let disk = DiskState::of(&into.disk())?;
     memory::copy(&memory, &Vm::memory(into), disk)
 }
 
