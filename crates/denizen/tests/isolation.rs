@@ -720,14 +720,19 @@ fn again(command: impl Fn(&Path) -> Program) {
     let folder = tempfile::tempdir().unwrap();
     let program = folder.path().join("test");
     std::fs::copy(std::env::current_exe().unwrap(), &program).unwrap();
+    std::fs::copy(common::program(), folder.path().join("denizen")).unwrap();
+    let mut copy = Program::new("cp");
+    copy.arg("-rL").arg(common::guest()).arg(folder.path().join("guest"));
+    assert!(copy.status().unwrap().success());
     std::fs::set_permissions(folder.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755))
         .unwrap();
     std::os::unix::fs::chown(folder.path(), Some(12345), Some(12345)).unwrap();
     let mut command = command(&program);
     let mut child = command
-        .args(["--test-threads=2", "--skip=microvm::"])
+        .args(["--test-threads=2"])
         .env("DENIZEN_TEST_CACHE", folder.path().join("cache"))
         .env("TMPDIR", folder.path())
+        .env(common::COPIES, folder.path())
         .stdin(std::process::Stdio::piped())
         .stdout(std::process::Stdio::piped())
         .stderr(std::process::Stdio::piped())
@@ -749,5 +754,5 @@ fn again(command: impl Fn(&Path) -> Program) {
     let output = child.wait_with_output().unwrap();
     let said = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success(), "{said}\n{}", String::from_utf8_lossy(&output.stderr));
-    assert!(said.contains("test result: ok. 18 passed"), "{said}");
+    assert!(said.contains("test result: ok. 36 passed"), "{said}");
 }
