@@ -337,7 +337,7 @@ async fn what_differs_is_listed(isolation: Isolation) {
     let of = |tree| all.iter().filter(move |one| one.tree == tree).map(shown);
     let expected: &[_] = match isolation {
         // What is on it, its own kernel knows.
-        Isolation::MicroVm => &[("disk", (true, true), "content")],
+        Isolation::MicroVm => &[(".denizen-disk", (true, true), "content")],
         _ => &[
             ("d/new", (false, true), ""),
             ("file", (true, true), "content"),

@@ -689,17 +689,18 @@ async fn a_command_in_a_sandbox_keeps_its_mark() {
 
 #[test]
 fn all_of_it_again_as_an_ordinary_user() {
-    again(|program| {
+    again(&[], 36, |program| {
         let mut command = Program::new("setpriv");
         command.args(["--reuid=12345", "--regid=12345", "--clear-groups"]).arg(program);
         command
     });
 }
 
-/// As the program makes itself for a user with an entry in `/etc/subuid`.
+/// As the program makes itself for a user with an entry in `/etc/subuid`. A folder as root, which
+/// machines have here, needs owners that no such user can give.
 #[test]
 fn all_of_it_again_as_a_user_with_a_range() {
-    again(|program| {
+    again(&["--skip=microvm::"], 26, |program| {
         let enter = "read -r go; exec setpriv --reuid=0 --regid=0 --clear-groups \"$0\" \"$@\"";
         let mut command = Program::new("unshare");
         command.args(["--user", "--keep-caps", "sh", "-c", enter]).arg(program);
@@ -708,8 +709,8 @@ fn all_of_it_again_as_a_user_with_a_range() {
 }
 
 /// Runs this program's tests as user 12345. What `command` starts may be in a user namespace
-/// that is yet to be given its ids, and then wait for a line.
-fn again(command: impl Fn(&Path) -> Program) {
+/// that is yet to be given its ids, and then wait for a line. So many tests are not skipped.
+fn again(skip: &[&str], count: usize, command: impl Fn(&Path) -> Program) {
     if std::env::var_os("DENIZEN_TEST_CACHE").is_some() {
         return;
     }
@@ -730,6 +731,7 @@ fn again(command: impl Fn(&Path) -> Program) {
     let mut command = command(&program);
     let mut child = command
         .args(["--test-threads=2"])
+        .args(skip)
         .env("DENIZEN_TEST_CACHE", folder.path().join("cache"))
         .env("TMPDIR", folder.path())
         .env(common::COPIES, folder.path())
@@ -754,5 +756,5 @@ fn again(command: impl Fn(&Path) -> Program) {
     let output = child.wait_with_output().unwrap();
     let said = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success(), "{said}\n{}", String::from_utf8_lossy(&output.stderr));
-    assert!(said.contains("test result: ok. 36 passed"), "{said}");
+    assert!(said.contains(&format!("test result: ok. {count} passed")), "{said}");
 }

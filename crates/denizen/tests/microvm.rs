@@ -275,7 +275,7 @@ async fn a_memory_that_does_not_fit_is_not_brought_back() {
     // Of other hardware; of a disk that was changed; damaged.
     let change_nothing = |_: &Path| {};
     let touch_disk = |home: &Path| {
-        let disk = fs::File::options().write(true).open(home.join("volume/disk")).unwrap();
+        let disk = fs::File::options().write(true).open(home.join("volume/.denizen-disk")).unwrap();
         disk.set_modified(SystemTime::now()).unwrap();
     };
     let damage = |home: &Path| {
@@ -621,7 +621,7 @@ async fn a_disk_can_be_full_and_gives_back_what_is_deleted() {
     let id = Uuid::new_v4();
     let guard = pool.acquire(id).await.unwrap();
     text(&guard, "echo kept > kept").await;
-    let disk = pool.session_folder(id).unwrap().join("volume/disk");
+    let disk = pool.session_folder(id).unwrap().join("volume/.denizen-disk");
     let used = || fs::metadata(&disk).unwrap().blocks() * 512;
     let empty = used();
     let filled =
