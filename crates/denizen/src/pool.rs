@@ -308,7 +308,8 @@ pub(crate) struct Pool {
 }
 
 impl Drop for Pool {
-    /// Instances end with the pool, which those that stand still could not.
+    /// Instances end with the pool, which those that stand still could not where that needs
+    /// them to hear of it.
     fn drop(&mut self) {
         if self.driver.keeps_frozen() {
             return;

@@ -384,12 +384,15 @@ impl Shared {
 
     /// What walls have in which a guest runs.
     fn fittings(&self, hardware: &Hardware, devices: Vec<(PathBuf, &'static str)>) -> Fittings {
+        // Where there is no control group it would be a limit of addresses, of which far more are
+        // taken than memory is used.
+        let is_of_memory = self.sandbox.limits().contains(&"memory");
         Fittings {
             files: vec![(self.kernel.clone(), KERNEL), (self.initramfs.clone(), INITRAMFS)],
             devices,
             network: hardware.network,
             limits: Limits {
-                memory_bytes: Some(hardware.memory + OVERHEAD),
+                memory_bytes: is_of_memory.then_some(hardware.memory + OVERHEAD),
                 processes: Some(256),
                 cpu_percent: self.limits.cpu_percent,
                 open_files: Some(1024),
