@@ -565,14 +565,19 @@ async fn run_command(
         if let Some(kernel) = &settings.kernel {
             builder = builder.kernel(kernel, settings.kernel_modules.clone());
         }
-        if let Some(image) = &settings.image {
-            builder = builder.image(image);
+        // Another one is not known to this pool.
+        if let Some(folder) = settings.image.as_ref().filter(|image| is_folder(image)) {
+            builder = builder.image(folder);
         }
     }
     let pool = builder.build()?;
     attempt.limited = pool.limited_resources()?;
     attempt.freezer = pool.can_freeze()?;
     attempt.machine = pool.hypervisor().await?;
+    if attempt.machine.is_some() && settings.image.as_ref().is_some_and(|image| !is_folder(image)) {
+        pool.shutdown().await?;
+        return Ok(String::new());
+    }
     let session = pool.find_or_name(&"doctor".parse()?).await?;
     let guard = pool.acquire(session).await?;
     let output = guard.command(ATTEMPT).output().await;
@@ -581,6 +586,11 @@ async fn run_command(
     pool.remove(session).await?;
     pool.shutdown().await?;
     Ok(String::from_utf8_lossy(&output?.stdout).into_owned())
+}
+
+/// Whether a root is a folder of the host, not an image by its name.
+fn is_folder(image: &str) -> bool {
+    Path::new(image).is_absolute()
 }
 
 /// What machines are made with.
@@ -615,7 +625,7 @@ fn machine(attempt: &Attempt) -> Finding {
 
 fn command(settings: &Settings, attempt: &Attempt) -> Finding {
     let isolation = settings.isolation.name();
-    let image = settings.image.as_deref().filter(|image| !Path::new(image).is_absolute());
+    let image = settings.image.as_deref().filter(|image| !is_folder(image));
     if let (Isolation::MicroVm, Some(_), Some(image)) =
         (settings.isolation, &attempt.machine, image)
     {
