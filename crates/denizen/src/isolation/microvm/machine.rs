@@ -93,7 +93,7 @@ impl Vm {
             State::Runs(running) => running.clone(),
             _ => return Ok(()),
         };
-        self.introduce(&running.link)
+        self.introduce(&running.link, true)
     }
 
     /// Begins where a memory in its folder ends, or the template's, or at the beginning.
@@ -202,15 +202,21 @@ impl Vm {
         let _runtime = self.shared.runtime.enter();
         let (link, socket) = Link::new()?;
         let link = Arc::new(link);
-        self.connect(&link, &guest, patience)?;
+        self.connect(&link, &guest, patience, true)?;
         let ended = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
         let number = self.shared.next_number();
         let running = Running { number, walls: walls.clone(), guest, link, ended };
         Ok((running, socket))
     }
 
-    /// Connects a link to a guest, and tells the guest who and when it is.
-    fn connect(&self, link: &Link, guest: &Arc<dyn Guest>, patience: Duration) -> io::Result<()> {
+    /// Connects a link to a guest, and tells the guest when it is, and who, if it is new to that.
+    fn connect(
+        &self,
+        link: &Link,
+        guest: &Arc<dyn Guest>,
+        patience: Duration,
+        is_new: bool,
+    ) -> io::Result<()> {
         let begun = Instant::now();
         let port = guest.port()?;
         let mut over = guest.ended();
@@ -221,16 +227,17 @@ impl Vm {
             }
         });
         tracing::debug!(took = ?begun.elapsed(), "guest answers");
-        let connected = connected.and_then(|()| self.introduce(link));
-        tracing::debug!(took = ?begun.elapsed(), "guest is told who it is");
+        let connected = connected.and_then(|()| self.introduce(link, is_new));
+        tracing::debug!(took = ?begun.elapsed(), is_new, "guest is told who it is");
         connected.map_err(|error| match guest.last_words() {
             words if words.is_empty() => error,
             words => io::Error::new(error.kind(), format!("{error}; it said: {words}")),
         })
     }
 
-    /// Tells a guest what it cannot know: the time, what nobody can guess, who it is.
-    fn introduce(&self, link: &Link) -> io::Result<()> {
+    /// Tells a guest what it cannot know: the time, what nobody can guess, and who it is, if it
+    /// is new to that.
+    fn introduce(&self, link: &Link, is_new: bool) -> io::Result<()> {
         let id = self.site.lock().id.simple().to_string();
         let mut entropy = [0; 64];
         getrandom::fill(&mut entropy).map_err(io::Error::other)?;
@@ -241,7 +248,7 @@ impl Vm {
                 nanoseconds: now.subsec_nanos(),
             },
             entropy: entropy.iter().map(|byte| format!("{byte:02x}")).collect(),
-            fresh: Some(Fresh {
+            fresh: is_new.then(|| Fresh {
                 hostname: format!("denizen-{}", id.get(..8).unwrap_or_default()),
                 machine_id: id,
             }),
@@ -321,7 +328,7 @@ impl Vm {
         if let Err(error) = slept {
             // Neither has to work: it may be gone.
             let _ = running.guest.go_on();
-            let _ = self.introduce(&running.link);
+            let _ = self.introduce(&running.link, false);
             return Err(error);
         }
         {
@@ -387,7 +394,7 @@ impl Vm {
         let walls = self.shared.walls(site, &parts).map_err(io::Error::other)?;
         let woken = self
             .load(site, &parts, &walls, &mut memory)
-            .and_then(|guest| self.connect(link, &guest, ANSWER).map(|()| guest));
+            .and_then(|guest| self.connect(link, &guest, ANSWER, false).map(|()| guest));
         if woken.is_err() {
             let _ = self.shared.runtime.block_on(walls.shutdown(Duration::ZERO));
             self.shared.cleared(site);
