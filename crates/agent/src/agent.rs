@@ -25,7 +25,7 @@ pub struct Agent {
 
 #[derive(Default)]
 struct Inner {
-    init: Mutex<Option<Init>>,
+    init: Arc<Mutex<Option<Init>>>,
     /// How the next init is launched, if not by default.
     launch: parking_lot::Mutex<Option<Launching>>,
 }
@@ -51,7 +51,8 @@ impl Agent {
 
     fn having(init: Option<Init>, launch: Launch) -> Self {
         let launch: Launching = Arc::new(move || Ok(launch.clone()));
-        Self { inner: Arc::new(Inner { init: Mutex::new(init), launch: Some(launch).into() }) }
+        let init = Arc::new(Mutex::new(init));
+        Self { inner: Arc::new(Inner { init, launch: Some(launch).into() }) }
     }
 
     /// Should its init die, the next one is launched in this way, which is asked for only then.
@@ -142,22 +143,24 @@ impl Agent {
     }
 
     async fn init(&self) -> Result<Remote> {
-        let mut slot = self.inner.init.lock().await;
-        match &*slot {
-            Some(init) if init.is_alive() => Ok(init.remote()),
-            dead => {
-                // It goes first, with all that it ran, so that there are never two.
-                if let Some(dead) = dead {
-                    dead.end().await;
-                }
-                *slot = None;
-                let launch = self.inner.launch.lock().clone();
-                let launch = launch.map_or(Ok(Launch::default()), |launch| launch());
-                let launch = launch.map_err(Error::io("cannot prepare the session's init"))?;
-                let init = Init::launch(&launch).await?;
-                Ok(slot.insert(init).remote())
-            }
+        let mut slot = self.inner.init.clone().lock_owned().await;
+        if let Some(init) = slot.as_ref().filter(|init| init.is_alive()) {
+            return Ok(init.remote());
         }
+        let launch = self.inner.launch.lock().clone();
+        // A launch that nobody waits for goes on: until it has ended there must be no other.
+        let launched = tokio::spawn(async move {
+            // The dead one goes first, with all that it ran, so that there are never two.
+            if let Some(dead) = &*slot {
+                dead.end().await;
+            }
+            *slot = None;
+            let launch = launch.map_or(Ok(Launch::default()), |launch| launch());
+            let launch = launch.map_err(Error::io("cannot prepare the session's init"))?;
+            let init = Init::launch(&launch).await?;
+            Ok(slot.insert(init).remote())
+        });
+        launched.await.map_err(|_| Error::InitLost)?
     }
 
     /// Every process of the session that is alive now, left-over background processes

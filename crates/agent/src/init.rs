@@ -56,6 +56,9 @@ const PATIENCE: Duration = Duration::from_mins(1);
 const ENDING: Duration = Duration::from_secs(2);
 /// The same of one in a machine, whose kernel writes to its disk what is not yet there.
 const MACHINE_ENDING: Duration = Duration::from_secs(30);
+/// The stack of an init's thread, and of one that has a machine made.
+const STACK: usize = 256 * 1024;
+const MACHINE_STACK: usize = 2 * 1024 * 1024;
 
 /// A process of a session.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -155,8 +158,8 @@ struct Shared {
     contained: bool,
     /// It goes on when its owner dies.
     lingers: bool,
-    /// It is in a machine: its terminals are there too.
-    remote: bool,
+    /// The machine that it is in, if it is: its terminals are there too.
+    machine: Option<Arc<dyn Machine>>,
     /// See [`PATIENCE`].
     patience: Duration,
     /// See [`ENDING`].
@@ -204,7 +207,7 @@ impl Init {
         let (sender, receiver) = oneshot::channel();
         std::thread::Builder::new()
             .name("denizen-init".into())
-            .stack_size(256 * 1024)
+            .stack_size(if launch.machine.is_some() { MACHINE_STACK } else { STACK })
             .spawn(move || match start(&launch) {
                 Err(error) => drop(sender.send(Err(error))),
                 Ok((shared, child)) => {
@@ -231,7 +234,7 @@ impl Init {
         let init = Self { remote: Remote { shared: Arc::clone(&shared) } };
         std::thread::Builder::new()
             .name("denizen-init".into())
-            .stack_size(256 * 1024)
+            .stack_size(STACK)
             .spawn(move || serve(&shared, launched))
             .map_err(|source| Error::Launch { source })?;
         Ok((init, door))
@@ -246,7 +249,7 @@ impl Init {
     /// Its process id; none if it is not a process of this kernel.
     pub fn pid(&self) -> Option<u32> {
         let shared = &self.remote.shared;
-        (!shared.remote).then_some(shared.pid)
+        shared.machine.is_none().then_some(shared.pid)
     }
 
     /// Whether it is there to be asked.
@@ -544,7 +547,7 @@ impl Spawned {
     /// Tells of the size of its terminal, where that is not the one whose master end is here.
     pub(crate) fn resize(&self, columns: u16, rows: u16) -> Result<()> {
         let shared = &self.remote.shared;
-        if !shared.remote {
+        if shared.machine.is_none() {
             return Ok(());
         }
         shared.send(&mut shared.state.lock(), message::size(self.id, columns, rows), Vec::new())
@@ -644,17 +647,20 @@ impl Shared {
 
     /// Waits for an answer. The first process of a sandbox that gives none is ended.
     async fn answer<T>(&self, answer: oneshot::Receiver<T>) -> Result<T> {
-        let answer = if self.contained {
-            let Ok(answer) = tokio::time::timeout(self.patience, answer).await else {
+        if !self.contained {
+            return answer.await.map_err(|_| Error::InitLost);
+        }
+        tokio::pin!(answer);
+        loop {
+            if let Ok(answer) = tokio::time::timeout(self.patience, &mut answer).await {
+                return answer.map_err(|_| Error::InitLost);
+            }
+            if !self.machine.as_ref().is_some_and(|machine| machine.is_asleep()) {
                 tracing::warn!(pid = self.pid, "the session's init is silent: ending it");
                 self.close();
                 return Err(Error::InitLost);
-            };
-            answer
-        } else {
-            answer.await
-        };
-        answer.map_err(|_| Error::InitLost)
+            }
+        }
     }
 
     /// Whether the process that was launched has. What is within a sandbox ends with it, a
@@ -907,7 +913,7 @@ fn run(launch: &Launch) -> io::Result<(Arc<Shared>, process::Child)> {
         finished: watch::Sender::new(false),
         contained,
         lingers: contained && launch.linger.is_some(),
-        remote: false,
+        machine: None,
         patience: PATIENCE,
         ending: ENDING,
     };
@@ -1050,7 +1056,7 @@ fn end(launched: &mut Launched, shared: &Shared, patience: Duration) {
             }
         }
     }
-    let is_sandbox = shared.contained && !shared.remote;
+    let is_sandbox = shared.contained && shared.machine.is_none();
     let within: Vec<Pid> = if is_sandbox { children(shared.pid) } else { Vec::new() };
     for pid in &within {
         // The number may be another's by now; the descriptor is one process's.

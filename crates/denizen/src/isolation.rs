@@ -29,6 +29,11 @@ use crate::usage::Usage;
 /// The folder, in a session's, of its persistent files.
 const VOLUME: &str = "volume";
 
+/// The one file there of a session that has a machine: its disk, with its persistent files.
+const DISK: &str = ".denizen-disk";
+/// The folder beside what a session has changed in its root that says so, by being there.
+const DISK_NOTE: &str = "disk";
+
 /// How far a session is kept from its host.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -253,6 +258,46 @@ impl Site {
         Self { id, volume: home.join(VOLUME), home }
     }
 
+    /// The memory of a machine that sleeps.
+    pub(crate) fn memory(&self) -> PathBuf {
+        self.home.join("memory")
+    }
+
+    /// The disk of a session that has a machine.
+    fn disk(&self) -> PathBuf {
+        self.volume.join(DISK)
+    }
+
+    /// Whether that is what the session's files are on: the name alone may be a file of theirs.
+    fn has_disk(&self) -> bool {
+        self.is_to_have_disk() && self.disk().exists()
+    }
+
+    /// Whether it is, or a process was killed while it was being made so.
+    fn is_to_have_disk(&self) -> bool {
+        self.root_changes().join(DISK_NOTE).exists()
+    }
+
+    /// Notes that it is.
+    fn note_disk(&self) -> std::io::Result<()> {
+        use std::os::unix::fs::DirBuilderExt;
+        let changes = self.root_changes();
+        let note = changes.join(DISK_NOTE);
+        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(note)?;
+        std::fs::File::open(changes)?.sync_all()
+    }
+
+    /// Fails if the session's files are on a disk that only a machine can read.
+    fn check_files(&self, isolation: &'static str) -> Result<()> {
+        if !self.has_disk() {
+            return Ok(());
+        }
+        let problem = "the session's files are on the disk of a virtual machine: set isolation to \
+                       `microvm`"
+            .to_owned();
+        Err(Error::Isolation { isolation, problem })
+    }
+
     /// What a session that has a root of its own has changed in it.
     ///
     /// It holds folders, and one file that says over what they go.
@@ -304,8 +349,8 @@ pub(crate) trait Driver: Send + Sync {
     fn resume(&self, site: &Site) -> Option<Instance>;
 
     /// Lets go of an instance that goes on without this process: nothing here serves it any more.
-    /// May block.
-    fn leave(&self, site: &Site);
+    /// Fails if what runs there would end. May block.
+    fn leave(&self, site: &Site) -> Result<()>;
 
     /// Clears away what an instance leaves outside of its session's folder. Nothing runs in it,
     /// or what does is dying, perhaps frozen. May block.
@@ -348,8 +393,13 @@ pub(crate) trait Driver: Send + Sync {
     /// Which resources of a whole session are limited.
     fn limits(&self) -> Vec<&'static str>;
 
-    /// How many bytes of the disk a session may have, where that is limited.
+    /// How many bytes of the disk a session may have, where that is limited by measuring.
     fn disk_limit(&self) -> Option<u64>;
+
+    /// How many bytes a session may begin with.
+    fn import_limit(&self) -> Option<u64> {
+        self.disk_limit()
+    }
 
     /// How often so far a process of the instance was ended for want of memory.
     fn out_of_memory(&self, site: &Site) -> u64;

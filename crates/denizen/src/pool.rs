@@ -23,8 +23,8 @@ use std::time::{Duration, SystemTime};
 use denizen_agent::Agent;
 use denizen_image::Store;
 use denizen_network::Denial;
-use futures::StreamExt;
 use denizen_repository::{Counter, Report as BackupReport};
+use futures::StreamExt;
 use parking_lot::Mutex;
 use serde::Serialize;
 use tokio::sync::{Notify, mpsc, oneshot};
@@ -308,8 +308,12 @@ pub(crate) struct Pool {
 }
 
 impl Drop for Pool {
-    /// Instances end with the pool, which those that stand still could not.
+    /// Instances end with the pool, which those that stand still could not where that needs
+    /// them to hear of it.
     fn drop(&mut self) {
+        if self.driver.keeps_frozen() {
+            return;
+        }
         for place in self.state.get_mut().places.values() {
             if place.agent().is_some()
                 && let Err(error) = self.driver.thaw(&place.site)
@@ -1298,12 +1302,10 @@ impl Pool {
             let instance = place.instance.lock().take();
             if let Some(Instance { agent, .. }) = instance {
                 let (driver, site) = (self.driver.clone(), place.site.clone());
-                let left = blocking(move || {
-                    driver.leave(&site);
-                    Ok(())
-                });
-                if let Err(error) = left.await {
+                if let Err(error) = blocking(move || driver.leave(&site)).await {
                     tracing::warn!(session = %place.site.id, %error, "cannot be left to itself");
+                    // What runs there can at least write down what it has.
+                    let _ = agent.shutdown(operation::GRACE).await;
                 }
                 agent.leave().await;
             }

@@ -10,15 +10,19 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use denizen::{
-    Error, EventKind, Isolation, MicroVmManager, SnapshotName, Version, VmPoolConfig,
+    Builder, Error, EventKind, Isolation, MicroVmManager, SnapshotName, Version, VmPoolConfig,
     VmPoolRuntimeConfig,
 };
 use tempfile::TempDir;
 use uuid::Uuid;
 
-use crate::common::{cache, text};
+use crate::common::{isolated, text};
 
-const ALL: [Isolation; 2] = [Isolation::Host, Isolation::Sandbox];
+over! { host: Host, sandbox: Sandbox, microvm: MicroVm; {
+    snapshots_are_kept_listed_restored_forked_and_removed,
+    what_differs_is_listed,
+    forks_and_snapshots_share_their_blocks,
+} }
 
 struct World {
     folder: TempDir,
@@ -46,8 +50,11 @@ impl World {
     }
 
     fn open(&self) -> Arc<MicroVmManager> {
-        let builder = MicroVmManager::builder(self.config.clone()).isolation(self.isolation);
-        builder.cache(cache()).build().unwrap()
+        self.builder().build().unwrap()
+    }
+
+    fn builder(&self) -> Builder {
+        isolated(MicroVmManager::builder(self.config.clone()), self.isolation)
     }
 
     fn own(&self, folder: &str) -> PathBuf {
@@ -172,72 +179,68 @@ async fn what_cannot_stand_still_is_copied_when_nothing_runs_in_it() {
     world.clear().await;
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn snapshots_are_kept_listed_restored_forked_and_removed() {
-    for isolation in ALL {
-        let world = World::new(isolation);
-        let pool = world.open();
-        let mut events = pool.events().unwrap();
-        let id = Uuid::new_v4();
-        let change = match isolation {
-            Isolation::Sandbox => "; echo changed > /etc/denizen-test; rm -f /etc/motd",
-            _ => "",
-        };
-        run(&pool, id, &format!("mkdir -p deep; echo one > deep/file; ln -s x link{change}")).await;
-        pool.snapshot(id, &name("first")).await.unwrap();
-        let error = pool.snapshot(id, &name("first")).await.unwrap_err();
-        assert!(matches!(error, Error::SnapshotExists { .. }), "{isolation:?}: {error}");
-        run(&pool, id, "echo two > deep/file; touch more").await;
-        pool.snapshot(id, &name("second")).await.unwrap();
-        drop(pool);
-        // As another process would find them.
-        let pool = loop {
-            let builder = MicroVmManager::builder(world.config.clone()).isolation(isolation);
-            match builder.cache(cache()).build() {
-                Ok(pool) => break pool,
-                Err(_) => tokio::task::yield_now().await,
-            }
-        };
-        let names = async |pool: &MicroVmManager| {
-            let all = pool.snapshots(id).await.unwrap().into_iter();
-            all.map(|one| one.name.to_string()).collect::<Vec<_>>()
-        };
-        assert_eq!(names(&pool).await, ["second", "first"]);
-        let fork = pool.fork_snapshot(id, &name("first")).await.unwrap();
-        assert_eq!(run(&pool, fork, "cat deep/file; ls").await, "one\ndeep\nlink\n");
-        pool.restore_snapshot(id, &name("first")).await.unwrap();
-        assert_eq!(run(&pool, id, "cat deep/file; ls").await, "one\ndeep\nlink\n");
-        if isolation == Isolation::Sandbox {
-            for session in [id, fork] {
-                let line = "cat /etc/denizen-test; test ! -e /etc/motd";
-                assert_eq!(run(&pool, session, line).await, "changed\n");
-            }
+async fn snapshots_are_kept_listed_restored_forked_and_removed(isolation: Isolation) {
+    let world = World::new(isolation);
+    let pool = world.open();
+    let mut events = pool.events().unwrap();
+    let id = Uuid::new_v4();
+    let change = match isolation {
+        Isolation::Host => "",
+        _ => "; echo changed > /etc/denizen-test; rm -f /etc/motd",
+    };
+    run(&pool, id, &format!("mkdir -p deep; echo one > deep/file; ln -s x link{change}")).await;
+    pool.snapshot(id, &name("first")).await.unwrap();
+    let error = pool.snapshot(id, &name("first")).await.unwrap_err();
+    assert!(matches!(error, Error::SnapshotExists { .. }), "{error}");
+    run(&pool, id, "echo two > deep/file; touch more").await;
+    pool.snapshot(id, &name("second")).await.unwrap();
+    drop(pool);
+    // As another process would find them.
+    let pool = loop {
+        match world.builder().build() {
+            Ok(pool) => break pool,
+            Err(_) => tokio::task::yield_now().await,
         }
-        run(&pool, id, "echo three > deep/file").await;
-        pool.restore_snapshot(id, &name("second")).await.unwrap();
-        assert_eq!(run(&pool, id, "cat deep/file; ls").await, "two\ndeep\nlink\nmore\n");
-        assert!(pool.remove_snapshot(id, &name("first")).await.unwrap());
-        assert!(!pool.remove_snapshot(id, &name("first")).await.unwrap());
-        assert_eq!(names(&pool).await, ["second"]);
-        for error in [
-            pool.restore_snapshot(id, &name("first")).await.unwrap_err(),
-            pool.fork_snapshot(id, &name("first")).await.unwrap_err(),
-        ] {
-            assert!(matches!(error, Error::NoSnapshot { .. }), "{error}");
+    };
+    let names = async |pool: &MicroVmManager| {
+        let all = pool.snapshots(id).await.unwrap().into_iter();
+        all.map(|one| one.name.to_string()).collect::<Vec<_>>()
+    };
+    assert_eq!(names(&pool).await, ["second", "first"]);
+    let fork = pool.fork_snapshot(id, &name("first")).await.unwrap();
+    assert_eq!(run(&pool, fork, "cat deep/file; ls").await, "one\ndeep\nlink\n");
+    pool.restore_snapshot(id, &name("first")).await.unwrap();
+    assert_eq!(run(&pool, id, "cat deep/file; ls").await, "one\ndeep\nlink\n");
+    if isolation != Isolation::Host {
+        for session in [id, fork] {
+            let line = "cat /etc/denizen-test; test ! -e /etc/motd";
+            assert_eq!(run(&pool, session, line).await, "changed\n");
         }
-        let error = pool.snapshot(Uuid::new_v4(), &name("first")).await.unwrap_err();
-        assert!(matches!(error, Error::Unknown { .. }), "{error}");
-        pool.remove(id).await.unwrap();
-        assert_eq!(world.entries("snapshots"), 0, "they go with their session");
-        world.clear().await;
-        let taken = loop {
-            if let EventKind::SnapshotTaken { snapshot } = events.next().await.unwrap().kind {
-                break snapshot;
-            }
-        };
-        assert_eq!(taken, "first");
-        pool.shutdown().await.unwrap();
     }
+    run(&pool, id, "echo three > deep/file").await;
+    pool.restore_snapshot(id, &name("second")).await.unwrap();
+    assert_eq!(run(&pool, id, "cat deep/file; ls").await, "two\ndeep\nlink\nmore\n");
+    assert!(pool.remove_snapshot(id, &name("first")).await.unwrap());
+    assert!(!pool.remove_snapshot(id, &name("first")).await.unwrap());
+    assert_eq!(names(&pool).await, ["second"]);
+    for error in [
+        pool.restore_snapshot(id, &name("first")).await.unwrap_err(),
+        pool.fork_snapshot(id, &name("first")).await.unwrap_err(),
+    ] {
+        assert!(matches!(error, Error::NoSnapshot { .. }), "{error}");
+    }
+    let error = pool.snapshot(Uuid::new_v4(), &name("first")).await.unwrap_err();
+    assert!(matches!(error, Error::Unknown { .. }), "{error}");
+    pool.remove(id).await.unwrap();
+    assert_eq!(world.entries("snapshots"), 0, "they go with their session");
+    world.clear().await;
+    let taken = loop {
+        if let EventKind::SnapshotTaken { snapshot } = events.next().await.unwrap().kind {
+            break snapshot;
+        }
+    };
+    assert_eq!(taken, "first");
+    pool.shutdown().await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -307,52 +310,58 @@ async fn what_fails_or_is_given_up_leaves_nothing() {
     assert_eq!(pool.sessions().unwrap().len(), 1);
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_differs_is_listed() {
-    for isolation in ALL {
-        let world = World::new(isolation);
-        let pool = world.open();
-        let id = Uuid::new_v4();
-        let line = "echo same > same; echo one > file; echo old > gone; touch mode; mkdir d; \
-                    ln -s x link; touch -d 2020-01-01 same";
-        run(&pool, id, line).await;
-        pool.snapshot(id, &name("before")).await.unwrap();
-        let root = match isolation {
-            Isolation::Sandbox => "; echo new > /etc/denizen-test",
-            _ => "",
-        };
-        // As large as before; and what has another time only is no difference.
-        let line = "echo two > file; rm gone; chmod 600 mode; echo new > d/new; ln -sf y link; \
-                    touch same";
-        run(&pool, id, &format!("{line}{root}")).await;
-        let now = Version { session: id, snapshot: None };
-        let before = Version { snapshot: Some(name("before")), ..now.clone() };
-        let all = pool.diff(before.clone(), now.clone()).await.unwrap();
-        let shown = |one: &denizen::Difference| {
-            let aspects: Vec<_> = one.aspects.iter().map(|aspect| aspect.name()).collect();
-            let sides = (one.before.is_some(), one.after.is_some());
-            (one.path.to_str().unwrap().to_owned(), sides, aspects.join(","))
-        };
-        let of = |tree| all.iter().filter(move |one| one.tree == tree).map(shown);
-        let expected = [
+async fn what_differs_is_listed(isolation: Isolation) {
+    let world = World::new(isolation);
+    let pool = world.open();
+    let id = Uuid::new_v4();
+    let line = "echo same > same; echo one > file; echo old > gone; touch mode; mkdir d; \
+                ln -s x link; touch -d 2020-01-01 same";
+    run(&pool, id, line).await;
+    pool.snapshot(id, &name("before")).await.unwrap();
+    let root = match isolation {
+        Isolation::Host => "",
+        _ => "; echo new > /etc/denizen-test",
+    };
+    // As large as before; and what has another time only is no difference.
+    let line = "echo two > file; rm gone; chmod 600 mode; echo new > d/new; ln -sf y link; \
+                touch same";
+    run(&pool, id, &format!("{line}{root}")).await;
+    let now = Version { session: id, snapshot: None };
+    let before = Version { snapshot: Some(name("before")), ..now.clone() };
+    let all = pool.diff(before.clone(), now.clone()).await.unwrap();
+    let shown = |one: &denizen::Difference| {
+        let aspects: Vec<_> = one.aspects.iter().map(|aspect| aspect.name()).collect();
+        let sides = (one.before.is_some(), one.after.is_some());
+        (one.path.to_str().unwrap().to_owned(), sides, aspects.join(","))
+    };
+    let of = |tree| all.iter().filter(move |one| one.tree == tree).map(shown);
+    let expected: &[_] = match isolation {
+        // What is on it, its own kernel knows.
+        Isolation::MicroVm => &[(".denizen-disk", (true, true), "content")],
+        _ => &[
             ("d/new", (false, true), ""),
             ("file", (true, true), "content"),
             ("gone", (true, false), ""),
             ("link", (true, true), "content"),
             ("mode", (true, true), "mode"),
-        ];
-        let expected = expected.map(|(path, sides, what)| (path.into(), sides, what.into()));
-        assert_eq!(of("volume").collect::<Vec<_>>(), expected, "{isolation:?}");
-        if isolation == Isolation::Sandbox {
-            let root: Vec<_> = of("root").map(|(path, ..)| path).collect();
-            assert!(root.contains(&"main/etc/denizen-test".to_owned()), "{root:?}");
-        }
-        assert_eq!(pool.diff(now.clone(), before).await.unwrap().len(), all.len());
-        let fork = Version { session: pool.fork(id).await.unwrap(), snapshot: None };
-        assert_eq!(pool.diff(now, fork).await.unwrap(), []);
-        world.clear().await;
-        pool.shutdown().await.unwrap();
+        ],
+    };
+    let expected =
+        expected.iter().map(|(path, sides, what)| ((*path).into(), *sides, (*what).into()));
+    assert_eq!(of("volume").collect::<Vec<_>>(), expected.collect::<Vec<_>>());
+    if isolation == Isolation::Sandbox {
+        let root: Vec<_> = of("root").map(|(path, ..)| path).collect();
+        assert!(root.contains(&"main/etc/denizen-test".to_owned()), "{root:?}");
     }
+    assert_eq!(pool.diff(now.clone(), before).await.unwrap().len(), all.len());
+    let fork = Version { session: pool.fork(id).await.unwrap(), snapshot: None };
+    match isolation {
+        // It has begun to run, which a disk shows.
+        Isolation::MicroVm => {}
+        _ => assert_eq!(pool.diff(now, fork).await.unwrap(), []),
+    }
+    world.clear().await;
+    pool.shutdown().await.unwrap();
 }
 
 /// A file system in a file, where this user may mount one.
@@ -390,26 +399,23 @@ fn free(path: &Path) -> u64 {
     stat.f_bfree * stat.f_frsize
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn forks_and_snapshots_share_their_blocks() {
-    for isolation in ALL {
-        let Some(disk) = Loop::new() else { return };
-        let mut world = World::new(isolation);
-        world.config.volume_root = disk.root().join("pool");
-        let pool = world.open();
-        let id = Uuid::new_v4();
-        let more = match isolation {
-            Isolation::Sandbox => "; head -c 32M /dev/urandom > /usr/large",
-            _ => "",
-        };
-        run(&pool, id, &format!("head -c 64M /dev/urandom > large{more}")).await;
-        let before = free(&disk.root());
-        let fork = pool.fork(id).await.unwrap();
-        pool.snapshot(id, &name("shared")).await.unwrap();
-        let used = before.saturating_sub(free(&disk.root()));
-        assert!(used < 16 << 20, "{isolation:?}: {used} bytes for two copies");
-        let line = "sha256sum < large; test ! -e /volume || sha256sum < /usr/large";
-        assert_eq!(run(&pool, id, line).await, run(&pool, fork, line).await);
-        pool.shutdown().await.unwrap();
-    }
+async fn forks_and_snapshots_share_their_blocks(isolation: Isolation) {
+    let Some(disk) = Loop::new() else { return };
+    let mut world = World::new(isolation);
+    world.config.volume_root = disk.root().join("pool");
+    let pool = world.open();
+    let id = Uuid::new_v4();
+    let more = match isolation {
+        Isolation::Host => "",
+        _ => "; head -c 32M /dev/urandom > /usr/large",
+    };
+    run(&pool, id, &format!("head -c 64M /dev/urandom > large{more}")).await;
+    let before = free(&disk.root());
+    let fork = pool.fork(id).await.unwrap();
+    pool.snapshot(id, &name("shared")).await.unwrap();
+    let used = before.saturating_sub(free(&disk.root()));
+    assert!(used < 16 << 20, "{used} bytes for two copies");
+    let line = "sha256sum < large; test ! -e /volume || sha256sum < /usr/large";
+    assert_eq!(run(&pool, id, line).await, run(&pool, fork, line).await);
+    pool.shutdown().await.unwrap();
 }

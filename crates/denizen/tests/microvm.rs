@@ -5,6 +5,7 @@
 mod common;
 
 use std::fs;
+use std::io::BufRead;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -20,7 +21,7 @@ use tempfile::TempDir;
 use tokio::io::AsyncWriteExt;
 use uuid::Uuid;
 
-use crate::common::{Manual, isolated, limits, opened, server, text};
+use crate::common::{Manual, cache, isolated, limits, opened, server, text};
 
 const IDLE: Duration = Duration::from_secs(60);
 /// Longer than anything here takes.
@@ -32,7 +33,8 @@ const COUNT: &str = "(echo kept > /dev/shm/kept; setsid sh -c \
                      > /dev/null 2>&1 &)";
 
 struct World {
-    folder: TempDir,
+    _folder: Option<TempDir>,
+    cache: PathBuf,
     clock: Arc<Manual>,
     config: VmPoolRuntimeConfig,
     limits: Limits,
@@ -42,17 +44,23 @@ struct World {
 impl World {
     fn new() -> Self {
         let folder = tempfile::tempdir().unwrap();
+        let world = Self::at(folder.path());
+        Self { _folder: Some(folder), ..world }
+    }
+
+    fn at(folder: &Path) -> Self {
         let config = VmPoolConfig {
             enabled: true,
-            volume_root: folder.path().join("pool"),
+            volume_root: folder.join("pool"),
             shell: "/bin/sh".into(),
             shell_args: vec!["-c".to_owned()],
             idle_shutdown_seconds: IDLE.as_secs(),
-            backup_destination: Some(folder.path().join("backups")),
+            backup_destination: Some(folder.join("backups")),
             ..VmPoolConfig::default()
         };
         Self {
-            folder,
+            _folder: None,
+            cache: cache(),
             clock: Arc::default(),
             config: (&config).into(),
             limits: limits(Isolation::MicroVm),
@@ -63,7 +71,7 @@ impl World {
     fn builder(&self) -> Builder {
         let builder = isolated(MicroVmManager::builder(self.config.clone()), Isolation::MicroVm);
         let builder = builder.clock(self.clock.clone()).limits(self.limits.clone());
-        let builder = builder.network(self.network.clone());
+        let builder = builder.network(self.network.clone()).cache(&self.cache);
         builder.sleep(Sleep::Freeze).background_is_use(false)
     }
 
@@ -142,7 +150,7 @@ async fn rebooted(events: &mut Events) -> String {
 async fn counting(pool: &MicroVmManager, id: Uuid) -> String {
     let guard = pool.acquire(id).await.unwrap();
     text(&guard, COUNT).await;
-    until("it counts", async || text(&guard, "wc -l < count || true").await .len() > 2).await;
+    until("it counts", async || text(&guard, "wc -l < count || true").await.len() > 2).await;
     text(&guard, "cat pid").await
 }
 
@@ -208,6 +216,8 @@ async fn what_sleeps_has_no_process_and_goes_on_where_it_was() {
     let (mut into, mut from) = (cat.take_stdin().unwrap(), cat.take_output().unwrap());
     // A clock that nobody sets would go on from here.
     text(&guard, "date -s @1000000000").await;
+    // It is the same one afterwards, whatever it has called itself.
+    text(&guard, "hostname mine; echo mine > /etc/machine-id").await;
     assert_eq!(machines(id).len(), 1);
     drop(guard);
     for _ in 0..2 {
@@ -219,6 +229,7 @@ async fn what_sleeps_has_no_process_and_goes_on_where_it_was() {
         assert!((before - 1..=now() + 1).contains(&within), "{within} is not now");
         assert_eq!(machines(id).len(), 1);
         assert!(!memory(&pool, id).exists());
+        assert_eq!(text(&guard, "hostname; cat /etc/machine-id").await, "mine\nmine\n");
         still_counts(&guard, &pid).await;
         shell.ask(&mut stdin, "echo $word$word", "keptkept").await;
         into.write_all(b"through").await.unwrap();
@@ -251,11 +262,9 @@ async fn forks_are_others_and_what_runs_goes_on_in_them() {
             said.len()
         }
     };
-    for line in ["hostname", "cat /etc/machine-id", "head -c 16 /dev/urandom | od -x || sha256sum"]
-    {
+    for line in ["hostname", "cat /etc/machine-id", "head -c 16 /dev/urandom | sha256sum"] {
         assert_eq!(same(line).await, 3, "{line}");
     }
-    assert_eq!(same("cat /proc/sys/kernel/random/boot_id").await, 1, "they are forks of one boot");
     for id in all {
         still_counts(&pool.acquire(id).await.unwrap(), &pid).await;
     }
@@ -269,7 +278,7 @@ async fn a_memory_that_does_not_fit_is_not_brought_back() {
     // Of other hardware; of a disk that was changed; damaged.
     let change_nothing = |_: &Path| {};
     let touch_disk = |home: &Path| {
-        let disk = fs::File::options().write(true).open(home.join("volume/disk")).unwrap();
+        let disk = fs::File::options().write(true).open(home.join("volume/.denizen-disk")).unwrap();
         disk.set_modified(SystemTime::now()).unwrap();
     };
     let damage = |home: &Path| {
@@ -303,10 +312,7 @@ async fn a_memory_that_does_not_fit_is_not_brought_back() {
         assert!(reason.contains(why), "{why}: {reason}");
         let kept: String = (0..=number).map(|number| format!("{number}\n")).collect();
         assert_eq!(text(&guard, "cat kept").await, kept);
-        assert_eq!(
-            text(&guard, "ls /dev/shm; kill -0 $(cat pid) 2> /dev/null || echo gone").await,
-            "gone\n"
-        );
+        assert_eq!(text(&guard, "ls /dev/shm").await, "");
         drop(guard);
         pool.shutdown().await.unwrap();
     }
@@ -363,6 +369,19 @@ async fn the_next_pool_goes_on_with_what_was_left() {
 
 // ---- The machine is killed --------------------------------------------------------------
 
+/// A session whose machine was killed: until that is noticed, commands are told that they are
+/// lost.
+async fn again(pool: &MicroVmManager, id: Uuid) -> VmExecutionGuard {
+    let guard = pool.acquire(id).await.unwrap();
+    until("it is another one", async || match guard.command("true").output().await {
+        Ok(output) => output.exit.success(),
+        Err(Error::Agent(denizen_agent::Error::InitLost)) => false,
+        Err(error) => panic!("{error}"),
+    })
+    .await;
+    guard
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_machine_that_is_killed_is_another_one_with_the_same_disk() {
     let world = World::new();
@@ -372,7 +391,7 @@ async fn a_machine_that_is_killed_is_another_one_with_the_same_disk() {
     let mut step = 0;
     let mut keep = async |guard: &VmExecutionGuard| {
         step += 1;
-        text(guard, &format!("echo {step} >> kept; sync")).await;
+        text(guard, &format!("echo {step} >> kept")).await;
         kept.push_str(&format!("{step}\n"));
         kept.clone()
     };
@@ -383,7 +402,7 @@ async fn a_machine_that_is_killed_is_another_one_with_the_same_disk() {
     until("it is gone", async || machines(id).is_empty()).await;
     drop(guard);
     // While a command runs.
-    let guard = pool.acquire(id).await.unwrap();
+    let guard = again(&pool, id).await;
     assert_eq!(text(&guard, "cat kept").await, expected);
     let running = guard.command("echo on; sleep 1000").spawn().await.unwrap();
     expected = keep(&guard).await;
@@ -394,7 +413,7 @@ async fn a_machine_that_is_killed_is_another_one_with_the_same_disk() {
     drop(guard);
     // While it falls asleep, and while it wakes.
     for of_a_partial in [true, false] {
-        let guard = pool.acquire(id).await.unwrap();
+        let guard = again(&pool, id).await;
         assert_eq!(text(&guard, "cat kept").await, expected);
         expected = keep(&guard).await;
         drop(guard);
@@ -425,11 +444,174 @@ async fn a_machine_that_is_killed_is_another_one_with_the_same_disk() {
         let left: Vec<_> = left.filter(|it| it.starts_with("memory.")).collect();
         assert_eq!(left, [""; 0]);
     }
-    let guard = pool.acquire(id).await.unwrap();
+    let guard = again(&pool, id).await;
     assert_eq!(text(&guard, "cat kept").await, expected);
     drop(guard);
     pool.shutdown().await.unwrap();
     assert_eq!(machines(id), [0; 0]);
+}
+
+// ---- The pool is killed -----------------------------------------------------------------
+
+const OWNER: &str = "DENIZEN_TEST_OWNER";
+const SESSION: Uuid = Uuid::from_u128(0x7c1e);
+
+/// A world of its own, so that it also has to make what others would find in the cache.
+fn apart(folder: &Path) -> World {
+    World { cache: folder.join("cache"), ..World::at(folder) }
+}
+
+/// Takes a session from state to state and says so, until it is killed; no test by itself.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_owner() {
+    let Ok(folder) = std::env::var(OWNER) else { return };
+    let world = apart(Path::new(&folder));
+    println!("\n= opens");
+    let pool = world.open().await;
+    for round in 0.. {
+        println!("= begins");
+        let guard = pool.acquire(SESSION).await.unwrap();
+        let line = "echo $(($(cat kept 2> /dev/null | wc -l) + 1)) >> kept; cat kept";
+        println!("= works");
+        println!("= kept {}", text(&guard, line).await.replace('\n', " "));
+        drop(guard);
+        if round % 2 == 0 {
+            world.idle(&pool).await;
+        } else {
+            pool.stop(SESSION, true).await.unwrap();
+        }
+    }
+}
+
+/// Another process that has the pool.
+struct Owner {
+    child: std::process::Child,
+    said: std::io::Lines<std::io::BufReader<std::process::ChildStdout>>,
+    /// The last that it has said of what the session has.
+    kept: Option<String>,
+}
+
+impl Owner {
+    fn start(folder: &Path) -> Self {
+        let mut child = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "an_owner", "--nocapture"])
+            .env(OWNER, folder)
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let said = std::io::BufReader::new(child.stdout.take().unwrap()).lines();
+        Self { child, said, kept: None }
+    }
+
+    /// Hears the next step; none after its end.
+    fn next(&mut self) -> Option<String> {
+        let step = self
+            .said
+            .by_ref()
+            .map(Result::unwrap)
+            .find_map(|line| line.strip_prefix("= ").map(str::to_owned))?;
+        if let Some(kept) = step.strip_prefix("kept ") {
+            self.kept = Some(kept.to_owned());
+        }
+        Some(step)
+    }
+
+    fn kill(mut self) -> Option<String> {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+        while self.next().is_some() {}
+        self.kept
+    }
+}
+
+/// Processes that see anything of a folder's.
+fn in_sight_of(folder: &Path) -> Vec<String> {
+    let folder = folder.to_str().unwrap();
+    let all = fs::read_dir("/proc").unwrap().flatten().map(|entry| entry.path());
+    let seen = all.filter(|process| {
+        fs::read_to_string(process.join("mountinfo")).is_ok_and(|it| it.contains(folder))
+    });
+    seen.map(|process| {
+        let line = fs::read(process.join("cmdline")).unwrap_or_default();
+        format!("{} {}", process.display(), String::from_utf8_lossy(&line).replace('\0', " "))
+    })
+    .collect()
+}
+
+/// The files of that name in folders that sessions, or what is made for them, may be in.
+fn records(folder: &Path, name: &str) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        let is_folder = entry.file_type().is_ok_and(|kind| kind.is_dir());
+        let own = entry.file_name();
+        if own.to_string_lossy().starts_with(name) {
+            found.push(entry.path());
+        } else if is_folder && own != "roots" && own != "root" {
+            found.extend(records(&entry.path(), name));
+        }
+    }
+    found
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whenever_the_pool_is_killed_the_session_is_there_and_nothing_stays() {
+    let kills = std::env::var("DENIZEN_KILLS").map_or(10, |text| text.parse().unwrap());
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    let mut groups = std::collections::BTreeSet::new();
+    let mut note = || {
+        let all = records(folder, "groups").into_iter().map(fs::read_to_string);
+        let all = all.filter_map(Result::ok).collect::<String>();
+        groups.extend(all.lines().map(PathBuf::from));
+        groups.clone()
+    };
+    let count = |kept: &str| {
+        let numbers: Vec<usize> = kept.split(' ').flat_map(str::parse).collect();
+        assert!(numbers.iter().copied().eq(1..=numbers.len()), "{kept}");
+        numbers.len()
+    };
+    let mut known = 0;
+    for number in 0..kills {
+        let mut owner = Owner::start(folder);
+        // The first ones while all is made that is made once.
+        let steps = 1 + number % 9;
+        let last = (0..steps).map(|_| owner.next().expect("it has failed")).last().unwrap();
+        // The moment is what is tried here; nothing is waited for.
+        let random = uuid::Uuid::new_v4().as_u128();
+        let moment = Duration::from_micros((random % (1 << (10 + random % 11))) as u64);
+        std::thread::sleep(moment);
+        note();
+        let kept = owner.kill();
+        println!("killed {moment:?} after {last:?}, kept {kept:?}");
+        if let Some(kept) = kept {
+            let now = count(&kept);
+            assert!(now > known, "{kept}: {known} were there");
+            known = now;
+        }
+        until("all has ended", async || in_sight_of(folder).is_empty()).await;
+        assert_eq!(machines(SESSION), [0; 0]);
+    }
+    let world = apart(folder);
+    let pool = world.open().await;
+    let guard = pool.acquire(SESSION).await.unwrap();
+    let kept = count(&text(&guard, "cat kept").await.replace('\n', " "));
+    assert!(kept >= known, "{kept} of {known}");
+    drop(guard);
+    world.sleep(&pool, SESSION).await;
+    let home = pool.session_folder(SESSION).unwrap();
+    pool.shutdown().await.unwrap();
+    drop(pool);
+    let groups = note();
+    assert!(in_sight_of(folder).is_empty());
+    let left: Vec<_> = groups.iter().filter(|group| group.exists()).collect();
+    assert!(left.is_empty(), "{left:?}");
+    let own = folder.join("pool/.denizen");
+    for place in ["spares", "staging", "trash"] {
+        let left: Vec<_> = fs::read_dir(own.join(place)).into_iter().flatten().collect();
+        assert!(left.is_empty(), "{left:?}");
+    }
+    let partial = [records(&home, "memory."), records(&world.cache, "made-")].concat();
+    assert!(partial.is_empty(), "{partial:?}");
 }
 
 // ---- The disk, the memory, the network --------------------------------------------------
@@ -442,7 +624,7 @@ async fn a_disk_can_be_full_and_gives_back_what_is_deleted() {
     let id = Uuid::new_v4();
     let guard = pool.acquire(id).await.unwrap();
     text(&guard, "echo kept > kept").await;
-    let disk = pool.session_folder(id).unwrap().join("volume/disk");
+    let disk = pool.session_folder(id).unwrap().join("volume/.denizen-disk");
     let used = || fs::metadata(&disk).unwrap().blocks() * 512;
     let empty = used();
     let filled =

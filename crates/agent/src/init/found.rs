@@ -103,7 +103,7 @@ pub(super) fn find(launch: &Launch) -> io::Result<(Arc<Shared>, Launched, Option
         finished: watch::Sender::new(false),
         contained: true,
         lingers: true,
-        remote: false,
+        machine: None,
         patience: PATIENCE,
         ending: ENDING,
     };

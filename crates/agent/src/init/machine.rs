@@ -21,6 +21,8 @@ pub trait Machine: Send + Sync + std::fmt::Debug {
     fn start(&self) -> io::Result<Started>;
     /// Ends it at once, and all that runs in it; does nothing if it has ended.
     fn kill(&self);
+    /// Whether it cannot be expected to answer for now.
+    fn is_asleep(&self) -> bool;
 }
 
 /// A machine that was started.
@@ -70,7 +72,7 @@ pub(super) fn start(machine: &dyn Machine) -> Result<(Arc<Shared>, Launched)> {
             finished: watch::Sender::new(false),
             contained: true,
             lingers: false,
-            remote: true,
+            machine: Some(machine.clone()),
             patience: PATIENCE,
             ending: MACHINE_ENDING,
         };

@@ -60,7 +60,7 @@ impl Liar {
             finished: watch::Sender::new(false),
             contained: true,
             lingers: true,
-            remote: false,
+            machine: None,
             patience: Duration::from_millis(200),
             ending: ENDING,
         });

@@ -19,6 +19,7 @@ impl Driver for Host {
     fn start(&self, site: &Site) -> Result<Instance> {
         std::fs::read_dir(&site.volume)
             .map_err(|source| Error::volume("open", &site.volume, source))?;
+        site.check_files("host")?;
         tracing::debug!(session = %site.id, "host instance ready");
         Ok(Instance { agent: Agent::with(site.launch()), env: BTreeMap::new() })
     }
@@ -33,7 +34,9 @@ impl Driver for Host {
         None
     }
 
-    fn leave(&self, _: &Site) {}
+    fn leave(&self, _: &Site) -> Result<()> {
+        Ok(())
+    }
 
     fn ended(&self, _: &Site) {}
 

@@ -1,7 +1,7 @@
 //! `microvm`: a guest kernel for each session, within the walls of a sandbox.
 //!
 //! A session's folder has beside its volume: `machine/`, the sandbox that what runs the guest is
-//! in, and `memory`, while it sleeps. Its volume has one file, `disk`: the guest's file system
+//! in, and `memory`, while it sleeps. Its volume has one file, its disk: the guest's file system
 //! with all that the session has written, which is what backups, forks and snapshots copy. The
 //! session's processes are reached through `denizen-link`, as if they were here. What is made
 //! once for all sessions is in the cache, in a folder `machines`: kernel and initramfs, roots of
@@ -30,7 +30,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use denizen_agent::{Agent, Launch};
 use denizen_image::Store;
@@ -76,6 +76,8 @@ struct Shared {
     /// What can run guests, as far as is known before one has been run.
     qemu: qemu::Qemu,
     chosen: OnceLock<Chosen>,
+    /// denizen's program as a disk, once it was looked at.
+    tools: OnceLock<(PathBuf, String)>,
     carried: Carried,
     kernel: PathBuf,
     initramfs: PathBuf,
@@ -86,6 +88,10 @@ struct Shared {
     notices: Option<Notices>,
     runtime: Handle,
     numbers: AtomicU64,
+    /// When a template could not be made.
+    no_template: Mutex<Option<Instant>>,
+    /// How many guests there are.
+    guests: Arc<Mutex<u64>>,
     /// Held while something is made that others would make too.
     making: Mutex<()>,
     /// The same of what boots.
@@ -98,6 +104,22 @@ struct Chosen {
     /// Of the host's, that it needs.
     devices: Vec<(PathBuf, &'static str)>,
     why_not_kvm: Option<String>,
+}
+
+/// Where a guest runs.
+#[derive(Clone)]
+struct Enclosed {
+    agent: Agent,
+    _admitted: Arc<Admitted>,
+}
+
+/// A guest that is counted, until this is dropped.
+struct Admitted(Arc<Mutex<u64>>);
+
+impl Drop for Admitted {
+    fn drop(&mut self) {
+        *self.0.lock() -= 1;
+    }
 }
 
 /// What a session's machine is made of.
@@ -152,6 +174,7 @@ impl MicroVm {
             sandbox,
             qemu,
             chosen: OnceLock::new(),
+            tools: OnceLock::new(),
             carried,
             kernel,
             initramfs,
@@ -161,6 +184,8 @@ impl MicroVm {
             notices,
             runtime,
             numbers: AtomicU64::new(1),
+            no_template: Mutex::default(),
+            guests: Arc::default(),
             making: Mutex::default(),
             booting: Mutex::default(),
         };
@@ -177,26 +202,6 @@ impl MicroVm {
     fn known(&self, site: &Site) -> Option<Arc<Vm>> {
         self.machines.lock().get(&site.id).cloned()
     }
-
-    /// Fails if the guests that may be there, and one more, could have more memory than there is.
-    fn admit(&self) -> Result<()> {
-        let info = rustix::system::sysinfo();
-        let total = info.totalram.saturating_mul(u64::from(info.mem_unit)).saturating_sub(RESERVE);
-        let each = self.shared.memory() + OVERHEAD;
-        let running = self.machines.lock().values().filter(|machine| machine.runs()).count();
-        let wanted = each.saturating_mul(running as u64 + 1);
-        if wanted <= total {
-            return Ok(());
-        }
-        Err(Error::Isolation {
-            isolation: "microvm",
-            problem: format!(
-                "{running} machines run, and one more of {} MiB could have more memory than this \
-                 host has: stop a session, or set less `memory_bytes` in `limits`",
-                each >> 20
-            ),
-        })
-    }
 }
 
 impl Shared {
@@ -206,42 +211,63 @@ impl Shared {
         }
     }
 
+    /// Counts one more guest. Fails if all of them could have more memory than there is, unless it
+    /// has been there before: what sleeps shall wake.
+    fn admit(&self, is_new: bool) -> Result<Admitted> {
+        let info = rustix::system::sysinfo();
+        let total = info.totalram.saturating_mul(u64::from(info.mem_unit)).saturating_sub(RESERVE);
+        let each = self.memory() + OVERHEAD;
+        let mut count = self.guests.lock();
+        if is_new && each.saturating_mul(*count + 1) > total {
+            return Err(Error::Isolation {
+                isolation: "microvm",
+                problem: format!(
+                    "{count} machines run, and one more of {} MiB could have more memory than \
+                     this host has: stop a session, or set less `memory_bytes` in `limits`",
+                    each >> 20
+                ),
+            });
+        }
+        *count += 1;
+        Ok(Admitted(self.guests.clone()))
+    }
+
+    fn disks(&self) -> Disks<'_> {
+        Disks { sandbox: &self.sandbox, folder: &self.folder }
+    }
+
     fn next_number(&self) -> u64 {
         self.numbers.fetch_add(1, Ordering::Relaxed)
     }
 
-    /// What runs guests: on KVM, if that has really run one.
-    fn chosen(&self) -> &Chosen {
-        self.chosen.get_or_init(|| {
-            let kvm = self.qemu.clone().on_kvm();
-            let chosen = match self.probe(&kvm) {
-                Ok(device) => {
-                    Chosen { hypervisor: Box::new(kvm), devices: vec![device], why_not_kvm: None }
-                }
-                Err(why) => {
-                    tracing::info!(%why, "KVM runs no guest here");
-                    Chosen {
-                        hypervisor: Box::new(self.qemu.clone()),
-                        devices: Vec::new(),
-                        why_not_kvm: Some(why.to_string()),
-                    }
-                }
-            };
-            tracing::info!(by = chosen.hypervisor.name(), "machines are run");
-            chosen
-        })
-    }
-
-    fn hypervisor(&self) -> &dyn Hypervisor {
-        &*self.chosen().hypervisor
+    /// What runs guests: on KVM, if that has really run one. To be found out by one at a time. Fails
+    /// if that takes too long: what slept on KVM must not be tried without it.
+    fn chosen(&self) -> io::Result<&Chosen> {
+        if let Some(chosen) = self.chosen.get() {
+            return Ok(chosen);
+        }
+        let kvm = self.qemu.clone().on_kvm();
+        let chosen = match self.probe(&kvm) {
+            Ok(device) => {
+                Chosen { hypervisor: Box::new(kvm), devices: vec![device], why_not_kvm: None }
+            }
+            Err(error) if error.kind() == io::ErrorKind::TimedOut => return Err(error),
+            Err(why) => {
+                tracing::info!(%why, "KVM runs no guest here");
+                let hypervisor = Box::new(self.qemu.clone());
+                let why_not_kvm = Some(why.to_string());
+                Chosen { hypervisor, devices: Vec::new(), why_not_kvm }
+            }
+        };
+        tracing::info!(by = chosen.hypervisor.name(), "machines are run");
+        Ok(self.chosen.get_or_init(|| chosen))
     }
 
     /// Runs a guest on KVM until its kernel has begun: no file tells whether it can.
     /// Gives the device that it needs.
     fn probe(&self, hypervisor: &dyn Hypervisor) -> io::Result<(PathBuf, &'static str)> {
         let device = (self.kvm()?, KVM);
-        let disks = Disks { sandbox: &self.sandbox, folder: &self.folder };
-        let place = disks.begin().map_err(io::Error::other)?;
+        let place = self.disks().begin().map_err(io::Error::other)?;
         let site = &place.site;
         let hardware = Hardware {
             memory: LEAST_MEMORY,
@@ -256,7 +282,7 @@ impl Shared {
         let walls = self.sandbox.for_program(site, &fittings).map_err(io::Error::other)?;
         let tmp = site.home.join("tmp");
         let walled = hypervisor::Walls { agent: &walls, tmp: &tmp };
-        let began = Disks::empty(&walls, &site.volume, PROBE_DISK)
+        let began = Disks::empty(&walls, site, PROBE_DISK)
             .map_err(io::Error::other)
             .and_then(|()| hypervisor.boot(walled, &hardware))
             .and_then(|guest| {
@@ -266,7 +292,11 @@ impl Shared {
                 let said = guest.last_words();
                 match over {
                     Ok(_) if said.contains(PROBED) => Ok(device),
-                    _ => Err(io::Error::other(said)),
+                    Ok(_) => Err(io::Error::other(said)),
+                    Err(_) => {
+                        let why = "it takes too long to find out whether KVM runs a guest";
+                        Err(io::Error::new(io::ErrorKind::TimedOut, why))
+                    }
                 }
             });
         let _ = self.runtime.block_on(walls.shutdown(Duration::ZERO));
@@ -322,13 +352,22 @@ impl Shared {
     fn parts(&self, site: &Site) -> Result<Parts> {
         let base = self.sandbox.roots().of(site)?;
         let _making = self.making.lock();
-        let disks = Disks { sandbox: &self.sandbox, folder: &self.folder };
+        let chosen = self.chosen().map_err(|error| problem(&error))?;
+        let disks = self.disks();
         let (root, root_key) = disks.root(&base)?;
-        let (tools, tools_key) = disks.tools(&self.carried)?;
+        let known = self.tools.get().filter(|(disk, _)| disk.exists()).cloned();
+        let (tools, tools_key) = if let Some(known) = known {
+            known
+        } else {
+            // To look at all of it takes a while.
+            let made = disks.tools(&self.carried)?;
+            self.tools.get_or_init(|| made.clone());
+            made
+        };
         let hardware = self.hardware();
         let mut sum = Sha256::new();
         for part in [
-            self.hypervisor().identity(),
+            chosen.hypervisor.identity(),
             &format!("{hardware:?} {:?}", [&self.kernel, &self.initramfs].map(|it| it.file_name())),
             &root_key,
             &tools_key,
@@ -337,39 +376,44 @@ impl Shared {
             sum.update([0]);
         }
         let identity = disks::hex(&sum.finalize());
-        for disk in [&root, &tools] {
-            disks::used(disk).map_err(|source| Error::volume("use", disk, source))?;
+        for file in [&root, &tools, &self.kernel, &self.initramfs] {
+            disks::used(file).map_err(|source| Error::volume("use", file, source))?;
         }
         Ok(Parts { root, tools, hardware, identity })
     }
 
     /// What walls have in which a guest runs.
     fn fittings(&self, hardware: &Hardware, devices: Vec<(PathBuf, &'static str)>) -> Fittings {
+        // Where there is no control group it would be a limit of addresses, of which far more are
+        // taken than memory is used.
+        let is_of_memory = self.sandbox.limits().contains(&"memory");
         Fittings {
             files: vec![(self.kernel.clone(), KERNEL), (self.initramfs.clone(), INITRAMFS)],
             devices,
             network: hardware.network,
             limits: Limits {
-                memory_bytes: Some(hardware.memory + OVERHEAD),
+                memory_bytes: is_of_memory.then_some(hardware.memory + OVERHEAD),
                 processes: Some(256),
                 cpu_percent: self.limits.cpu_percent,
                 open_files: Some(1024),
-                // Its disk is as large as it may be.
-                disk_bytes: None,
+                // Its disk is as large as it may be, and with its tables a little more.
+                disk_bytes: Some(self.disk_size() / 16 * 17 + (64 << 20)),
             },
             ..Fittings::default()
         }
     }
 
-    /// Puts up the walls for a session's guest.
-    fn walls(&self, site: &Site, parts: &Parts) -> Result<Agent> {
+    /// Puts up the walls for a session's guest, if there may be one more.
+    fn walls(&self, site: &Site, parts: &Parts, is_new: bool) -> Result<Enclosed> {
+        let admitted = Arc::new(self.admit(is_new)?);
         let machine = site.machine();
         let failed = |source| Error::volume("make", &machine.home, source);
         fs::create_dir_all(&machine.home).map_err(failed)?;
-        let devices = self.chosen().devices.clone();
+        let devices = self.chosen().map_err(|error| problem(&error))?.devices.clone();
         let mut fittings = self.fittings(&parts.hardware, devices);
         fittings.files.extend([(parts.root.clone(), ROOT), (parts.tools.clone(), TOOLS)]);
-        self.sandbox.for_program(&machine, &fittings)
+        let agent = self.sandbox.for_program(&machine, &fittings)?;
+        Ok(Enclosed { agent, _admitted: admitted })
     }
 
     /// Clears away what walls leave that are gone.
@@ -388,14 +432,19 @@ impl Shared {
         let name = format!("template-{}-{}", parts.identity, self.disk_size() >> 20);
         let home = self.folder.join(name);
         let template = Site::in_folder(Uuid::nil(), home);
-        if !template.home.exists()
-            && let Err(error) = self.make_template(site, &template)
-        {
-            tracing::warn!(%error, "no machine can be made ready for new sessions: they boot");
-            return Ok(None);
+        if !template.home.exists() {
+            let recent = |failed: Instant| failed.elapsed() < AGAIN;
+            if self.no_template.lock().is_some_and(recent) {
+                return Ok(None);
+            }
+            if let Err(error) = self.make_template(site, &template) {
+                *self.no_template.lock() = Some(Instant::now());
+                tracing::warn!(%error, "no machine can be made ready for new sessions: they boot");
+                return Ok(None);
+            }
         }
         let failed = |source| Error::volume("copy a disk to", &site.volume, source);
-        let disk = DiskState::of(&template.volume.join("disk")).map_err(failed)?;
+        let disk = DiskState::of(&template.disk()).map_err(failed)?;
         let owner = Owner { machine: parts.identity.clone(), disk };
         let memory = memory::open(&template.home.join("memory"), &owner);
         let Ok(Some(memory)) = memory else {
@@ -405,9 +454,13 @@ impl Shared {
             return Ok(None);
         };
         disks::used(&template.home).map_err(failed)?;
-        fs::remove_dir(&site.volume).map_err(failed)?;
+        let new = site.home.join("volume.new");
         let never = std::sync::atomic::AtomicBool::new(false);
-        denizen_archive::copy(&template.volume, &site.volume, &never)?;
+        denizen_archive::copy(&template.volume, &new, &never)?;
+        site.note_disk()
+            .and_then(|()| disks::exchange(&new, &site.volume))
+            .and_then(|()| crate::volume::remove_tree(&new))
+            .map_err(failed)?;
         Ok(Some(Box::new(memory)))
     }
 
@@ -416,8 +469,7 @@ impl Shared {
         if template.home.exists() {
             return Ok(());
         }
-        let disks = Disks { sandbox: &self.sandbox, folder: &self.folder };
-        let place = disks.begin()?;
+        let place = self.disks().begin()?;
         Roots::copy(like, &place.site)?;
         Vm::new(self.clone(), place.site.clone()).make_template()?;
         match fs::rename(&place.site.home, &template.home) {
@@ -439,6 +491,8 @@ const KVM: &str = "/dev/kvm";
 const PROBE_DISK: u64 = 64 << 20;
 /// How long a guest may take to begin that is to show whether it can.
 const PROBE: Duration = Duration::from_secs(20);
+/// How long no other template is tried after one could not be made.
+const AGAIN: Duration = Duration::from_mins(1);
 /// What a guest says that has begun and was asked for no more.
 const PROBED: &str = "denizen: it runs";
 
@@ -461,7 +515,6 @@ fn problem(error: &dyn std::error::Error) -> Error {
 
 impl Driver for MicroVm {
     fn start(&self, site: &Site) -> Result<Instance> {
-        self.admit()?;
         let base = self.shared.sandbox.roots().of(site)?;
         let machine = self.machine(site);
         let agent = Agent::with(Launch { machine: Some(machine), ..Launch::default() });
@@ -490,12 +543,8 @@ impl Driver for MicroVm {
         None
     }
 
-    fn leave(&self, site: &Site) {
-        if let Some(machine) = self.known(site)
-            && let Err(error) = machine.suspend()
-        {
-            tracing::warn!(session = %site.id, %error, "what runs in it ends with the daemon");
-        }
+    fn leave(&self, site: &Site) -> Result<()> {
+        self.freeze(site)
     }
 
     fn ended(&self, site: &Site) {
@@ -523,7 +572,7 @@ impl Driver for MicroVm {
 
     fn hypervisor(&self) -> Option<String> {
         let _making = self.shared.making.lock();
-        let Chosen { hypervisor, why_not_kvm, .. } = self.shared.chosen();
+        let Chosen { hypervisor, why_not_kvm, .. } = self.shared.chosen().ok()?;
         let why = why_not_kvm.iter().map(|why| format!(" ({why})"));
         Some(std::iter::once(hypervisor.name()).chain(why).collect())
     }
@@ -558,6 +607,10 @@ impl Driver for MicroVm {
     /// Its disk is no larger.
     fn disk_limit(&self) -> Option<u64> {
         None
+    }
+
+    fn import_limit(&self) -> Option<u64> {
+        Some(self.shared.disk_size())
     }
 
     /// Its own kernel deals with that.

@@ -94,7 +94,7 @@ const PROTECTED: [&str; 5] =
 /// What a sandbox has beside its session's files.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Fittings {
-    /// Files of the host, and where they are within; not to be written.
+    /// Files and folders of the host, and where they are within; not to be written.
     pub(super) files: Vec<(PathBuf, &'static str)>,
     /// Devices of the host, and where they are within.
     pub(super) devices: Vec<(PathBuf, &'static str)>,
@@ -278,6 +278,11 @@ impl Sandbox {
         self.begin(site, &Base::Host, fittings)
     }
 
+    /// The folder of what a session has changed in the one tree that its root is.
+    pub(super) fn changes(site: &Site) -> PathBuf {
+        Folders::new(site, Path::new("/")).upper
+    }
+
     /// What such a sandbox was in is in another folder now, and has another name.
     pub(super) fn program_moved(&self, from: &Site, to: &Site) {
         self.groups.moved(&from.home, &to.home);
@@ -350,7 +355,11 @@ impl Sandbox {
         for (source, target) in &fittings.files {
             let folder = Path::new(target).parent().unwrap_or(Path::new("/"));
             plan.dir(&folder.to_string_lossy(), 0o755);
-            plan.step(["file", target]);
+            if source.is_dir() {
+                plan.dir(target, 0o755);
+            } else {
+                plan.step(["file", target]);
+            }
             plan.bind(source, target, Attributes::PROGRAM);
         }
         self.devices(&mut plan, fittings);
@@ -454,6 +463,7 @@ impl Sandbox {
 
 impl Driver for Sandbox {
     fn start(&self, site: &Site) -> Result<Instance> {
+        site.check_files("sandbox")?;
         let base = self.roots.of(site)?;
         let agent = self.begin(site, &base, &self.fittings())?;
         let mut env = self.networks.env();
@@ -497,8 +507,9 @@ impl Driver for Sandbox {
         Some(Instance { agent, env })
     }
 
-    fn leave(&self, site: &Site) {
+    fn leave(&self, site: &Site) -> Result<()> {
         self.networks.close(site.id);
+        Ok(())
     }
 
     fn ended(&self, site: &Site) {

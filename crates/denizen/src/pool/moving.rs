@@ -133,7 +133,8 @@ impl Pool {
         // Never closed.
         let _turn = self.imports.acquire().await;
         // What is packed may be a little more than what it makes.
-        let limit = self.disk_limit().map_or(u64::MAX, |it| it.saturating_add(it / 16 + LOOK));
+        let limit =
+            self.driver.import_limit().map_or(u64::MAX, |it| it.saturating_add(it / 16 + LOOK));
         let (mut received, mut looked) = (0, 0);
         let volumes = self.volumes.clone();
         let file = blocking(move || volumes.nameless_file()).await?;

@@ -27,7 +27,7 @@ use crate::volume::{Staged, Volumes, remove_tree};
 use crate::{bootstrap, part, snapshot};
 
 /// How long processes have between being asked to end and being ended.
-const GRACE: Duration = Duration::from_secs(5);
+pub(super) const GRACE: Duration = Duration::from_secs(5);
 
 /// How long the making of a spare waits for whoever has just taken one to have a first answer:
 /// it would be in the way of that.
@@ -344,11 +344,16 @@ fn originate(pool: &Pool, site: &Site, origin: Option<&Origin>) -> Fallible<()> 
                 moved = fs::rename(from.root_changes(), site.root_changes());
             }
             moved.map_err(|source| Error::volume("make", &site.home, source))?;
-            pool.driver.copied(&from, site)
+            match fs::rename(from.memory(), site.memory()) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    Err(Error::volume("make", &site.home, error))
+                }
+                _ => Ok(()),
+            }
         }
         Some(Origin::Image(image)) => pool.driver.choose_image(site, image),
         Some(Origin::Archive(sent)) => {
-            sent.unpack(pool.driver.owners(), &site.home, pool.disk_limit())
+            sent.unpack(pool.driver.owners(), &site.home, pool.driver.import_limit())
         }
         None => Ok(()),
     }
@@ -509,7 +514,7 @@ async fn freeze(pool: &Pool, place: &Place) -> Ended {
     let flag = given_up.flag();
     let frozen = blocking(move || {
         let frozen = driver.freeze(&site);
-        if flag.load(Ordering::SeqCst) {
+        if flag.load(Ordering::SeqCst) && !driver.keeps_frozen() {
             // The pool has been dropped, and may have thawed it before.
             driver.thaw(&site)?;
         }

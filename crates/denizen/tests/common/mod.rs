@@ -64,10 +64,7 @@ pub fn isolated(builder: Builder, isolation: Isolation) -> Builder {
     if isolation != Isolation::MicroVm {
         return builder;
     }
-    let guest = Path::new(env!("CARGO_TARGET_TMPDIR")).join("../guest");
-    let kernel = guest.join("vmlinuz");
-    assert!(kernel.exists(), "no kernel for guests: `cargo xtask test` fetches one");
-    let builder = builder.kernel(kernel, Some(guest.join("modules")));
+    let builder = builder.kernel(guest().join("vmlinuz"), Some(guest().join("modules")));
     builder.agent_program(program()).image(root().to_str().unwrap())
 }
 
@@ -81,15 +78,29 @@ pub fn limits(isolation: Isolation) -> Limits {
     }
 }
 
-/// The program `denizen`, which runs in guests. It is of another package: whoever runs tests
-/// builds it first.
-fn program() -> PathBuf {
-    let tests = std::env::var_os("DENIZEN_TEST_PROGRAM").map_or_else(
-        || std::env::current_exe().unwrap().parent().unwrap().join("../denizen"),
-        PathBuf::from,
-    );
-    assert!(tests.exists(), "no {}: `cargo build -p denizen-cli` makes it", tests.display());
-    tests.canonicalize().unwrap()
+/// Where the program `denizen` and the kernel of guests are for a user who cannot see where
+/// they were made.
+pub const COPIES: &str = "DENIZEN_TEST_COPIES";
+
+/// The program `denizen`, which runs in guests. It is of another package, which `cargo nextest`
+/// builds before it runs tests of this one.
+pub fn program() -> PathBuf {
+    let program = match std::env::var_os(COPIES) {
+        Some(folder) => Path::new(&folder).join("denizen"),
+        None => std::env::current_exe().unwrap().parent().unwrap().join("../denizen"),
+    };
+    assert!(program.exists(), "no program: `cargo build -p denizen-cli` makes it");
+    program
+}
+
+/// The folder of the kernel of guests and its modules.
+pub fn guest() -> PathBuf {
+    let guest = match std::env::var_os(COPIES) {
+        Some(folder) => Path::new(&folder).join("guest"),
+        None => Path::new(env!("CARGO_TARGET_TMPDIR")).join("../guest"),
+    };
+    assert!(guest.join("vmlinuz").exists(), "no kernel: `cargo xtask test` fetches one");
+    guest
 }
 
 /// Puts programs of this machine, and what these need, into the folder `$1`.
@@ -121,7 +132,7 @@ for module in sys.modules.values():
     while read -r file; do
         into=.$file
         case $file in /lib*) into=./usr$file ;; esac
-        [ ! -e "$file" ] || { mkdir -p "${into%/*}"; cp -pL "$file" "$into"; }
+        [ ! -e "$file" ] || { mkdir -p "${into%/*}"; cp -L --preserve=timestamps "$file" "$into"; }
     done < files
     rm files
 "#;

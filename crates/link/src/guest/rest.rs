@@ -2,9 +2,10 @@
 //! the machine itself. No step's failure stops the others.
 
 use std::fs::{File, OpenOptions};
-use std::io;
+use std::io::{self, Write};
 use std::path::Path;
 
+use parking_lot::Mutex;
 use rustix::io::Errno;
 use rustix::time::{ClockId, Timespec, clock_settime};
 
@@ -24,9 +25,14 @@ pub(super) fn sync(path: &Path) -> Steps {
     steps
 }
 
+/// Held while the machine is put to rest or wakes: one that gave up waiting must not have the
+/// other one done last.
+static STATE: Mutex<()> = Mutex::new(());
+
 /// Writes down all that the file system has, lets nobody write to it, and forgets what is on
 /// disk: it need not be in the image of the memory.
 pub(super) fn rest(path: &Path) -> Steps {
+    let _state = STATE.lock();
     let mut steps = sync(path);
     step(&mut steps, "freeze", File::open(path).and_then(|it| Ok(sys::freeze(it)?)));
     // That only makes the image bigger.
@@ -36,6 +42,7 @@ pub(super) fn rest(path: &Path) -> Steps {
 
 /// Goes on.
 pub(super) fn wake(path: &Path, wake: &Wake) -> Steps {
+    let _state = STATE.lock();
     let mut steps = Steps::default();
     let thawed = File::open(path).and_then(|it| match sys::thaw(it) {
         // It was not frozen.
@@ -49,13 +56,18 @@ pub(super) fn wake(path: &Path, wake: &Wake) -> Steps {
     if let Some(Fresh { hostname, machine_id }) = &wake.fresh {
         let named = rustix::system::sethostname(hostname.as_bytes());
         step(&mut steps, "hostname", named.map_err(io::Error::from));
-        step(
-            &mut steps,
-            "machine-id",
-            std::fs::write("/etc/machine-id", format!("{machine_id}\n")),
-        );
+        step(&mut steps, "machine-id", put("/etc/machine-id", &format!("{machine_id}\n")));
     }
     steps
+}
+
+/// Puts a file in the place of whatever is there: the session may have made that.
+fn put(path: &str, content: &str) -> io::Result<()> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    File::create_new(path)?.write_all(content.as_bytes())
 }
 
 fn entropy(digits: &str) -> io::Result<()> {

@@ -6,11 +6,13 @@ use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use denizen_agent::{Agent, Exit, Spec};
+use rustix::fs::CWD;
+use rustix::io::Errno;
 use sha2::{Digest, Sha256};
 use tokio::runtime::Handle;
 use uuid::Uuid;
@@ -18,7 +20,8 @@ use uuid::Uuid;
 use super::super::sandbox::carried::Carried;
 use super::super::sandbox::root::{Base, Below};
 use super::super::sandbox::{Fittings, Sandbox, TREE};
-use super::super::{Driver, Limits, Site};
+use super::super::{DISK, Driver, Limits, Site};
+use super::hypervisor;
 use crate::error::{Error, Result};
 
 /// A program that makes disks.
@@ -39,6 +42,12 @@ const FEATURES: &str = "none,64bit,dir_index,dir_nlink,extent,ext_attr,extra_isi
 const SESSION_FEATURES: &str = "none,64bit,dir_index,dir_nlink,extent,ext_attr,extra_isize,\
                                 filetype,flex_bg,has_journal,huge_file,large_file,meta_bg,\
                                 metadata_csum,sparse_super";
+
+/// What a disk is made of, beside it.
+const PARTIAL: [&str; 2] = ["disk.raw", "disk.partial"];
+
+/// How long a program may take that makes disks.
+const LONGEST: Duration = Duration::from_mins(10);
 
 /// How long what can be made again is kept that nobody has used.
 const UNUSED: Duration = Duration::from_hours(30 * 24);
@@ -66,7 +75,7 @@ impl Drop for Place {
 }
 
 impl Disks<'_> {
-    /// The root of a base as a disk, made if there is none yet; and what it is known by.
+    /// The root of a base as a disk, made if there is none yet; and what no other one is known by.
     pub(super) fn root(&self, base: &Base) -> Result<(PathBuf, String)> {
         let below = match base {
             Base::Host => {
@@ -99,7 +108,7 @@ impl Disks<'_> {
         let key = hex(&sum.finalize());
         let disk = self.folder.join(format!("root-{key}"));
         if disk.exists() {
-            return Ok((disk, key));
+            return labelled(disk);
         }
         // Its unused end is a hole.
         let size = bytes * 5 / 4 + files * 1024 + (64 << 20);
@@ -107,27 +116,22 @@ impl Disks<'_> {
         let fittings = Fittings { tree: Some(below), ..Self::fittings() };
         let words = ["-d", TREE, "-O", FEATURES, "-N", &inodes];
         self.make(&disk, &fittings, &words, size)?;
-        Ok((disk, key))
+        labelled(disk)
     }
 
-    /// denizen's own program as a disk, made if there is none of it yet; and what it is known by.
+    /// denizen's own program as a disk, made if there is none of it yet; and what no other one is known by.
     pub(super) fn tools(&self, carried: &Carried) -> Result<(PathBuf, String)> {
         let failed = |source| Error::volume("keep this program in", self.folder, source);
         let mut sum = Sha256::new();
         let mut size = 16 << 20;
         for path in carried.files() {
-            let metadata = fs::metadata(path).map_err(failed)?;
-            size += metadata.len() * 9 / 8;
-            for part in [metadata.len(), metadata.mtime().cast_unsigned(), metadata.ino()] {
-                sum.update(part.to_le_bytes());
-            }
-            // Each pool has a name of its own for the program.
+            size += digest(path, &mut sum).map_err(failed)? * 9 / 8;
             sum.update(path.file_name().unwrap_or_default().as_bytes());
         }
         let key = hex(&sum.finalize());
         let disk = self.folder.join(format!("tools-{key}"));
         if disk.exists() {
-            return Ok((disk, key));
+            return labelled(disk);
         }
         let mut command: Vec<u8> = Vec::new();
         for word in carried.command().into_iter().chain(["guest".into()]) {
@@ -148,53 +152,86 @@ impl Disks<'_> {
         };
         let words = ["-d", "/volume/tree", "-O", FEATURES];
         self.make_of(&disk, &Self::fittings(), &words, size, fill)?;
-        Ok((disk, key))
+        labelled(disk)
     }
 
-    /// Makes a session's empty disk in a folder, as `disk`, with what makes sandboxes there. In a
-    /// format that has no room for what is not there: what reads it need not read 20 GiB of
-    /// nothing.
-    pub(super) fn empty(agent: &Agent, volume: &Path, size: u64) -> Result<()> {
+    /// Makes a session's empty disk, with what makes sandboxes there. In a format that has no room
+    /// for what is not there: what reads it need not read 20 GiB of nothing.
+    pub(super) fn empty(agent: &Agent, site: &Site, size: u64) -> Result<()> {
+        let failed = |source| Error::volume("make a disk in", &site.home, source);
+        site.note_disk().map_err(failed)?;
+        Self::disk_of(agent, &site.volume, &[], size)
+    }
+
+    /// Makes a disk in a folder; `words` may have mke2fs take something along.
+    fn disk_of(agent: &Agent, volume: &Path, words: &[&str], size: u64) -> Result<()> {
         let failed = |source| Error::volume("make a disk in", volume, source);
-        let files = ["disk.raw", "disk.partial"].map(|name| volume.join(name));
-        let clear = || files.iter().for_each(|file| drop(fs::remove_file(file)));
-        clear();
+        clear_partial(volume);
         let size = (size / BLOCK).to_string();
+        let mut mke2fs = vec!["-q", "-F", "-t", "ext4", "-b", "4096", "-m", "0"];
+        mke2fs.extend(["-O", SESSION_FEATURES]);
+        mke2fs.extend(words);
         // Both tables are made when they are needed.
-        let words = [
-            "-q",
-            "-F",
-            "-t",
-            "ext4",
-            "-b",
-            "4096",
-            "-m",
-            "0",
-            "-O",
-            SESSION_FEATURES,
-            "-E",
-            "lazy_itable_init=1,lazy_journal_init=1,nodiscard,root_owner=0:0",
-            "/volume/disk.raw",
-            &size,
-        ];
-        let words_after =
-            ["convert", "-f", "raw", "-O", "qcow2", "/volume/disk.raw", "/volume/disk.partial"];
-        let made = run(agent, &MKE2FS, &words)
-            .and_then(|()| run(agent, &QEMU_IMG, &words_after))
-            .and_then(|()| fs::rename(&files[1], volume.join("disk")).map_err(failed));
-        clear();
+        mke2fs.extend(["-E", "lazy_itable_init=1,lazy_journal_init=1,nodiscard,root_owner=0:0"]);
+        mke2fs.extend(["/volume/disk.raw", &size]);
+        let convert = ["convert", "-f", "raw", "-O", "qcow2"];
+        let convert = [&convert[..], &["/volume/disk.raw", "/volume/disk.partial"]].concat();
+        let made = run(agent, &MKE2FS, &mke2fs)
+            .and_then(|()| run(agent, &QEMU_IMG, &convert))
+            .and_then(|()| fs::rename(volume.join(PARTIAL[1]), volume.join(DISK)).map_err(failed));
+        clear_partial(volume);
         made
+    }
+
+    /// Makes a disk of what a session has as files: those of another isolation, or of an import.
+    /// They go in the instant in which the disk is there.
+    pub(super) fn adopt(&self, site: &Site, size: u64) -> Result<()> {
+        let failed = |source| Error::volume("make a disk of the files in", &site.home, source);
+        let new = site.home.join("volume.new");
+        let changes = Sandbox::changes(site);
+        // Of a process that was killed, before that instant or after it.
+        crate::volume::remove_tree(&new).map_err(failed)?;
+        if site.has_disk() {
+            return crate::volume::remove_tree(&changes).map_err(failed);
+        }
+        if site.is_to_have_disk() {
+            clear_partial(&site.volume);
+        }
+        let mut names = fs::read_dir(&site.volume).map_err(failed)?;
+        if names.next().is_none() && !changes.exists() {
+            return Ok(());
+        }
+        tracing::info!(session = %site.id, "its files become a disk");
+        fs::create_dir(&new).and_then(|()| self.sandbox.give(&new)).map_err(failed)?;
+        let place = Site { volume: new.clone(), ..site.machine() };
+        fs::create_dir_all(&place.home).map_err(failed)?;
+        let mut files = vec![(site.volume.clone(), "/run/tree/volume")];
+        if changes.exists() {
+            files.push((changes.clone(), "/run/tree/root"));
+        }
+        let agent = self.sandbox.for_program(&place, &Fittings { files, ..Self::fittings() })?;
+        let made = Self::disk_of(&agent, &new, &["-d", TREE], size);
+        let _ = Handle::current().block_on(agent.shutdown(Duration::ZERO));
+        Driver::ended(self.sandbox, &place);
+        made?;
+        File::open(new.join(DISK)).and_then(|file| file.sync_all()).map_err(failed)?;
+        site.note_disk().and_then(|()| exchange(&new, &site.volume)).map_err(failed)?;
+        [&new, &changes]
+            .into_iter()
+            .try_for_each(|tree| crate::volume::remove_tree(tree))
+            .map_err(failed)
     }
 
     /// Has a session's disk be as large as it may be; it never gets smaller. The guest sees to
     /// the rest.
-    pub(super) fn grow(agent: &Agent, volume: &Path, size: u64) -> Result<()> {
-        let disk = volume.join("disk");
+    pub(super) fn grow(agent: &Agent, site: &Site, size: u64) -> Result<()> {
+        let disk = site.disk();
         let has = size_of(&disk).map_err(|source| Error::volume("read", &disk, source))?;
         if has >= size {
             return Ok(());
         }
-        run(agent, &QEMU_IMG, &["resize", "-q", "-f", "qcow2", "/volume/disk", &size.to_string()])
+        let inside = hypervisor::DISK;
+        run(agent, &QEMU_IMG, &["resize", "-q", "-f", "qcow2", inside, &size.to_string()])
     }
 
     fn make(&self, disk: &Path, fittings: &Fittings, words: &[&str], size: u64) -> Result<()> {
@@ -227,7 +264,12 @@ impl Disks<'_> {
         ran?;
         let made = site.volume.join("made");
         File::open(&made).and_then(|file| file.sync_all()).map_err(failed)?;
-        fs::rename(&made, disk).map_err(failed)
+        // Another process may have made one, which is in use then, and is not quite the same.
+        let flags = rustix::fs::RenameFlags::NOREPLACE;
+        match rustix::fs::renameat_with(CWD, &made, CWD, disk, flags) {
+            Err(Errno::EXIST) => Ok(()),
+            renamed => renamed.map_err(|errno| failed(errno.into())),
+        }
     }
 
     /// What a sandbox has for `mke2fs`.
@@ -240,9 +282,11 @@ impl Disks<'_> {
         let id = Uuid::new_v4();
         let site = Site::in_folder(id, self.folder.join(format!("made-{id}")));
         let failed = |source| Error::volume("make", &site.home, source);
+        // It has its name only when it is locked.
         let path = site.home.with_extension("lock");
-        let lock = File::create_new(&path).map_err(failed)?;
-        lock.lock().map_err(failed)?;
+        let partial = site.home.with_extension("locking");
+        let lock = File::create_new(&partial).map_err(failed)?;
+        lock.lock().and_then(|()| fs::rename(&partial, &path)).map_err(failed)?;
         let place = Place { site, lock: (path, lock) };
         let failed = |source| Error::volume("make", &place.site.home, source);
         fs::create_dir_all(&place.site.volume).map_err(failed)?;
@@ -259,7 +303,9 @@ impl Disks<'_> {
             let id = name.strip_prefix("made-").and_then(|name| name.strip_suffix(".lock"));
             let Some(id) = id else {
                 let is_old = |used: SystemTime| used.elapsed().is_ok_and(|since| since > UNUSED);
-                if fs::symlink_metadata(&path)?.modified().is_ok_and(is_old) {
+                // Others sweep too.
+                let Ok(metadata) = fs::symlink_metadata(&path) else { continue };
+                if metadata.modified().is_ok_and(is_old) {
                     tracing::info!(?path, "not used for a month: removed");
                     crate::volume::remove_tree(&path)?;
                 }
@@ -280,11 +326,20 @@ impl Disks<'_> {
     }
 }
 
+/// A disk of ours with what tells it from all others, also from those made of the same: the UUID
+/// that it was given (Documentation/filesystems/ext4/super.rst of Linux).
+fn labelled(disk: PathBuf) -> Result<(PathBuf, String)> {
+    let mut uuid = [0; 16];
+    let read = File::open(&disk).and_then(|file| file.read_exact_at(&mut uuid, 1024 + 0x68));
+    read.map_err(|source| Error::volume("read", &disk, source))?;
+    Ok((disk, Uuid::from_bytes(uuid).to_string()))
+}
+
 /// Notes that something is used.
 pub(super) fn used(path: &Path) -> io::Result<()> {
     let now = rustix::fs::Timespec { tv_sec: 0, tv_nsec: rustix::fs::UTIME_NOW };
     let now = rustix::fs::Timestamps { last_access: now, last_modification: now };
-    Ok(rustix::fs::utimensat(rustix::fs::CWD, path, &now, rustix::fs::AtFlags::SYMLINK_NOFOLLOW)?)
+    Ok(rustix::fs::utimensat(CWD, path, &now, rustix::fs::AtFlags::SYMLINK_NOFOLLOW)?)
 }
 
 fn clear(site: &Site) {
@@ -304,10 +359,23 @@ fn size_of(disk: &Path) -> io::Result<u64> {
     Ok(u64::from_be_bytes(*size))
 }
 
+/// Clears away what a disk was being made of.
+fn clear_partial(volume: &Path) {
+    for name in PARTIAL {
+        // It need not be there.
+        let _ = fs::remove_file(volume.join(name));
+    }
+}
+
+/// Has two folders have each other's names.
+pub(super) fn exchange(one: &Path, other: &Path) -> io::Result<()> {
+    Ok(rustix::fs::renameat_with(CWD, one, CWD, other, rustix::fs::RenameFlags::EXCHANGE)?)
+}
+
 /// Runs a program that makes disks.
 fn run(agent: &Agent, program: &Program, words: &[&str]) -> Result<()> {
     let failed = |problem: String| Error::Isolation { isolation: "microvm", problem };
-    let ran = Handle::current().block_on(async {
+    let ran = async {
         let spec = Spec {
             args: words.iter().map(OsString::from).collect(),
             ..Spec::new(program.path, "/volume")
@@ -321,7 +389,12 @@ fn run(agent: &Agent, program: &Program, words: &[&str]) -> Result<()> {
             }
         }
         Ok::<_, denizen_agent::Error>((child.wait().await?, said))
-    });
+    };
+    // Whoever waits for it is in the way of others.
+    let Ok(ran) = Handle::current().block_on(async { tokio::time::timeout(LONGEST, ran).await })
+    else {
+        return Err(failed(format!("{} does not come to an end", program.path)));
+    };
     match ran {
         Ok((Exit::Code(0), _)) => Ok(()),
         Ok((exit, said)) => {
@@ -365,6 +438,19 @@ fn walk(tree: &Path, mut sum: Option<&mut Sha256>) -> io::Result<(u64, u64)> {
         }
     }
     Ok((bytes, files))
+}
+
+/// Adds what a file has, and gives how much that is.
+fn digest(path: &Path, sum: &mut Sha256) -> io::Result<u64> {
+    let (mut file, mut piece, mut bytes) = (File::open(path)?, vec![0; 1 << 18], 0);
+    loop {
+        let count = file.read(&mut piece)?;
+        if count == 0 {
+            return Ok(bytes);
+        }
+        sum.update(piece.get(..count).unwrap_or_default());
+        bytes += count as u64;
+    }
 }
 
 /// As text; the first half, which is enough for a name.

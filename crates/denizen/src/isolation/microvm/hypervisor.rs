@@ -15,7 +15,7 @@ pub(super) const KERNEL: &str = "/run/machine/kernel";
 pub(super) const INITRAMFS: &str = "/run/machine/initramfs";
 pub(super) const ROOT: &str = "/run/machine/root";
 pub(super) const TOOLS: &str = "/run/machine/tools";
-pub(super) const DISK: &str = "/volume/disk";
+pub(super) const DISK: &str = "/volume/.denizen-disk";
 
 /// What a guest has.
 #[derive(Clone, Debug, PartialEq, Eq)]

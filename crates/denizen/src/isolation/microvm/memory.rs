@@ -5,7 +5,7 @@
 use std::fs::{self, File, Metadata};
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
@@ -55,13 +55,27 @@ impl From<&Metadata> for DiskState {
     }
 }
 
+/// Where it is while it is being written.
+pub(super) fn partial(path: &Path) -> PathBuf {
+    path.with_extension("partial")
+}
+
+/// Whether an error means that a memory can never be brought back.
+pub(super) fn is_unfit(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof)
+}
+
+fn unfit(why: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, why)
+}
+
 /// Writes a memory, whole or not at all.
 pub(super) fn write(
     path: &Path,
     owner: &Owner,
     save: impl FnOnce(&mut (dyn Write + Send)) -> io::Result<()>,
 ) -> io::Result<()> {
-    let partial = path.with_extension("partial");
+    let partial = partial(path);
     let written = (|| {
         let mut file = File::create(&partial)?;
         serde_json::to_writer(&mut file, owner)?;
@@ -88,19 +102,23 @@ pub(super) fn open(path: &Path, expected: &Owner) -> io::Result<Option<impl Read
     };
     let (owner, reader) = read_owner(file)?;
     if owner.machine != expected.machine {
-        return Err(io::Error::other(
+        return Err(unfit(
             "it is of another program, kernel, image or set of devices than there is now",
         ));
     }
     if owner.disk != expected.disk {
-        return Err(io::Error::other("the disk was changed since"));
+        return Err(unfit("the disk was changed since"));
     }
     Ok(Some(zstd::Decoder::with_buffer(reader)?))
 }
 
-/// Copies a memory to a disk that is a copy of its own.
-pub(super) fn copy(from: &Path, into: &Path, disk: DiskState) -> io::Result<()> {
+/// Copies a memory to a disk that is a copy of its own. One that does not belong to its own is
+/// left out.
+pub(super) fn copy(from: &Path, of: DiskState, into: &Path, disk: DiskState) -> io::Result<()> {
     let (owner, mut reader) = read_owner(File::open(from)?)?;
+    if owner.disk != of {
+        return Ok(());
+    }
     let mut file = File::create_new(into)?;
     serde_json::to_writer(&mut file, &Owner { disk, ..owner })?;
     file.write_all(b"\n")?;
@@ -179,7 +197,9 @@ mod tests {
         fs::copy(folder.path().join("disk"), folder.path().join("another")).unwrap();
         let disk = DiskState::of(&folder.path().join("another")).unwrap();
         let copied = folder.path().join("copied");
-        copy(&path, &copied, disk).unwrap();
+        copy(&path, disk, &copied, disk).unwrap();
+        assert!(!copied.exists(), "it is of another disk");
+        copy(&path, owner.disk, &copied, disk).unwrap();
         content(&copied, &owner).unwrap_err();
         assert_eq!(content(&copied, &Owner { disk, ..owner }).unwrap().unwrap(), b"memory");
     }

@@ -165,6 +165,7 @@ impl Qemu {
             ended,
             walls: walls.agent.clone(),
             tmp,
+            most: hardware.memory / 8 * 9 + (256 << 20),
             polling: polling.abort_handle(),
             runtime: self.runtime.clone(),
         })
@@ -198,7 +199,10 @@ impl Hypervisor for Qemu {
         let begun = Instant::now();
         let machine = self.runtime.block_on(self.start(walls, hardware, true))?;
         tracing::debug!(took = ?begun.elapsed(), "QEMU answers");
-        machine.load(memory)?;
+        machine.load(memory).map_err(|error| match error.kind() {
+            io::ErrorKind::TimedOut => error,
+            _ => io::Error::new(io::ErrorKind::InvalidData, error),
+        })?;
         Ok(Arc::new(machine))
     }
 }
@@ -269,6 +273,8 @@ struct Machine {
     ended: watch::Sender<bool>,
     walls: Agent,
     tmp: Folder,
+    /// More bytes than its memory and devices have when they are saved.
+    most: u64,
     polling: AbortHandle,
     runtime: Handle,
 }
@@ -322,10 +328,11 @@ impl Machine {
                 uri: Some("unix:/tmp/memory".to_owned()),
             })
             .await?;
-            std::os::unix::net::UnixStream::connect(self.tmp.join("memory"))
+            std::os::unix::net::UnixStream::connect(self.tmp.socket("memory")?.path())
         })?;
         stream.set_write_timeout(Some(ANSWER))?;
-        let copied = copy(memory, &mut stream);
+        // As much as there is.
+        let copied = copy(memory, &mut stream, u64::MAX);
         drop(stream);
         copied?;
         let loaded = self.runtime.block_on(tokio::time::timeout(MEMORY, self.migrated()));
@@ -344,7 +351,8 @@ impl Machine {
         let _ = std::fs::remove_file(&path);
         let listener = UnixListener::bind(&path)?;
         // It has other users within its walls than here.
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o666))?;
+        let mode = std::fs::Permissions::from_mode(0o666);
+        std::fs::set_permissions(self.tmp.socket("memory")?.path(), mode)?;
         let begun = async {
             let uri = Some("unix:/tmp/memory".to_owned());
             self.ask(qmp::migrate { channels: None, detach: None, resume: None, uri }).await?;
@@ -375,7 +383,7 @@ impl Guest for Machine {
 
     fn save(&self, into: &mut (dyn Write + Send)) -> io::Result<()> {
         let mut stream = self.runtime.block_on(self.begin_save())?;
-        let copied = copy(&mut stream, into);
+        let copied = copy(&mut stream, into, self.most);
         drop(stream);
         let saved = self.runtime.block_on(tokio::time::timeout(MEMORY, self.migrated()));
         copied?;
@@ -397,25 +405,48 @@ impl Guest for Machine {
 }
 
 /// Copies memory, of which there is much.
-fn copy(from: &mut dyn Read, into: &mut dyn Write) -> io::Result<()> {
+fn copy(from: &mut dyn Read, into: &mut dyn Write, most: u64) -> io::Result<()> {
+    let (begun, mut copied) = (Instant::now(), 0);
     let mut piece = vec![0; 1 << 20];
     loop {
+        if begun.elapsed() > MEMORY || copied > most {
+            return Err(io::Error::other("there is no end to the memory"));
+        }
         match from.read(&mut piece) {
             Ok(0) => return into.flush(),
-            Ok(count) => into.write_all(piece.get(..count).unwrap_or_default())?,
+            Ok(count) => {
+                into.write_all(piece.get(..count).unwrap_or_default())?;
+                copied += count as u64;
+            }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => return Err(error),
         }
     }
 }
 
-/// A folder that may be moved, and whose path may be longer than a socket's name can be (unix(7)).
+/// A folder, or what is in it, that may be moved, and whose path may be longer than a socket's name can be (unix(7)).
 struct Folder(OwnedFd);
 
 impl Folder {
     fn open(path: &Path) -> io::Result<Self> {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         Ok(Self(rustix::fs::open(path, flags, Mode::empty())?))
+    }
+
+    /// A socket in it. The folder is QEMU's: it may have put a link there meanwhile.
+    fn socket(&self, name: &str) -> io::Result<Self> {
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let found = rustix::fs::openat(&self.0, name, flags, Mode::empty())?;
+        let mode = rustix::fs::fstat(&found)?.st_mode;
+        if rustix::fs::FileType::from_raw_mode(mode) != rustix::fs::FileType::Socket {
+            return Err(io::Error::other("it is no socket"));
+        }
+        Ok(Self(found))
+    }
+
+    /// A path of it by which no link can be followed.
+    fn path(&self) -> PathBuf {
+        format!("/proc/self/fd/{}", self.0.as_raw_fd()).into()
     }
 
     /// A path by which something in it can be reached from here.
