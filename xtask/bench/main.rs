@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
+mod machines;
 #[cfg(feature = "seed")]
 #[allow(warnings)]
 mod seed;
@@ -32,6 +33,11 @@ async fn main() {
         }
         "backup" => backups(&folder, &PathBuf::from(args.next().expect("a Debian root"))).await,
         "program" => program(&folder, &PathBuf::from(args.next().expect("the program"))),
+        "machines" => {
+            let program = PathBuf::from(args.next().expect("the program"));
+            let guest = PathBuf::from(args.next().expect("a kernel's folder"));
+            machines::machines(&folder, &program, &guest).await;
+        }
         "make" => make(&folder, 10_000),
         "start" => start(&folder).await,
         other => panic!("no row {other}"),

@@ -9,7 +9,7 @@ use std::process::Command;
 use crate::root;
 
 /// Rows, and what each is allowed: a ratio to the peer, or nanoseconds or bytes.
-const LIMITS: [(&str, &str, Limit); 20] = [
+const LIMITS: [(&str, &str, Limit); 26] = [
     ("warm acquire and release", "the seed", Limit::Ratio(1.0)),
     ("maintenance pass, 5000 sessions", "the seed", Limit::Most(50_000.0)),
     ("maintenance pass, 100000 sessions", "the seed with 5000", Limit::Most(50_000.0)),
@@ -21,6 +21,16 @@ const LIMITS: [(&str, &str, Limit); 20] = [
     ("memory of a running sandbox and its sleep (bytes)", "", Limit::Most(2.0 * MIB)),
     ("memory of it in the daemon (bytes)", "", Limit::None),
     ("`denizen exec` in a warm sandbox, whole process", "runc exec", Limit::Most(5e6)),
+    ("microVM boot to the end of its first command", "bare QEMU to init", Limit::Ratio(1.1)),
+    ("new microVM from the template, to the end of its first command", "", Limit::Most(3e8)),
+    (
+        "microVM woken from disk, to the end of its first command",
+        "QEMU -incoming, until it runs",
+        Limit::Ratio(1.2),
+    ),
+    ("microVM put to disk", "QEMU migrate", Limit::None),
+    ("memory of it there (bytes)", "QEMU migrate", Limit::None),
+    ("/bin/true in a warm microVM session", "", Limit::None),
     ("start with 10,000 sessions, to the first guard", "", Limit::Most(1e9)),
     ("resident memory then (bytes)", "", Limit::Most(64.0 * MIB)),
     ("first backup of a Debian root", "tar \\| zstd -3 -T2", Limit::Ratio(1.0)),
@@ -49,7 +59,10 @@ pub fn run(seed: Option<&str>) -> Result<(), String> {
         ("restic", "restic"),
         ("borg", "borgbackup"),
         ("debootstrap", "debootstrap"),
+        ("qemu-system-x86_64", "qemu-system-x86"),
+        ("qemu-img", "qemu-utils"),
     ])?;
+    crate::fetch_kernel()?;
 
     let failed = |error: std::io::Error| error.to_string();
     let work = root().join("target/bench");
@@ -78,7 +91,12 @@ pub fn run(seed: Option<&str>) -> Result<(), String> {
     std::fs::write(work.join("config/Cargo.toml"), config).map_err(failed)?;
     let executor = "pub mod executor { pub use denizen::VmPoolConfig; }\n";
     std::fs::write(work.join("config/src/lib.rs"), executor).map_err(failed)?;
-    std::fs::write(source.join("main.rs"), include_str!("../bench/main.rs")).map_err(failed)?;
+    for (name, text) in [
+        ("main.rs", include_str!("../bench/main.rs")),
+        ("machines.rs", include_str!("../bench/machines.rs")),
+    ] {
+        std::fs::write(source.join(name), text).map_err(failed)?;
+    }
     let mut build = vec!["build", "--release", "--quiet"];
     if let Some(seed) = seed {
         std::fs::copy(seed, source.join("seed.rs")).map_err(|error| format!("{seed}: {error}"))?;
@@ -95,7 +113,9 @@ pub fn run(seed: Option<&str>) -> Result<(), String> {
     }
     lines.extend(measure_backups(&work)?);
     crate::run("cargo", &["build", "--release", "--package", "denizen-cli"])?;
-    lines.extend(measure(&work, "program", &work.join("run-program"))?);
+    for row in ["program", "machines"] {
+        lines.extend(measure(&work, row, &work.join(format!("run-{row}")))?);
+    }
     let known = work.join("run-start");
     measure_in(&work, "make", &known)?;
     // Finds the folders and writes them down; what is measured is the start after it.
@@ -148,7 +168,8 @@ fn run_peers(work: &Path, row: &str, folder: &Path, with: &Path) -> Result<Vec<S
     std::fs::create_dir_all(folder).map_err(|error| error.to_string())?;
     eprintln!("+ peers {row}");
     let peers = work.join("target/release/peers");
-    let output = Command::new(peers).arg(row).arg(folder).arg(with).output();
+    let guest = root().join("target/guest");
+    let output = Command::new(peers).arg(row).arg(folder).arg(with).arg(guest).output();
     let output = output.map_err(|error| error.to_string())?;
     if !output.status.success() {
         return Err(format!("{row}: {}", String::from_utf8_lossy(&output.stderr)));
@@ -162,7 +183,12 @@ fn page(lines: &[String]) -> Result<String, String> {
          sides in turns. Read the ratios.\n\n\
          | work | beside | denizen | peer | ratio | wanted | |\n|---|---|---|---|---|---|---|\n",
     );
+    let mut notes = String::new();
     for line in lines {
+        if let Some(by) = line.strip_prefix("machines\t") {
+            let _ = writeln!(notes, "\nMicroVMs, and what is beside them, were run by {by}.");
+            continue;
+        }
         let mut fields = line.split('\t');
         let mut field = || fields.next().unwrap_or_default();
         let (name, ours, peer) = (field(), field(), field());
@@ -194,7 +220,7 @@ fn page(lines: &[String]) -> Result<String, String> {
         // Writing to a string cannot fail.
         let _ = writeln!(page, "{line}");
     }
-    Ok(page)
+    Ok(page + &notes)
 }
 
 fn time(nanoseconds: f64) -> String {

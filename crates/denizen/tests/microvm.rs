@@ -216,6 +216,8 @@ async fn what_sleeps_has_no_process_and_goes_on_where_it_was() {
     let (mut into, mut from) = (cat.take_stdin().unwrap(), cat.take_output().unwrap());
     // A clock that nobody sets would go on from here.
     text(&guard, "date -s @1000000000").await;
+    // It is the same one afterwards, whatever it has called itself.
+    text(&guard, "hostname mine; echo mine > /etc/machine-id").await;
     assert_eq!(machines(id).len(), 1);
     drop(guard);
     for _ in 0..2 {
@@ -227,6 +229,7 @@ async fn what_sleeps_has_no_process_and_goes_on_where_it_was() {
         assert!((before - 1..=now() + 1).contains(&within), "{within} is not now");
         assert_eq!(machines(id).len(), 1);
         assert!(!memory(&pool, id).exists());
+        assert_eq!(text(&guard, "hostname; cat /etc/machine-id").await, "mine\nmine\n");
         still_counts(&guard, &pid).await;
         shell.ask(&mut stdin, "echo $word$word", "keptkept").await;
         into.write_all(b"through").await.unwrap();

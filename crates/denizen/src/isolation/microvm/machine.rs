@@ -97,7 +97,7 @@ impl Vm {
             State::Runs(running) => running.clone(),
             _ => return Ok(()),
         };
-        self.introduce(&running.link)
+        self.introduce(&running.link, true)
     }
 
     /// Begins where a memory in its folder ends, or the template's, or at the beginning.
@@ -216,15 +216,15 @@ impl Vm {
         let _runtime = self.shared.runtime.enter();
         let (link, socket) = Link::new()?;
         let link = Arc::new(link);
-        self.connect(&link, &guest)?;
+        self.connect(&link, &guest, true)?;
         let ended = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
         let number = self.shared.next_number();
         let (parts, walls) = (parts.clone(), walls.clone());
         Ok((Running { number, parts, walls, guest, link, ended }, socket))
     }
 
-    /// Connects a link to a guest, and tells the guest who and when it is.
-    fn connect(&self, link: &Link, guest: &Arc<dyn Guest>) -> io::Result<()> {
+    /// Connects a link to a guest, and tells the guest when it is, and who, if it is new to that.
+    fn connect(&self, link: &Link, guest: &Arc<dyn Guest>, is_new: bool) -> io::Result<()> {
         let begun = Instant::now();
         let port = guest.port()?;
         let mut over = guest.ended();
@@ -235,16 +235,17 @@ impl Vm {
             }
         });
         tracing::debug!(took = ?begun.elapsed(), "guest answers");
-        let connected = connected.and_then(|()| self.introduce(link));
-        tracing::debug!(took = ?begun.elapsed(), "guest is told who it is");
+        let connected = connected.and_then(|()| self.introduce(link, is_new));
+        tracing::debug!(took = ?begun.elapsed(), is_new, "guest is told who it is");
         connected.map_err(|error| match guest.last_words() {
             words if words.is_empty() => error,
             words => io::Error::new(error.kind(), format!("{error}; it said: {words}")),
         })
     }
 
-    /// Tells a guest what it cannot know: the time, what nobody can guess, who it is.
-    fn introduce(&self, link: &Link) -> io::Result<()> {
+    /// Tells a guest what it cannot know: the time, what nobody can guess, and who it is, if it
+    /// is new to that.
+    fn introduce(&self, link: &Link, is_new: bool) -> io::Result<()> {
         let id = self.site.lock().id.simple().to_string();
         let mut entropy = [0; 64];
         getrandom::fill(&mut entropy).map_err(io::Error::other)?;
@@ -255,7 +256,7 @@ impl Vm {
                 nanoseconds: now.subsec_nanos(),
             },
             entropy: entropy.iter().map(|byte| format!("{byte:02x}")).collect(),
-            fresh: Some(Fresh {
+            fresh: is_new.then(|| Fresh {
                 hostname: format!("denizen-{}", id.get(..8).unwrap_or_default()),
                 machine_id: id,
             }),
@@ -330,7 +331,7 @@ impl Vm {
             memory::write(&site.memory(), &owner, |into| running.guest.save(into))
         });
         if let Err(error) = slept {
-            let goes_on = running.guest.go_on().and_then(|()| self.introduce(&running.link));
+            let goes_on = running.guest.go_on().and_then(|()| self.introduce(&running.link, false));
             if let Err(why) = goes_on {
                 // It may be gone; and one that cannot write must not stay.
                 tracing::warn!(session = %site.id, %why, "the guest does not go on: ending it");
@@ -423,7 +424,7 @@ impl Vm {
         let walls = self.shared.walls(site, &parts, false).map_err(io::Error::other)?;
         let woken = self
             .load(site, &parts, &walls, &mut memory)
-            .and_then(|guest| self.connect(link, &guest).map(|()| guest));
+            .and_then(|guest| self.connect(link, &guest, false).map(|()| guest));
         if woken.is_err() {
             let _ = self.shared.runtime.block_on(walls.agent.shutdown(Duration::ZERO));
             self.shared.cleared(site);
