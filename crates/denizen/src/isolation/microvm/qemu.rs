@@ -223,8 +223,6 @@ fn arguments(accelerator: Accelerator, hardware: &Hardware, incoming: bool) -> V
     add(&["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
     add(&["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"]);
     add(&["-M", "q35,usb=off,vmport=off,smm=off,hpet=off,graphics=off,sata=off,smbus=off"]);
-    // The firmware that does nothing but start a kernel; it comes with QEMU.
-    add(&["-bios", "qboot.rom"]);
     add(&accelerator.arguments());
     add(&["-m", &format!("{}M", hardware.memory >> 20), "-smp", &hardware.processors.to_string()]);
     add(&["-kernel", KERNEL, "-initrd", INITRAMFS, "-append", &hardware.command_line]);
