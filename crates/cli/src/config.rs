@@ -18,9 +18,6 @@ use crate::{Failure, Result};
 /// and little enough that one of them does not take it all.
 const DISK: u64 = 20 << 30;
 
-/// The memory of a session's virtual machine, unless something else is set.
-const MACHINE_MEMORY: u64 = 512 << 20;
-
 /// Settings that can be given on the command line or in the environment.
 #[derive(Args, Clone, Debug, Default)]
 #[command(next_help_heading = "Settings")]
@@ -658,9 +655,8 @@ fn chosen(option: &Option<PathBuf>, given: Option<PathBuf>) -> Result<Option<Pat
 /// The limits, with what is set for them if nothing else is.
 fn limited(mut limits: Limits, is_machine: bool) -> Limits {
     limits.disk_bytes.get_or_insert(DISK);
-    if is_machine && limits.memory_bytes == Limits::default().memory_bytes {
-        // Unlike that of others, it is there for this session alone.
-        limits.memory_bytes = Some(MACHINE_MEMORY);
+    if is_machine {
+        limits.memory_bytes = Some(limits.guest_memory());
     }
     limits
 }

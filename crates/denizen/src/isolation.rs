@@ -65,7 +65,8 @@ pub enum Isolation {
 #[serde(default, deny_unknown_fields)]
 pub struct Limits {
     /// Bytes of memory of all its processes, and of what it has in `/dev/shm`, which holds half
-    /// of that (64 MiB at least). Default: half of the machine's.
+    /// of that (64 MiB at least). Default: half of this host's. Under
+    /// [`Isolation::MicroVm`] it is what the guest has; see [`Limits::guest_memory`].
     pub memory_bytes: Option<u64>,
     /// Processes and threads. Default: 4096.
     pub processes: Option<u64>,
@@ -107,6 +108,16 @@ impl Limits {
             open_files: None,
             disk_bytes: None,
         }
+    }
+
+    /// How much memory a guest has under [`Isolation::MicroVm`]: what is set, but 512 MiB where
+    /// nothing is, or half of the host's, which is the default of the others. They share it, a
+    /// guest has its own. At least 128 MiB.
+    pub fn guest_memory(&self) -> u64 {
+        const DEFAULT: u64 = 512 << 20;
+        const LEAST: u64 = 128 << 20;
+        let others = Self::default().memory_bytes;
+        self.memory_bytes.filter(|bytes| Some(*bytes) != others).unwrap_or(DEFAULT).max(LEAST)
     }
 
     /// The limit of the disk, if there is one.

@@ -241,6 +241,8 @@ async fn connections() {
     let (event, fd) = owner.event(&[9], 5001);
     assert_eq!(event[8..12], [0; 4]);
     let mut here = std::os::unix::net::UnixStream::from(fd.unwrap());
+    // As a runtime wants it.
+    here.set_nonblocking(false).unwrap();
     here.write_all(b"question").unwrap();
     here.shutdown(std::net::Shutdown::Write).unwrap();
     assert_eq!(all(&there), b"question");

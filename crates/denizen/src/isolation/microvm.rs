@@ -55,9 +55,8 @@ use crate::usage::Usage;
 const WORKDIR: &str = "/volume";
 /// How large a session's disk is, if nothing is said.
 const DISK: u64 = 20 << 30;
-/// How much memory a guest has, if nothing is said, and the least that it can do with.
-const MEMORY: u64 = 512 << 20;
-const LEAST_MEMORY: u64 = 128 << 20;
+/// How much memory the guest has that is to show whether KVM works.
+const PROBE_MEMORY: u64 = 128 << 20;
 /// What the program that runs a guest needs beside the guest's memory.
 const OVERHEAD: u64 = 384 << 20;
 /// More processors than that do a session little good.
@@ -270,7 +269,7 @@ impl Shared {
         let place = self.disks().begin().map_err(io::Error::other)?;
         let site = &place.site;
         let hardware = Hardware {
-            memory: LEAST_MEMORY,
+            memory: PROBE_MEMORY,
             processors: 1,
             network: false,
             // Nothing in it says that it is to be a session's: it ends by itself.
@@ -323,8 +322,7 @@ impl Shared {
 
     /// Bytes of a guest's memory.
     fn memory(&self) -> u64 {
-        let memory = self.limits.memory_bytes.unwrap_or(MEMORY).max(LEAST_MEMORY);
-        memory >> 20 << 20
+        self.limits.guest_memory() >> 20 << 20
     }
 
     fn disk_size(&self) -> u64 {
