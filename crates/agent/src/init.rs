@@ -356,7 +356,12 @@ impl Remote {
             state.running.insert(id, ended);
             Spawned { remote: self.clone(), id, pid: 0, exit: watch, kill_on_drop: true }
         };
-        match started.await {
+        // What runs elsewhere may have been stopped there.
+        let started = match &self.shared.machine {
+            Some(_) => self.shared.answer(started).await,
+            None => started.await.map_err(|_| Error::InitLost),
+        };
+        match started {
             Ok(Ok(pid)) => {
                 spawned.pid = pid;
                 Ok(spawned)
@@ -365,7 +370,7 @@ impl Remote {
                 spawned.kill_on_drop = false;
                 Err(failure(program, spawn.cwd, bytes, stage, errno))
             }
-            Err(_) => Err(Error::InitLost),
+            Err(error) => Err(error),
         }
     }
 
@@ -528,10 +533,14 @@ impl Spawned {
             shared.send(&mut state, message::kill(self.id, true), Vec::new())?;
             state.trees.entry(self.id).or_default().push(sender);
         }
-        match gone.await {
-            Ok(0) => Ok(()),
-            Ok(count) => Err(Error::Survivors { count }),
-            Err(_) => Err(Error::InitLost),
+        let shared = &self.remote.shared;
+        let gone = match &shared.machine {
+            Some(_) => shared.answer(gone).await,
+            None => gone.await.map_err(|_| Error::InitLost),
+        };
+        match gone? {
+            0 => Ok(()),
+            count => Err(Error::Survivors { count }),
         }
     }
 

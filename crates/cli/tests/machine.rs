@@ -64,8 +64,9 @@ fn a_machine_is_used_like_any_session() {
     rustix::process::kill_process(daemon, rustix::process::Signal::TERM).unwrap();
     until("the daemon has left", || user.daemon_pid().is_none());
     let memory = "find pool -maxdepth 2 -name memory -size +1M | grep .";
-    let left = std::process::Command::new("sh").args(["-c", memory]).current_dir(user.state.path());
-    assert!({ left }.status().unwrap().success(), "no memory is on the disk");
+    let mut left = std::process::Command::new("sh");
+    let left = left.args(["-c", memory]).current_dir(user.state.path()).status().unwrap();
+    assert!(left.success(), "no memory is on the disk");
     let after = count(&user);
     assert!(after >= before);
     until("it goes on counting", || count(&user) > after);

@@ -78,7 +78,8 @@ fn run(disk: &mut Option<File>) -> Result<()> {
     mount_disk(&device, c"/disk", &[c"discard", c"noinit_itable"], NO_ACCESS_TIMES)?;
     let folder = File::open("/disk").map_err(io_at("open disk"))?;
     let folder = disk.insert(folder);
-    grow(&device, folder)?;
+    // Not of one that has an error noted; that can still be used.
+    unless_spoilt(grow(&device, folder));
     // Room for what a start writes: on a disk that a session has filled to the last block an
     // overlay could only be read, and so nothing be deleted.
     let reserve = set_reserve(&device, "0")?;
@@ -103,8 +104,9 @@ fn at(step: &str) -> impl FnOnce(i32) -> Refusal {
     move |error| (step.to_owned(), error)
 }
 
-fn io_at(step: &str) -> impl FnOnce(io::Error) -> Refusal {
-    move |error| (step.to_owned(), error.raw_os_error().unwrap_or(sys::EINVAL))
+fn io_at(step: &str) -> impl FnOnce(io::Error) -> Refusal + use<> {
+    let step = step.to_owned();
+    move |error| (step, error.raw_os_error().unwrap_or(sys::EINVAL))
 }
 
 /// Whether the kernel's command line has a word.
@@ -225,7 +227,9 @@ fn prepare_disk() -> Result<()> {
         let _ = fs::rename(fresh, tmp);
     }
     make_folder(tmp, 0o1777)?;
-    fs::set_permissions(tmp, Permissions::from_mode(0o1777)).map_err(io_at("/tmp"))
+    let open = fs::set_permissions(tmp, Permissions::from_mode(0o1777)).map_err(io_at("/tmp"));
+    unless_spoilt(open);
+    Ok(())
 }
 
 /// Says how much of a file system is for the kernel's own use when it is full; gives what it was.
@@ -236,11 +240,18 @@ fn set_reserve(device: &str, blocks: &str) -> Result<String> {
     Ok(before)
 }
 
-/// Makes a folder, unless it is there.
+/// Makes a folder, unless it is there. Root within can have put anything in its place.
 fn make_folder(path: &Path, mode: u32) -> Result<()> {
+    let failed = || io_at(&format!("make {}", path.display()));
     match DirBuilder::new().mode(mode).create(path) {
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
-        result => result.map_err(io_at(&format!("make {}", path.display()))),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            if fs::symlink_metadata(path).map_err(failed())?.is_dir() {
+                return Ok(());
+            }
+            fs::remove_file(path).map_err(failed())?;
+            DirBuilder::new().mode(mode).create(path).map_err(failed())
+        }
+        result => result.map_err(failed()),
     }
 }
 
@@ -321,9 +332,6 @@ fn fs(kind: &CStr, settings: &[(&CStr, Option<&CStr>)], attributes: u64) -> Resu
 fn place(path: &CStr, mode: u32, what: &OwnedFd) -> Result<()> {
     let name = path.to_string_lossy();
     let folder = Path::new(&*name);
-    if fs::symlink_metadata(folder).is_ok_and(|found| !found.is_dir()) {
-        fs::remove_file(folder).map_err(io_at(&name))?;
-    }
     make_folder(folder, mode)?;
     kernel::attach(what, path).map_err(at(&format!("mount {name}")))
 }
@@ -399,6 +407,9 @@ fn start(port: &OwnedFd) -> Result<(i32, i32)> {
     let init = init.map_err(at("start init"))?;
     let relay = machine::start(program, &words, &[PATH], &[(&outer, 0), (port, 1)]);
     let relay = relay.map_err(at("start the relay"))?;
+    // The machine would end with it. It has no children.
+    let spared = fs::write(format!("/proc/{relay}/oom_score_adj"), "-1000");
+    unless_spoilt(spared.map_err(io_at("spare the relay")));
     Ok((init, relay))
 }
 
@@ -415,11 +426,20 @@ fn clear_trash(disk: &File) {
     let _ = std::thread::Builder::new().name("trash".into()).spawn(work);
 }
 
-/// Removes one entry of the trash; whether there was one.
+/// Removes one entry of the trash; whether there was one that could be. One that cannot must not
+/// keep the others there.
 fn empty_one(trash: &Path, next: &mut u64) -> io::Result<bool> {
-    let Some(entry) = fs::read_dir(trash)?.next().transpose()? else { return Ok(false) };
+    for entry in fs::read_dir(trash)? {
+        if remove_one(trash, &entry?, next).is_ok() {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+fn remove_one(trash: &Path, entry: &fs::DirEntry, next: &mut u64) -> io::Result<()> {
     if !entry.file_type()?.is_dir() {
-        return fs::remove_file(entry.path()).map(|()| true);
+        return fs::remove_file(entry.path());
     }
     for inner in fs::read_dir(entry.path())? {
         let inner = inner?;
@@ -436,7 +456,7 @@ fn empty_one(trash: &Path, next: &mut u64) -> io::Result<bool> {
             }
         }
     }
-    fs::remove_dir(entry.path()).map(|()| true)
+    fs::remove_dir(entry.path())
 }
 
 /// Reaps whatever ends, until one of the two that the machine is for does.
@@ -477,9 +497,10 @@ fn end(disk: Option<&File>) -> ! {
         while matches!(sys::reap_any(), Ok(Some(_))) {}
         std::thread::sleep(Duration::from_millis(1));
     }
-    machine::sync_all();
-    if let Some(Err(error)) = disk.map(|disk| close_disk(disk, since)) {
+    // Before all others, which may be of a server that is gone.
+    if let Some(Err(error)) = disk.map(|disk| close_disk(disk, Instant::now())) {
         complain("disk", error);
+        machine::sync_all();
     }
     let error = machine::end();
     complain("end the machine", error);

@@ -25,10 +25,10 @@ pub(crate) const WINDOW: u32 = 64 * 1024;
 /// is no limit of its own.
 pub(crate) const CONNECTION: u32 = (1 << 31) - 1;
 /// Descriptors that can be open at once. Each can have a window's memory.
-pub(crate) const STREAMS: u32 = 4096;
+pub(crate) const STREAMS: u32 = 2048;
 /// What small pieces may cost together that nobody has read yet, by h2's reckoning: a piece
 /// counts for what it lacks to be [`SMALL`].
-pub(crate) const PIECES: usize = 256 * 1024 * 1024;
+pub(crate) const PIECES: usize = 32 * 1024 * 1024;
 const SMALL: usize = 256;
 /// How long small pieces are gathered for somebody slow.
 const LAG: Duration = Duration::from_millis(10);

@@ -43,6 +43,10 @@ const VERSION: u32 = 1;
 const FAREWELL: Duration = Duration::from_secs(1);
 /// How often is looked whether all is said.
 const MOMENT: Duration = Duration::from_millis(2);
+/// How long other ends are waited for before it is told that all are gone.
+const TELLING: Duration = Duration::from_secs(10);
+/// How long a connection in the guest may take.
+const CONNECTING: Duration = Duration::from_secs(10);
 /// How much a terminal is read to find its end, while something still writes to it.
 const TAIL: u64 = 1024 * 1024;
 /// The longest request to go to rest or to go on.
@@ -62,6 +66,7 @@ pub async fn serve(port: OwnedFd, init: OwnedFd, path: &Path) -> io::Result<()> 
     let mut writing = Port::new(port)?;
     let init = Arc::new(Packets::new(init)?);
     let path: Arc<Path> = path.into();
+    let (syncs, rests) = (Worker::new("sync")?, Worker::new("rest")?);
     let reader = async {
         let mut buffer = vec![0; 64 * 1024];
         let mut parser = Parser::default();
@@ -85,7 +90,14 @@ pub async fn serve(port: OwnedFd, init: OwnedFd, path: &Path) -> io::Result<()> 
         let mut epoch = 0;
         let stay = Owner::new();
         let last_id = AtomicU32::new(0);
-        let known = Arc::new(Known { last_id, stay: stay.tasks(), path: Arc::clone(&path) });
+        let known = Arc::new(Known {
+            last_id,
+            stay: stay.tasks(),
+            path: Arc::clone(&path),
+            syncs,
+            rests,
+            waiting: Mutex::default(),
+        });
         loop {
             // It cannot fail: the wire is there.
             if let Ok(status) = status.wait_for(|status| status.epoch > epoch).await {
@@ -97,6 +109,7 @@ pub async fn serve(port: OwnedFd, init: OwnedFd, path: &Path) -> io::Result<()> 
                 tasks: owner.tasks(),
                 state: Mutex::default(),
                 known: Arc::clone(&known),
+                endings: watch::Sender::new(0),
             };
             let relay = Arc::new(relay);
             tokio::select! {
@@ -147,8 +160,7 @@ async fn host(stream: Stream, relay: &Arc<Relay>) {
                     Some(Ok(number)) => relay.opened(number, request, respond),
                     Some(Err(_)) => {}
                     None => {
-                        let path = Arc::clone(&relay.known.path);
-                        relay.tasks.start(answer(request, respond, path));
+                        relay.tasks.start(answer(request, respond, Arc::clone(&relay.known)));
                     }
                 },
             }
@@ -176,7 +188,7 @@ async fn host(stream: Stream, relay: &Arc<Relay>) {
 }
 
 /// Does what the machine itself is asked for.
-async fn answer(request: Request<RecvStream>, mut respond: SendResponse<Bytes>, path: Arc<Path>) {
+async fn answer(request: Request<RecvStream>, mut respond: SendResponse<Bytes>, known: Arc<Known>) {
     let what = request.uri().path().to_owned();
     let mut recv = request.into_body();
     let mut body = Vec::new();
@@ -187,13 +199,14 @@ async fn answer(request: Request<RecvStream>, mut respond: SendResponse<Bytes>, 
             return;
         }
     }
+    let path = Arc::clone(&known.path);
     let work = move || match what.as_str() {
         "/rest" => Some(rest::rest(&path)),
         "/wake" => Some(rest::wake(&path, &serde_json::from_slice(&body).ok()?)),
         "/sync" => Some(rest::sync(&path)),
         _ => None,
     };
-    let steps = tokio::task::spawn_blocking(work).await.ok().flatten();
+    let steps = known.rests.run(work).await.flatten();
     let answer = steps.and_then(|steps| serde_json::to_vec(&steps).ok());
     let mut response = Response::new(());
     if answer.is_none() {
@@ -213,6 +226,8 @@ struct Relay {
     tasks: Tasks,
     state: Mutex<State>,
     known: Arc<Known>,
+    /// How many ends are known and not yet told.
+    endings: watch::Sender<usize>,
 }
 
 /// What stays when hosts come and go.
@@ -223,6 +238,59 @@ struct Known {
     stay: Tasks,
     /// Where the file system is that the session writes to.
     path: Arc<Path>,
+    /// Who writes it down.
+    syncs: Worker,
+    /// Who waits until it is.
+    waiting: Mutex<Vec<oneshot::Sender<()>>>,
+    /// Who puts the machine to rest and wakes it.
+    rests: Worker,
+}
+
+impl Known {
+    /// Waits until all that was written before is on the disk, or cannot be. That is done once for
+    /// all who ask while it is being done for others.
+    async fn synced(self: &Arc<Self>) {
+        let (sender, done) = oneshot::channel();
+        self.waiting.lock().push(sender);
+        let known = Arc::clone(self);
+        let work = move || {
+            let waiting = std::mem::take(&mut *known.waiting.lock());
+            if !waiting.is_empty() {
+                rest::sync(&known.path);
+            }
+            for waiting in waiting {
+                // Nobody may be waiting any more.
+                let _ = waiting.send(());
+            }
+        };
+        if self.syncs.0.send(Box::new(work)).is_ok() {
+            let _ = done.await;
+        }
+    }
+}
+
+type Work = Box<dyn FnOnce() + Send>;
+
+/// A thread of its own that is there from the beginning: later there may be none to be had.
+#[derive(Clone)]
+struct Worker(std::sync::mpsc::Sender<Work>);
+
+impl Worker {
+    fn new(name: &str) -> io::Result<Self> {
+        let (sender, work) = std::sync::mpsc::channel::<Work>();
+        std::thread::Builder::new()
+            .name(name.to_owned())
+            .spawn(move || work.into_iter().for_each(|work| work()))?;
+        Ok(Self(sender))
+    }
+
+    /// Has it do something after all else that it was given; none if it cannot.
+    async fn run<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> Option<T> {
+        let (sender, done) = oneshot::channel();
+        let work = Box::new(move || drop(sender.send(work())));
+        self.0.send(work).ok()?;
+        done.await.ok()
+    }
 }
 
 type Opened = (RecvStream, SendResponse<Bytes>);
@@ -501,7 +569,8 @@ impl Relay {
         let opened = self.stream(descriptor.stream).await?;
         let socket = self.ask(id, packet).await?;
         let end = End::new(socket).map_err(|error| errno(&error))?;
-        end.connected().await.map_err(|error| errno(&error))?;
+        let made = tokio::time::timeout(CONNECTING, end.connected()).await;
+        made.map_err(|_| Errno::TIMEDOUT)?.map_err(|error| errno(&error))?;
         let fd = end.as_fd().try_clone_to_owned().map_err(|error| errno(&error))?;
         drop(end);
         self.bind(fd, Kind::Socket, opened).map(drop)
@@ -528,18 +597,39 @@ impl Relay {
                 message::FAILED => drop(self.state.lock().outputs.remove(&id)),
                 message::EXITED => {
                     let marks = self.marks(id, telling);
-                    self.tasks.start(exited(
-                        Arc::clone(&self.known.path),
-                        Arc::clone(telling),
-                        marks,
-                        event.to_vec(),
-                    ));
+                    let (known, telling) = (Arc::clone(&self.known), Arc::clone(telling));
+                    let (event, ending) = (event.to_vec(), Ending::new(&self.endings));
+                    self.tasks.start(async move {
+                        // Whoever is told may count on it that what was written is on the disk:
+                        // the machine may be killed at any time.
+                        known.synced().await;
+                        tell(&telling, &marks, &event).await;
+                        drop(ending);
+                    });
+                    continue;
+                }
+                message::TREE_GONE | message::ALL_GONE => {
+                    // Those that have ended are told of before that.
+                    let (relay, telling) = (Arc::clone(self), Arc::clone(telling));
+                    let event = event.to_vec();
+                    self.tasks.start(async move {
+                        relay.ended().await;
+                        tell(&telling, &[], &event).await;
+                    });
                     continue;
                 }
                 _ => {}
             }
             tell(telling, &[], event).await;
         }
+        self.ended().await;
+    }
+
+    /// Waits until all ends are told that were known before, for so long as makes sense.
+    async fn ended(&self) {
+        let mut endings = self.endings.subscribe();
+        let told = endings.wait_for(|count| *count == 0);
+        let _ = tokio::time::timeout(TELLING, told).await;
     }
 
     /// How much the command that has ended has written.
@@ -562,12 +652,20 @@ impl Relay {
     }
 }
 
-/// Tells that a command has ended, when what it has written is on the disk: whoever is told may
-/// count on that, and the machine may be killed at any time.
-async fn exited(path: Arc<Path>, telling: Telling, marks: Vec<Mark>, event: Vec<u8>) {
-    // Where it cannot be done, nobody is helped by waiting.
-    let _ = tokio::task::spawn_blocking(move || rest::sync(&path)).await;
-    tell(&telling, &marks, &event).await;
+/// An end that is known and not yet told.
+struct Ending(watch::Sender<usize>);
+
+impl Ending {
+    fn new(count: &watch::Sender<usize>) -> Self {
+        count.send_modify(|count| *count += 1);
+        Self(count.clone())
+    }
+}
+
+impl Drop for Ending {
+    fn drop(&mut self) {
+        self.0.send_modify(|count| *count -= 1);
+    }
 }
 
 /// Waits until a terminal has nothing left to be read.

@@ -102,7 +102,13 @@ impl Link {
         };
         let _inside = runtime.enter();
         let tasks = owner.tasks();
+        // A task of its own: what comes is to be taken also while more comes.
         let relay = Relay::run(packets, requests.clone(), tasks.clone());
+        let (over, relay_over) = tokio::sync::oneshot::channel();
+        owner.tasks().start(async move {
+            // Nobody may be waiting any more.
+            let _ = over.send(relay.await);
+        });
         owner.tasks().start(async move {
             let mut connection = std::pin::pin!(connection);
             let failure = tokio::select! {
@@ -111,7 +117,7 @@ impl Link {
                     Ok(()) => Failure::Ended,
                     Err(error) => Failure::Connection(error.to_string()),
                 },
-                failure = relay => failure,
+                failure = relay_over => failure.unwrap_or(Failure::Ended),
             };
             let well = failure == Failure::Ended;
             end.send_replace(Some(failure));
@@ -199,13 +205,19 @@ impl Link {
         let mut requests = self.requests.clone().ready().await?;
         let request = post(path.to_owned());
         let (response, mut send) = requests.send_request(request, body.is_empty())?;
-        if !body.is_empty() {
-            if !send_all(&mut send, body).await {
-                return Err(RequestError::Answer);
+        let sending = async {
+            if !body.is_empty() {
+                if !send_all(&mut send, body).await {
+                    return Err(RequestError::Answer);
+                }
+                send.send_data(Bytes::new(), true)?;
             }
-            send.send_data(Bytes::new(), true)?;
-        }
-        let response = response.await?;
+            Ok(())
+        };
+        // What comes meanwhile does not wait for what goes.
+        let (sent, response) = tokio::join!(sending, response);
+        sent?;
+        let response = response?;
         let good = response.status() == StatusCode::OK;
         let mut recv = response.into_body();
         let mut answer = Vec::new();
@@ -527,7 +539,7 @@ impl Relay {
                 continue;
             }
             let event = body.slice(body.len() - packet.len()..);
-            let Some((kind, flags, id)) = message::head(&event) else { return Failure::Packet };
+            let Some((kind, _, id)) = message::head(&event) else { return Failure::Packet };
             if event.len() > message::EVENT {
                 return Failure::Packet;
             }
@@ -544,7 +556,7 @@ impl Relay {
                         (None, _) => {}
                     }
                 }
-                message::EXITED => self.exited(id, flags != 0, event, marks).await,
+                message::EXITED => self.exited(id, event, marks).await,
                 1..=message::LISTING | message::FOUND => {
                     if kind == message::FAILED {
                         self.state.lock().commands.remove(&id);
@@ -572,7 +584,6 @@ impl Relay {
     async fn exited(
         self: &Arc<Self>,
         id: u32,
-        by_signal: bool,
         event: Bytes,
         marks: Vec<watch::Receiver<Progress>>,
     ) {
@@ -586,9 +597,6 @@ impl Relay {
                 }
                 Some(command) => {
                     command.ended = true;
-                    if by_signal {
-                        command.killed.send_replace(true);
-                    }
                     Some(command.killed.subscribe())
                 }
                 None => None,

@@ -32,6 +32,8 @@ pub(crate) const EVERYTHING: u8 = 2;
 
 pub(crate) const FAILED: u8 = 2;
 pub(crate) const EXITED: u8 = 3;
+pub(crate) const TREE_GONE: u8 = 4;
+pub(crate) const ALL_GONE: u8 = 5;
 pub(crate) const LISTING: u8 = 6;
 pub(crate) const GIVEN: u8 = 9;
 /// The first event: the last number that something was asked for by, and the way of speaking.

@@ -457,6 +457,8 @@ impl AsyncRead for Stream {
         cx: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        // A guest that never stops talking must not have a thread of the host to itself.
+        let turn = std::task::ready!(tokio::task::coop::poll_proceed(cx));
         let mut state = self.shared.state.lock();
         self.check(&state)?;
         if state.inbox.is_empty() {
@@ -474,6 +476,7 @@ impl AsyncRead for Stream {
         if state.taken() - state.told >= QUIET {
             wake(&mut state.transport);
         }
+        turn.made_progress();
         Poll::Ready(Ok(()))
     }
 }

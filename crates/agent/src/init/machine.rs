@@ -7,7 +7,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
-use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
 use tokio::sync::watch;
 
@@ -58,6 +58,7 @@ impl Handle {
 pub(super) fn start(machine: &dyn Machine) -> Result<(Arc<Shared>, Launched)> {
     let Started { socket, ended, machine } =
         machine.start().map_err(|source| Error::Launch { source })?;
+    let gone = ended.try_clone().map_err(|source| Error::Launch { source })?;
     let prepared = || -> io::Result<(Shared, OwnedFd)> {
         // Commands may run there that an earlier owner has started.
         let (last_id, _) = await_word(&socket, PATIENCE)?;
@@ -82,6 +83,9 @@ pub(super) fn start(machine: &dyn Machine) -> Result<(Arc<Shared>, Launched)> {
         Ok((shared, ended)) => Ok((Arc::new(shared), Launched::Machine(Handle { ended, machine }))),
         Err(source) => {
             machine.kill();
+            // Its folder may be another's next.
+            let ending = Timespec::try_from(MACHINE_ENDING).unwrap_or_default();
+            let _ = poll(&mut [PollFd::new(&gone, PollFlags::IN)], Some(&ending));
             Err(Error::Launch { source })
         }
     }

@@ -37,6 +37,8 @@ pub(super) struct Vm {
     starting: Mutex<()>,
     /// It is to end, whatever it becomes next.
     killed: AtomicBool,
+    /// It is being put to sleep.
+    resting: AtomicBool,
 }
 
 enum State {
@@ -81,6 +83,7 @@ impl Vm {
             state: Mutex::new(State::Off),
             starting: Mutex::default(),
             killed: AtomicBool::new(false),
+            resting: AtomicBool::new(false),
         })
     }
 
@@ -317,6 +320,13 @@ impl Vm {
             State::Runs(running) => running.clone(),
             _ => return Ok(()),
         };
+        self.resting.store(true, Ordering::SeqCst);
+        let suspended = self.suspend_running(&site, &running);
+        self.resting.store(false, Ordering::SeqCst);
+        suspended
+    }
+
+    fn suspend_running(&self, site: &Site, running: &Running) -> io::Result<()> {
         let rested =
             self.shared.runtime.block_on(tokio::time::timeout(ANSWER, running.link.rest()));
         let rested = rested.map_err(io::Error::from).and_then(|it| it.map_err(io::Error::other));
@@ -327,7 +337,7 @@ impl Vm {
                 )));
             }
             running.guest.pause()?;
-            let owner = Self::owner(&running.parts, &site)?;
+            let owner = Self::owner(&running.parts, site)?;
             memory::write(&site.memory(), &owner, |into| running.guest.save(into))
         });
         if let Err(error) = slept {
@@ -350,7 +360,7 @@ impl Vm {
             *state = State::Sleeps(Asleep { link, ended });
             self.end_if_killed(&mut state);
         }
-        self.put_away(&site, &running)
+        self.put_away(site, running)
     }
 
     /// Ends a guest whose memory is in a file.
@@ -474,7 +484,7 @@ impl Machine for Vm {
     }
 
     fn is_asleep(&self) -> bool {
-        !matches!(&*self.state.lock(), State::Runs(_))
+        self.resting.load(Ordering::SeqCst) || !matches!(&*self.state.lock(), State::Runs(_))
     }
 }
 

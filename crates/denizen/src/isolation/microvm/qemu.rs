@@ -35,6 +35,8 @@ const PROGRAM: &str = "/usr/bin/qemu-system-x86_64";
 const ANSWER: Duration = Duration::from_secs(20);
 /// How long memory may take to be saved or brought back.
 const MEMORY: Duration = Duration::from_mins(5);
+/// How long until it is tried again whether there is room on the disk.
+const ROOM: Duration = Duration::from_secs(3);
 /// How much of what a guest prints is kept.
 const WORDS: usize = 8 * 1024;
 /// More than any line that QEMU says.
@@ -96,7 +98,7 @@ impl Qemu {
         walls: Walls<'_>,
         hardware: &Hardware,
         incoming: bool,
-    ) -> io::Result<Machine> {
+    ) -> io::Result<Arc<Machine>> {
         let argv = std::iter::once(OsString::from(PROGRAM))
             .chain(arguments(self.accelerator, hardware, incoming).into_iter().map(OsString::from))
             .collect();
@@ -150,14 +152,20 @@ impl Qemu {
         };
         let (service, mut events) = stream.into_parts();
         let (tell, told) = mpsc::channel(16);
+        let (full, mut is_full) = mpsc::channel(1);
         let polling = tokio::spawn(async move {
             while let Some(event) = events.next().await {
-                if let Ok(qmp::Event::MIGRATION { data, .. }) = event {
-                    let _ = tell.send(data.status).await;
+                match event {
+                    Ok(qmp::Event::MIGRATION { data, .. }) => drop(tell.send(data.status).await),
+                    // It stands still then, and nothing is lost.
+                    Ok(qmp::Event::BLOCK_IO_ERROR { data, .. }) if data.nospace == Some(true) => {
+                        let _ = full.try_send(());
+                    }
+                    _ => {}
                 }
             }
         });
-        Ok(Machine {
+        let machine = Arc::new(Machine {
             service,
             migration: tokio::sync::Mutex::new(told),
             port: Mutex::new(Some(port)),
@@ -168,7 +176,22 @@ impl Qemu {
             most: hardware.memory / 8 * 9 + (256 << 20),
             polling: polling.abort_handle(),
             runtime: self.runtime.clone(),
-        })
+            paused: tokio::sync::Mutex::new(incoming),
+        });
+        let this = Arc::downgrade(&machine);
+        tokio::spawn(async move {
+            while is_full.recv().await.is_some() {
+                tracing::warn!("no room for what a guest writes: it stands still until there is");
+                tokio::time::sleep(ROOM).await;
+                let Some(machine) = this.upgrade() else { return };
+                let paused = machine.paused.lock().await;
+                if !*paused {
+                    // It says so again if there is still none.
+                    let _ = machine.ask(qmp::cont {}).await;
+                }
+            }
+        });
+        Ok(machine)
     }
 }
 
@@ -186,8 +209,7 @@ impl Hypervisor for Qemu {
     }
 
     fn boot(&self, walls: Walls<'_>, hardware: &Hardware) -> io::Result<Arc<dyn Guest>> {
-        let machine = self.runtime.block_on(self.start(walls, hardware, false))?;
-        Ok(Arc::new(machine))
+        Ok(self.runtime.block_on(self.start(walls, hardware, false))?)
     }
 
     fn restore(
@@ -203,7 +225,7 @@ impl Hypervisor for Qemu {
             io::ErrorKind::TimedOut => error,
             _ => io::Error::new(io::ErrorKind::InvalidData, error),
         })?;
-        Ok(Arc::new(machine))
+        Ok(machine)
     }
 }
 
@@ -275,6 +297,8 @@ struct Machine {
     most: u64,
     polling: AbortHandle,
     runtime: Handle,
+    /// Whether it is to stand still.
+    paused: tokio::sync::Mutex<bool>,
 }
 
 impl Drop for Machine {
@@ -372,11 +396,20 @@ impl Guest for Machine {
     }
 
     fn pause(&self) -> io::Result<()> {
-        self.runtime.block_on(self.ask(qmp::stop {})).map(drop)
+        self.runtime.block_on(async {
+            let mut paused = self.paused.lock().await;
+            *paused = true;
+            self.ask(qmp::stop {}).await.map(drop)
+        })
     }
 
     fn go_on(&self) -> io::Result<()> {
-        self.runtime.block_on(self.ask(qmp::cont {})).map(drop)
+        self.runtime.block_on(async {
+            let mut paused = self.paused.lock().await;
+            self.ask(qmp::cont {}).await?;
+            *paused = false;
+            Ok(())
+        })
     }
 
     fn save(&self, into: &mut (dyn Write + Send)) -> io::Result<()> {
