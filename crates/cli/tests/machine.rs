@@ -9,6 +9,7 @@ use std::path::Path;
 use std::process::Output;
 
 use common::{User, saved_image, text, until};
+use rustix::process::{Pid, Signal};
 
 /// `cargo xtask test` fetches it.
 const GUEST: &str = concat!(env!("CARGO_TARGET_TMPDIR"), "/../guest");
@@ -28,6 +29,14 @@ fn said(user: &User, args: &[&str]) -> String {
     let output = run(user, args);
     assert!(output.status.success(), "{args:?}: {output:?}");
     text(&output.stdout)
+}
+
+/// Sends the daemon a signal, and waits until it has ended.
+fn end(user: &User, signal: Signal) {
+    let pid = user.daemon_pid().unwrap();
+    rustix::process::kill_process(Pid::from_raw(pid).unwrap(), signal).unwrap();
+    let line = format!("/proc/{pid}/cmdline");
+    until("the daemon ends", || std::fs::read(&line).unwrap_or_default().is_empty());
 }
 
 /// How far the session's counter is.
@@ -60,9 +69,7 @@ fn a_machine_is_used_like_any_session() {
     until("it counts", || run(&user, &["exec", "demo", "--", "cat", "count"]).status.success());
     // A daemon that leaves puts it to disk; the next one goes on with it.
     let before = count(&user);
-    let daemon = rustix::process::Pid::from_raw(user.daemon_pid().unwrap()).unwrap();
-    rustix::process::kill_process(daemon, rustix::process::Signal::TERM).unwrap();
-    until("the daemon has left", || user.daemon_pid().is_none());
+    end(&user, Signal::TERM);
     let memory = "find pool -maxdepth 2 -name memory -size +1M | grep .";
     let mut left = std::process::Command::new("sh");
     let left = left.args(["-c", memory]).current_dir(user.state.path()).status().unwrap();
@@ -72,14 +79,11 @@ fn a_machine_is_used_like_any_session() {
     until("it goes on counting", || count(&user) > after);
     // One that is killed takes it along; what commands have written is on its disk.
     said(&user, &["exec", "demo", "--", "sh", "-c", "echo kept > kept"]);
-    let daemon = rustix::process::Pid::from_raw(user.daemon_pid().unwrap()).unwrap();
-    rustix::process::kill_process(daemon, rustix::process::Signal::KILL).unwrap();
-    until("the daemon is gone", || user.daemon_pid().is_none());
+    end(&user, Signal::KILL);
     let told = said(&user, &["exec", "demo", "--", "cat", "kept", "/etc/mine", "file"]);
     assert_eq!(told, "kept\nmine\nthere and back");
     // Its disk is nothing that a sandbox could have as files.
-    said(&user, &["shutdown"]);
-    until("the daemon has ended", || user.daemon_pid().is_none());
+    end(&user, Signal::TERM);
     let output = user.run(&["--isolation", "sandbox", "exec", "demo", "--", "true"]);
     assert_eq!(output.status.code(), Some(125));
     assert!(text(&output.stderr).contains("set isolation to `microvm`"), "{output:?}");
