@@ -97,9 +97,10 @@ impl Disks<'_> {
         let mut sum = Sha256::new();
         let (mut bytes, mut files) = (0, 0);
         for layer in &below.lower {
-            sum.update(layer.as_os_str().as_bytes());
-            // A layer of an image never changes.
+            // A layer of an image never changes, and is kept by its digest.
             let changes = matches!(base, Base::Folder { .. });
+            let digest = layer.parent().and_then(Path::file_name).unwrap_or_default();
+            sum.update(if changes { layer.as_os_str() } else { digest }.as_bytes());
             let walked = walk(layer, changes.then_some(&mut sum));
             let (more, count) = walked.map_err(|source| Error::volume("read", layer, source))?;
             bytes += more;
