@@ -307,10 +307,7 @@ impl Init {
             }
         }
         self.end().await;
-        match survivors {
-            0 => Ok(()),
-            count => Err(Error::Survivors { count }),
-        }
+        none_left(survivors)
     }
 }
 
@@ -356,12 +353,7 @@ impl Remote {
             state.running.insert(id, ended);
             Spawned { remote: self.clone(), id, pid: 0, exit: watch, kill_on_drop: true }
         };
-        // What runs elsewhere may have been stopped there.
-        let started = match &self.shared.machine {
-            Some(_) => self.shared.answer(started).await,
-            None => started.await.map_err(|_| Error::InitLost),
-        };
-        match started {
+        match self.shared.outcome(started).await {
             Ok(Ok(pid)) => {
                 spawned.pid = pid;
                 Ok(spawned)
@@ -410,10 +402,7 @@ impl Remote {
             self.shared.send(&mut state, message::clear(id), Vec::new())?;
             state.trees.insert(id, vec![sender]);
         }
-        match self.shared.answer(gone).await? {
-            0 => Ok(()),
-            count => Err(Error::Survivors { count }),
-        }
+        none_left(self.shared.answer(gone).await?)
     }
 
     /// A terminal's master end, made where init is, so that its name means something to what
@@ -533,15 +522,7 @@ impl Spawned {
             shared.send(&mut state, message::kill(self.id, true), Vec::new())?;
             state.trees.entry(self.id).or_default().push(sender);
         }
-        let shared = &self.remote.shared;
-        let gone = match &shared.machine {
-            Some(_) => shared.answer(gone).await,
-            None => gone.await.map_err(|_| Error::InitLost),
-        };
-        match gone? {
-            0 => Ok(()),
-            count => Err(Error::Survivors { count }),
-        }
+        none_left(self.remote.shared.outcome(gone).await?)
     }
 
     /// From now on, dropping this handle kills nothing.
@@ -575,6 +556,14 @@ impl Drop for Spawned {
             let _ =
                 shared.send(&mut shared.state.lock(), message::kill(self.id, false), Vec::new());
         }
+    }
+}
+
+/// What the caller is told about what could not be killed.
+fn none_left(survivors: u32) -> Result<()> {
+    match survivors {
+        0 => Ok(()),
+        count => Err(Error::Survivors { count }),
     }
 }
 
@@ -669,6 +658,15 @@ impl Shared {
                 self.close();
                 return Err(Error::InitLost);
             }
+        }
+    }
+
+    /// Waits for what may take any time where nothing but init itself can stop it. In a machine
+    /// others can: there it is waited for as for any answer.
+    async fn outcome<T>(&self, outcome: oneshot::Receiver<T>) -> Result<T> {
+        match &self.machine {
+            Some(_) => self.answer(outcome).await,
+            None => outcome.await.map_err(|_| Error::InitLost),
         }
     }
 

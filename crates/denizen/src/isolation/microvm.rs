@@ -373,7 +373,7 @@ impl Shared {
             sum.update(part);
             sum.update([0]);
         }
-        let identity = disks::hex(&sum.finalize());
+        let identity = disks::key(sum);
         for file in [&root, &tools, &self.kernel, &self.initramfs] {
             disks::used(file).map_err(|source| Error::volume("use", file, source))?;
         }

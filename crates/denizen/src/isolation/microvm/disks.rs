@@ -33,8 +33,9 @@ struct Program {
 const MKE2FS: Program = Program { path: "/usr/sbin/mke2fs", package: "e2fsprogs" };
 const QEMU_IMG: Program = Program { path: "/usr/bin/qemu-img", package: "qemu-utils" };
 
-/// What a block is for all of them.
+/// What a block is for all of them, and what they are made with.
 const BLOCK: u64 = 4096;
+const EXT4: [&str; 8] = ["-q", "-F", "-t", "ext4", "-b", "4096", "-m", "0"];
 /// What all of them have: nothing that a kernel of today lacks.
 const FEATURES: &str = "none,64bit,dir_index,dir_nlink,extent,ext_attr,extra_isize,filetype,\
                         flex_bg,huge_file,large_file,metadata_csum,sparse_super";
@@ -94,33 +95,41 @@ impl Disks<'_> {
         })?;
         // Its own folders are named after it.
         below.target = TREE.into();
+        let look = |layer: &Path, sum: Option<&mut Sha256>| {
+            walk(layer, sum).map_err(|source| Error::volume("read", layer, source))
+        };
         let mut sum = Sha256::new();
-        let (mut bytes, mut files) = (0, 0);
         for layer in &below.lower {
-            // A layer of an image never changes, and is kept by its digest.
-            let changes = matches!(base, Base::Folder { .. });
-            let digest = layer.parent().and_then(Path::file_name).unwrap_or_default();
-            sum.update(if changes { layer.as_os_str() } else { digest }.as_bytes());
-            let walked = walk(layer, changes.then_some(&mut sum));
-            let (more, count) = walked.map_err(|source| Error::volume("read", layer, source))?;
-            bytes += more;
-            files += count;
+            if matches!(base, Base::Folder { .. }) {
+                sum.update(layer.as_os_str().as_bytes());
+                look(layer, Some(&mut sum))?;
+            } else {
+                // A layer of an image never changes, and is kept by its digest.
+                let digest = layer.parent().and_then(Path::file_name).unwrap_or_default();
+                sum.update(digest.as_bytes());
+            }
         }
-        let key = hex(&sum.finalize());
-        let disk = self.folder.join(format!("root-{key}"));
+        let disk = self.folder.join(format!("root-{}", key(sum)));
         if disk.exists() {
             return labelled(disk);
+        }
+        let (mut bytes, mut files) = (0, 0);
+        for layer in &below.lower {
+            let (more, count) = look(layer, None)?;
+            bytes += more;
+            files += count;
         }
         // Its unused end is a hole.
         let size = bytes * 5 / 4 + files * 1024 + (64 << 20);
         let inodes = (files + 1024).to_string();
         let fittings = Fittings { tree: Some(below), ..Self::fittings() };
         let words = ["-d", TREE, "-O", FEATURES, "-N", &inodes];
-        self.make(&disk, &fittings, &words, size)?;
+        self.make(&disk, &fittings, &words, size, |_| Ok(()))?;
         labelled(disk)
     }
 
-    /// denizen's own program as a disk, made if there is none of it yet; and what no other one is known by.
+    /// denizen's own program as a disk, made if there is none of it yet; and what no other one is
+    /// known by.
     pub(super) fn tools(&self, carried: &Carried) -> Result<(PathBuf, String)> {
         let failed = |source| Error::volume("keep this program in", self.folder, source);
         let mut sum = Sha256::new();
@@ -129,8 +138,7 @@ impl Disks<'_> {
             size += digest(path, &mut sum).map_err(failed)? * 9 / 8;
             sum.update(path.file_name().unwrap_or_default().as_bytes());
         }
-        let key = hex(&sum.finalize());
-        let disk = self.folder.join(format!("tools-{key}"));
+        let disk = self.folder.join(format!("tools-{}", key(sum)));
         if disk.exists() {
             return labelled(disk);
         }
@@ -152,7 +160,7 @@ impl Disks<'_> {
             self.sandbox.give(&tree)
         };
         let words = ["-d", "/volume/tree", "-O", FEATURES];
-        self.make_of(&disk, &Self::fittings(), &words, size, fill)?;
+        self.make(&disk, &Self::fittings(), &words, size, fill)?;
         labelled(disk)
     }
 
@@ -169,7 +177,7 @@ impl Disks<'_> {
         let failed = |source| Error::volume("make a disk in", volume, source);
         clear_partial(volume);
         let size = (size / BLOCK).to_string();
-        let mut mke2fs = vec!["-q", "-F", "-t", "ext4", "-b", "4096", "-m", "0"];
+        let mut mke2fs = EXT4.to_vec();
         mke2fs.extend(["-O", SESSION_FEATURES]);
         mke2fs.extend(words);
         // Both tables are made when they are needed.
@@ -235,12 +243,8 @@ impl Disks<'_> {
         run(agent, &QEMU_IMG, &["resize", "-q", "-f", "qcow2", inside, &size.to_string()])
     }
 
-    fn make(&self, disk: &Path, fittings: &Fittings, words: &[&str], size: u64) -> Result<()> {
-        self.make_of(disk, fittings, words, size, |_| Ok(()))
-    }
-
     /// Makes a disk, whole or not at all, of what `fill` puts into the volume of a sandbox.
-    fn make_of(
+    fn make(
         &self,
         disk: &Path,
         fittings: &Fittings,
@@ -254,11 +258,8 @@ impl Disks<'_> {
         fill(&site.volume).map_err(failed)?;
         let agent = self.sandbox.for_program(site, fittings)?;
         let size = size.div_ceil(BLOCK).to_string();
-        let words: Vec<&str> = ["-q", "-F", "-t", "ext4", "-b", "4096", "-m", "0"]
-            .into_iter()
-            .chain(words.iter().copied())
-            .chain(["-E", "root_owner=0:0,nodiscard", "/volume/made", &size])
-            .collect();
+        let last = ["-E", "root_owner=0:0,nodiscard", "/volume/made", &size];
+        let words = [&EXT4[..], words, &last].concat();
         let ran = run(&agent, &MKE2FS, &words);
         let _ = Handle::current().block_on(agent.shutdown(Duration::ZERO));
         Driver::ended(self.sandbox, site);
@@ -454,7 +455,12 @@ fn digest(path: &Path, sum: &mut Sha256) -> io::Result<u64> {
     }
 }
 
-/// As text; the first half, which is enough for a name.
-pub(super) fn hex(digest: &[u8]) -> String {
-    digest.iter().take(16).map(|byte| format!("{byte:02x}")).collect()
+/// What a sum is known by: the first half of it, which is enough for a name.
+pub(super) fn key(sum: Sha256) -> String {
+    hex(sum.finalize().get(..16).unwrap_or_default())
+}
+
+/// Bytes as digits.
+pub(super) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 
+use super::disks::hex;
 use super::elf;
 use super::modules::{Module, ModuleError, Modules};
 
@@ -55,8 +56,7 @@ pub(crate) enum InitramfsError {
 /// The path of an initramfs for a kernel with these modules, in a folder that keeps them.
 pub(crate) fn keep(modules: &Modules, folder: &Path) -> Result<PathBuf, InitramfsError> {
     let content = make(denizen_init::PROGRAM, modules)?;
-    let digest: String =
-        Sha256::digest(&content).iter().map(|byte| format!("{byte:02x}")).collect();
+    let digest = hex(&Sha256::digest(&content));
     let path = folder.join(format!("initramfs-{digest}.img"));
     if path.exists() {
         return Ok(path);

@@ -14,7 +14,7 @@ use denizen_link::{Clock, Failure, Fresh, Link, Wake};
 use parking_lot::Mutex;
 use rustix::event::{EventfdFlags, eventfd};
 
-use super::disks::Disks;
+use super::disks::{Disks, hex};
 use super::hypervisor::{Guest, Walls};
 use super::memory::{self, DiskState, Owner};
 use super::{Enclosed, Memory, Parts, Shared, problem};
@@ -258,7 +258,7 @@ impl Vm {
                 seconds: i64::try_from(now.as_secs()).unwrap_or(i64::MAX),
                 nanoseconds: now.subsec_nanos(),
             },
-            entropy: entropy.iter().map(|byte| format!("{byte:02x}")).collect(),
+            entropy: hex(&entropy),
             fresh: is_new.then(|| Fresh {
                 hostname: format!("denizen-{}", id.get(..8).unwrap_or_default()),
                 machine_id: id,
