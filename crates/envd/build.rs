@@ -14,6 +14,8 @@ fn main() -> Result<(), Box<dyn Error>> {
         .encode_file_descriptor_set();
     let set = out.join("envd.binpb");
     std::fs::write(&set, descriptors)?;
+    // connectrpc has cargo look whether it has changed, and what is newer than the build has.
+    std::fs::File::options().write(true).open(&set)?.set_modified(std::time::UNIX_EPOCH)?;
     connectrpc_build::Config::new()
         .descriptor_set(&set)
         .files(&files)

@@ -1,6 +1,6 @@
 //! `cargo xtask bench`: measures denizen beside what one would use instead, in one run, and
 //! writes `docs/benchmarks.md`. Peers are built in a temporary crate, so that nothing of theirs
-//! is here.
+//! is here. `cargo xtask bench e2b` measures the sandboxes of E2B's SDK only, and writes their rows.
 
 use std::fmt::Write as _;
 use std::path::Path;
@@ -9,7 +9,7 @@ use std::process::Command;
 use crate::root;
 
 /// Rows, and what each is allowed: a ratio to the peer, or nanoseconds or bytes.
-const LIMITS: [(&str, &str, Limit); 26] = [
+const LIMITS: [(&str, &str, Limit); 29] = [
     ("warm acquire and release", "the seed", Limit::Ratio(1.0)),
     ("maintenance pass, 5000 sessions", "the seed", Limit::Most(50_000.0)),
     ("maintenance pass, 100000 sessions", "the seed with 5000", Limit::Most(50_000.0)),
@@ -40,7 +40,12 @@ const LIMITS: [(&str, &str, Limit); 26] = [
     ("backup of it with nothing changed, again", "borg", Limit::None),
     ("restore of it", "zstd -d \\| tar", Limit::Ratio(1.0)),
     ("restore of it, encrypted", "restic", Limit::None),
+    (SDK_ALL, "bwrap, 100 in a row", Limit::None),
+    ("100 SDK sandboxes made at once, p50 of each", "", Limit::None),
+    ("100 SDK sandboxes made at once, p99 of each", "", Limit::None),
 ];
+
+const SDK_ALL: &str = "100 SDK sandboxes made at once, all of them";
 
 const MIB: f64 = 1_048_576.0;
 
@@ -54,6 +59,9 @@ enum Limit {
 
 /// Measures everything. The seed's file is a peer where it is given.
 pub fn run(seed: Option<&str>) -> Result<(), String> {
+    if seed == Some("e2b") {
+        return sandboxes_only();
+    }
     crate::install(&[("bwrap", "bubblewrap"), ("runc", "runc"), ("busybox", "busybox-static")])?;
     crate::install(&[
         ("restic", "restic"),
@@ -122,10 +130,55 @@ pub fn run(seed: Option<&str>) -> Result<(), String> {
     measure_in(&work, "start", &known)?;
     lines.extend(measure_in(&work, "start", &known)?);
     std::fs::remove_dir_all(&known).map_err(failed)?;
+    lines.extend(measure_sandboxes()?);
     let page = page(&lines)?;
     print!("{page}");
     std::fs::create_dir_all(root().join("docs")).map_err(failed)?;
     std::fs::write(root().join("docs/benchmarks.md"), page).map_err(failed)
+}
+
+/// Measures the sandboxes of E2B's SDK, and puts their rows in the place of what the page had.
+fn sandboxes_only() -> Result<(), String> {
+    crate::install(&[("bwrap", "bubblewrap")])?;
+    crate::run("cargo", &["build", "--release", "--package", "denizen-cli"])?;
+    let file = root().join("docs/benchmarks.md");
+    let failed = |error: std::io::Error| format!("{}: {error}", file.display());
+    let page = std::fs::read_to_string(&file).map_err(failed)?;
+    let mut rows: Vec<String> = page.lines().map(str::to_owned).collect();
+    for line in measure_sandboxes()? {
+        let new = row(&line)?;
+        print!("{new}");
+        let new = new.trim_end().to_owned();
+        // Up to the second bar is its name.
+        let named = |row: &String| row.split('|').nth(1) == new.split('|').nth(1);
+        let of_table = |row: &String| row.starts_with('|');
+        match (rows.iter().position(named), rows.iter().rposition(of_table)) {
+            (Some(at), _) => rows.splice(at..=at, [new]),
+            (None, last) => {
+                let end = last.map_or(rows.len(), |last| last + 1);
+                rows.splice(end..end, [new])
+            }
+        };
+    }
+    std::fs::write(&file, rows.join("\n") + "\n").map_err(failed)
+}
+
+/// Sandboxes that E2B's SDK makes, all in one process.
+fn measure_sandboxes() -> Result<Vec<String>, String> {
+    let folder = root().join("target/e2b");
+    let python = crate::e2b::install_python(&folder)?;
+    eprintln!("+ tests/e2b/bench.py");
+    let output = Command::new(python)
+        .arg("-B")
+        .arg(root().join("tests/e2b/bench.py"))
+        .env("DENIZEN_PROGRAM", root().join("target/release/denizen"))
+        .env("E2B_FOLDER", folder.join("bench"))
+        .output();
+    let output = output.map_err(|error| format!("tests/e2b/bench.py: {error}"))?;
+    if !output.status.success() {
+        return Err(format!("tests/e2b/bench.py: {}", String::from_utf8_lossy(&output.stderr)));
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).lines().map(str::to_owned).collect())
 }
 
 /// Backups, of a root that is made once.
@@ -189,38 +242,41 @@ fn page(lines: &[String]) -> Result<String, String> {
             let _ = writeln!(notes, "\nMicroVMs, and what is beside them, were run by {by}.");
             continue;
         }
-        let mut fields = line.split('\t');
-        let mut field = || fields.next().unwrap_or_default();
-        let (name, ours, peer) = (field(), field(), field());
-        let ours: f64 = ours.parse().map_err(|error| format!("{line}: {error}"))?;
-        let peer: Option<f64> = peer.parse().ok();
-        let (_, beside, limit) = LIMITS
-            .iter()
-            .find(|(row, _, _)| *row == name)
-            .ok_or_else(|| format!("what is wanted of {name:?} is not written down"))?;
-        let show = |value: f64| {
-            if name.ends_with("(bytes)") { format!("{:.2} MiB", value / MIB) } else { time(value) }
-        };
-        let ratio = peer.map(|peer| ours / peer);
-        let (wanted, held) = match limit {
-            Limit::None => ("–".to_owned(), Some(true)),
-            Limit::Ratio(most) => (format!("≤ {most}×"), ratio.map(|ratio| ratio <= *most)),
-            Limit::Most(most) => (format!("≤ {}", show(*most)), Some(ours <= *most)),
-        };
-        let held = match held {
-            Some(true) => "held",
-            Some(false) => "**missed**",
-            None => "not compared",
-        };
-        let ratio = ratio.map_or("–".to_owned(), |ratio| format!("{ratio:.3}×"));
-        let peer = peer.map_or("–".to_owned(), show);
-        let beside = if beside.is_empty() { "–" } else { beside };
-        let ours = show(ours);
-        let line = format!("| {name} | {beside} | {ours} | {peer} | {ratio} | {wanted} | {held} |");
-        // Writing to a string cannot fail.
-        let _ = writeln!(page, "{line}");
+        page += &row(line)?;
     }
     Ok(page + &notes)
+}
+
+/// A row of the table, of what was measured.
+fn row(line: &str) -> Result<String, String> {
+    let mut fields = line.split('\t');
+    let mut field = || fields.next().unwrap_or_default();
+    let (name, ours, peer) = (field(), field(), field());
+    let ours: f64 = ours.parse().map_err(|error| format!("{line}: {error}"))?;
+    let peer: Option<f64> = peer.parse().ok();
+    let (_, beside, limit) = LIMITS
+        .iter()
+        .find(|(row, _, _)| *row == name)
+        .ok_or_else(|| format!("what is wanted of {name:?} is not written down"))?;
+    let show = |value: f64| {
+        if name.ends_with("(bytes)") { format!("{:.2} MiB", value / MIB) } else { time(value) }
+    };
+    let ratio = peer.map(|peer| ours / peer);
+    let (wanted, held) = match limit {
+        Limit::None => ("–".to_owned(), Some(true)),
+        Limit::Ratio(most) => (format!("≤ {most}×"), ratio.map(|ratio| ratio <= *most)),
+        Limit::Most(most) => (format!("≤ {}", show(*most)), Some(ours <= *most)),
+    };
+    let held = match held {
+        Some(true) => "held",
+        Some(false) => "**missed**",
+        None => "not compared",
+    };
+    let ratio = ratio.map_or("–".to_owned(), |ratio| format!("{ratio:.3}×"));
+    let peer = peer.map_or("–".to_owned(), show);
+    let beside = if beside.is_empty() { "–" } else { beside };
+    let ours = show(ours);
+    Ok(format!("| {name} | {beside} | {ours} | {peer} | {ratio} | {wanted} | {held} |\n"))
 }
 
 fn time(nanoseconds: f64) -> String {

@@ -1,12 +1,15 @@
 //! What a contributor runs: `cargo xtask test` installs what the tests need and runs all of
 //! them; `cargo xtask web` builds the dashboard, which the next `cargo build` embeds; `cargo xtask
-//! bench [SEED]` writes `docs/benchmarks.md`; `cargo xtask load [MINUTES [ISOLATION]]` has a daemon
-//! do a lot at once and writes `docs/load.md`; `cargo xtask dist [PROGRAM]` packs denizen for those who
-//! install it; `cargo xtask contract` compares the HTTP API with its description, as `test` does too.
+//! bench [SEED | e2b]` writes `docs/benchmarks.md`; `cargo xtask load [MINUTES [ISOLATION]]` has a
+//! daemon do a lot at once and writes `docs/load.md`; `cargo xtask dist [PROGRAM]` packs denizen for
+//! those who install it. Parts of `test` by themselves: `cargo xtask contract` compares the HTTP API
+//! with its description, `cargo xtask mcp` has the tools of MCP's makers speak to `/mcp`, and `cargo
+//! xtask e2b [--write]` runs the suites of E2B's SDKs, and writes their table.
 
 mod bench;
 mod contract;
 mod dist;
+mod e2b;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
@@ -21,7 +24,9 @@ fn main() -> ExitCode {
             Some("load") => load(args.next().as_deref(), args.next().as_deref()),
             Some("dist") => dist::make(args.next().as_deref()),
             Some("contract") => contract::check(),
-            _ => Err("usage: cargo xtask test | web | bench [SEED] | load [MINUTES [ISOLATION]] | dist [PROGRAM] | contract"
+            Some("mcp") => mcp(),
+            Some("e2b") => e2b::check(args.next().as_deref()),
+            _ => Err("usage: cargo xtask test | web | bench [SEED | e2b] | load [MINUTES [ISOLATION]] | dist [PROGRAM] | contract | mcp | e2b [--write]"
                 .to_owned()),
         };
     match result {
@@ -96,17 +101,30 @@ const NEEDED: [(&str, &str); 28] = [
 
 /// Installs Debian packages whose programs are not there.
 fn install(needed: &[(&str, &str)]) -> Result<(), String> {
-    let missing: Vec<&str> = needed
-        .iter()
-        .filter(|(program, _)| !is_there(program))
-        .map(|(_, package)| *package)
-        .collect();
-    if !missing.is_empty() {
-        run("apt-get", &["update", "-qq"])?;
-        let install = ["install", "-y", "-qq", "--no-install-recommends"];
-        run("apt-get", &[&install[..], &missing].concat())?;
+    let missing = || -> Vec<&str> {
+        let missing = needed.iter().filter(|(program, _)| !is_there(program));
+        missing.map(|(_, package)| *package).collect()
+    };
+    // A package may put out another one that was there, of a version that it does not get along
+    // with: the second time that one's own version is installed.
+    for _ in 0..2 {
+        let missing = missing();
+        if missing.is_empty() {
+            return Ok(());
+        }
+        install_packages(&missing)?;
     }
-    Ok(())
+    match missing() {
+        missing if missing.is_empty() => Ok(()),
+        missing => Err(format!("installed, but not there: {}", missing.join(" "))),
+    }
+}
+
+/// Installs Debian packages.
+fn install_packages(packages: &[&str]) -> Result<(), String> {
+    run("apt-get", &["update", "-qq"])?;
+    let install = ["install", "-y", "-qq", "--no-install-recommends"];
+    run("apt-get", &[&install[..], packages].concat())
 }
 
 /// Takes something out of a Debian package, which is not installed, into a folder of `target`,
@@ -177,11 +195,24 @@ fn test() -> Result<(), String> {
     // With the program that the tests above were built with.
     contract::check()?;
     if !has_npm {
-        eprintln!("xtask: the dashboard was NOT tested: it is built with npm, which is not here");
+        eprintln!(
+            "xtask: the dashboard, MCP and the SDKs of E2B were NOT tested: they need npm, which is \
+             not here"
+        );
         return Ok(());
     }
     // Against the program that the tests above were built with.
-    run("npm", &["--prefix", "web", "test"])
+    run("npm", &["--prefix", "web", "test"])?;
+    e2b::check(None)?;
+    mcp()
+}
+
+/// MCP's own conformance suite and its inspector.
+fn mcp() -> Result<(), String> {
+    let build = ["build", "--workspace", "--all-features", "--bin", "denizen"];
+    run("cargo", &[&build[..], &["--example", "conformance"]].concat())?;
+    run("npm", &["--prefix", "tests/mcp", "ci", "--no-audit", "--no-fund"])?;
+    run("npm", &["--prefix", "tests/mcp", "test"])
 }
 
 /// Runs the test of load for longer than the tests do, and writes down what it measures.

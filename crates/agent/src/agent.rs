@@ -7,6 +7,7 @@ use std::net::TcpStream;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use rustix::fs::{Mode, OFlags};
@@ -28,6 +29,8 @@ struct Inner {
     init: Arc<Mutex<Option<Init>>>,
     /// How the next init is launched, if not by default.
     launch: parking_lot::Mutex<Option<Launching>>,
+    /// How often it was shut down.
+    shutdowns: Arc<AtomicU64>,
 }
 
 type Launching = Arc<dyn Fn() -> std::io::Result<Launch> + Send + Sync>;
@@ -52,7 +55,8 @@ impl Agent {
     fn having(init: Option<Init>, launch: Launch) -> Self {
         let launch: Launching = Arc::new(move || Ok(launch.clone()));
         let init = Arc::new(Mutex::new(init));
-        Self { inner: Arc::new(Inner { init, launch: Some(launch).into() }) }
+        let launch = Some(launch).into();
+        Self { inner: Arc::new(Inner { init, launch, shutdowns: Arc::default() }) }
     }
 
     /// Should its init die, the next one is launched in this way, which is asked for only then.
@@ -113,7 +117,8 @@ impl Agent {
         };
         let (stdin, stdout, stderr) = (socket, null()?, null()?);
         let env = env.into_iter().collect();
-        let spawn = Spawn { argv, env, cwd, stdin, stdout, stderr, controlling_terminal: false };
+        let (user, controlling_terminal) = (None, false);
+        let spawn = Spawn { argv, env, user, cwd, stdin, stdout, stderr, controlling_terminal };
         self.init().await?.spawn_service(spawn).await
     }
 
@@ -163,6 +168,13 @@ impl Agent {
         launched.await.map_err(|_| Error::InitLost)?
     }
 
+    /// How often it has been shut down: a command during which that grows was ended with all else.
+    /// It keeps nothing alive.
+    #[cfg(feature = "envd")]
+    pub(crate) fn shutdowns(&self) -> Arc<AtomicU64> {
+        self.inner.shutdowns.clone()
+    }
+
     /// Every process of the session that is alive now, left-over background processes
     /// included; empty if nothing was ever started. Cancel-safe.
     pub async fn busy(&self) -> Result<Vec<Process>> {
@@ -195,6 +207,7 @@ impl Agent {
     /// Cancel-safe: if it is dropped half-way, what is left is killed at once.
     pub async fn shutdown(&self, grace: Duration) -> Result<()> {
         let init = self.inner.init.lock().await.take();
+        self.inner.shutdowns.fetch_add(1, Ordering::Relaxed);
         match init {
             Some(init) => init.shutdown(grace).await,
             None => Ok(()),

@@ -31,7 +31,12 @@ pub struct Spec {
     pub args: Vec<OsString>,
     /// The complete environment; nothing is inherited. `DENIZEN_COMMAND` is added.
     pub env: BTreeMap<OsString, OsString>,
-    /// The directory it starts in.
+    /// The name of whom it runs as, with their groups, and `HOME`, `USER`, `LOGNAME` and `SHELL`
+    /// where [`env`](Self::env) does not have them: the user of that name where the command runs.
+    /// Otherwise it runs as its init does.
+    pub user: Option<String>,
+    /// The directory it starts in. With a user, `~` is their home, and a relative path starts
+    /// there.
     pub cwd: PathBuf,
     /// What its standard streams are.
     pub stdio: Stdio,
@@ -45,6 +50,7 @@ impl Spec {
             program: program.into(),
             args: Vec::new(),
             env: BTreeMap::new(),
+            user: None,
             cwd: cwd.into(),
             stdio: Stdio::Pipes { stdin: false },
         }
@@ -232,7 +238,7 @@ impl AsyncWrite for Stdin {
 
 /// Starts a command through `remote`. Cancel-safe: unfinished, it leaves no process.
 pub(crate) async fn start(remote: &Remote, spec: Spec) -> Result<Child> {
-    let Spec { program, args, env, cwd, stdio } = spec;
+    let Spec { program, args, env, user, cwd, stdio } = spec;
     let mut argv = Vec::with_capacity(1 + args.len());
     argv.push(program);
     argv.extend(args);
@@ -245,6 +251,7 @@ pub(crate) async fn start(remote: &Remote, spec: Spec) -> Result<Child> {
         .spawn(Spawn {
             argv,
             env: env.into_iter().collect(),
+            user,
             cwd,
             stdin,
             stdout,
@@ -273,14 +280,12 @@ struct Ends {
 fn pipes(remote: &Remote, stdin: bool) -> Result<Ends> {
     // Only our ends must not block; the flag belongs to an end, not to the pipe.
     let reading = |stream| -> Result<(OwnedFd, Reader)> {
-        let (ours, theirs) =
-            pipe_with(PipeFlags::CLOEXEC).map_err(Error::io("cannot make a pipe"))?;
+        let (ours, theirs) = pipe()?;
         let source = Source::new(ours)?;
         Ok((theirs, Reader::new(source, stream, remote.clone())))
     };
     let (their_stdin, stdin) = if stdin {
-        let (theirs, ours) =
-            pipe_with(PipeFlags::CLOEXEC).map_err(Error::io("cannot make a pipe"))?;
+        let (theirs, ours) = pipe()?;
         let source = Source::new(ours)?;
         (theirs, Some(Stdin { source }))
     } else {
@@ -297,6 +302,15 @@ fn pipes(remote: &Remote, stdin: bool) -> Result<Ends> {
         stderr: Some(stderr),
         terminal: None,
     })
+}
+
+/// A pipe that its command can open again by its name in `/dev`, whoever it runs as. Nobody else
+/// has a name for it.
+fn pipe() -> Result<(OwnedFd, OwnedFd)> {
+    let what = "cannot make a pipe";
+    let ends = pipe_with(PipeFlags::CLOEXEC).map_err(Error::io(what))?;
+    rustix::fs::fchmod(&ends.0, Mode::from_raw_mode(0o666)).map_err(Error::io(what))?;
+    Ok(ends)
 }
 
 async fn terminal(remote: &Remote, columns: u16, rows: u16) -> Result<Ends> {

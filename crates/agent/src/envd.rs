@@ -6,10 +6,14 @@
 //! [`Instances`]; nothing here knows of sessions.
 
 mod filesystem;
+mod gzip;
 mod hold;
 mod http;
+mod kind;
+mod metadata;
 mod process;
 mod tail;
+mod user;
 
 use std::any::Any;
 use std::collections::BTreeMap;
@@ -20,7 +24,7 @@ use std::time::Duration;
 use axum::extract::Request;
 use axum::http::HeaderMap;
 use axum::routing::any;
-use connectrpc::ConnectError;
+use connectrpc::{CompressionPolicy, CompressionRegistry, ConnectError, ConnectRpcService};
 use denizen_envd::filesystem::FilesystemExt;
 use denizen_envd::process::ProcessExt;
 use hyper_util::rt::{TokioExecutor, TokioIo};
@@ -31,6 +35,7 @@ pub use filesystem::{FilesystemService, Watchers};
 pub use hold::Hold;
 pub use process::{Job, JobInfo, Jobs, KeptLogs, ProcessService, start_detached, start_foreground};
 pub use tail::Piece;
+pub use user::{USER, named, no_such_user};
 
 use crate::{Agent, Exit};
 
@@ -57,6 +62,9 @@ pub struct Instance {
     pub workdir: PathBuf,
     /// What every command's environment begins with.
     pub env: BTreeMap<String, String>,
+    /// Who its requests are for that name nobody: whose commands run, whose files are written,
+    /// and from whose home paths begin. None: whoever serves it, and the volume.
+    pub default_user: Option<String>,
     /// The commands that run in it.
     pub jobs: Arc<Jobs>,
     /// Who waits for changes of its files.
@@ -75,10 +83,9 @@ pub struct Instance {
 }
 
 impl Instance {
-    /// A path as a client gives it: relative to the volume, or from the root.
-    fn resolve(&self, path: &str) -> PathBuf {
-        let below_home = path.strip_prefix("~/").or((path == "~").then_some(""));
-        self.workdir.join(Path::new(below_home.unwrap_or(path)))
+    /// Whom a request is for that has these headers.
+    fn user(&self, headers: &HeaderMap) -> Option<String> {
+        named(headers).or_else(|| self.default_user.clone())
     }
 }
 
@@ -104,19 +111,28 @@ impl<I: Instances> Instances for Arc<I> {
 pub fn router<I: Instances>(instances: Arc<I>) -> axum::Router {
     let rpc = ProcessService::new(instances.clone()).register(connectrpc::Router::new());
     let rpc = FilesystemService::new(instances.clone()).register(rpc);
-    http::router(instances).fallback_service(rpc.into_axum_service())
+    let variables = http::variables(instances.clone());
+    http::router(instances).merge(variables).fallback_service(service(rpc))
 }
 
 /// The part that is about processes, under its own paths.
 pub fn processes<I: Instances>(instances: Arc<I>) -> axum::Router {
-    let rpc = ProcessService::new(instances).register(connectrpc::Router::new());
-    axum::Router::new().route_service("/process.Process/{method}", rpc.into_axum_service())
+    let rpc = ProcessService::new(instances.clone()).register(connectrpc::Router::new());
+    http::variables(instances).route_service("/process.Process/{method}", service(rpc))
 }
 
 /// The part that is about files, under its own paths.
 fn files<I: Instances>(instances: Arc<I>) -> axum::Router {
     let rpc = FilesystemService::new(instances.clone()).register(connectrpc::Router::new());
-    http::router(instances).fallback_service(rpc.into_axum_service())
+    http::router(instances).fallback_service(service(rpc))
+}
+
+/// The services as axum has them. What clients send may be packed; answers are not, as most of
+/// what a command prints is too little for that, and all of it is wanted at once.
+fn service(rpc: connectrpc::Router) -> ConnectRpcService {
+    rpc.into_axum_service()
+        .with_compression(CompressionRegistry::new().register(gzip::Messages))
+        .with_compression_policy(CompressionPolicy::disabled())
 }
 
 /// What [`crate::files`] serves, below [`crate::files::PREFIX`].
@@ -146,13 +162,15 @@ pub async fn serve_files(socket: UnixStream, workdir: PathBuf) -> std::io::Resul
     /// The one instance that there is here.
     struct Within(Instance);
     impl Instances for Within {
-        async fn instance(&self, _: &HeaderMap) -> Result<Instance, ConnectError> {
-            Ok(self.0.clone())
+        async fn instance(&self, headers: &HeaderMap) -> Result<Instance, ConnectError> {
+            let default_user = user::told(headers);
+            Ok(Instance { default_user, ..self.0.clone() })
         }
     }
     let instance = Instance {
         agent: Agent::new(),
         env: std::env::vars().collect(),
+        default_user: None,
         jobs: Arc::new(Jobs::new(workdir.join("."), KeptLogs::default())),
         watchers: Arc::default(),
         explain: Arc::new(|_| None),
@@ -176,6 +194,19 @@ fn keepalive(headers: &HeaderMap) -> Duration {
         .and_then(|value| value.to_str().ok()?.parse().ok())
         .filter(|seconds| *seconds > 0);
     seconds.map_or(KEEPALIVE, Duration::from_secs)
+}
+
+/// What a stream ends with when its instance is given up.
+fn stopped() -> ConnectError {
+    ConnectError::unavailable("the session is being stopped")
+}
+
+/// Waits until then; for ever, if that is never.
+async fn until(deadline: Option<tokio::time::Instant>) {
+    match deadline {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => std::future::pending().await,
+    }
 }
 
 /// Runs what blocks on a thread that may.
@@ -205,6 +236,10 @@ fn refused(path: &Path, error: &std::io::Error) -> ConnectError {
         | ErrorKind::InvalidInput
         | ErrorKind::InvalidFilename
         | ErrorKind::CrossesDevices => ConnectError::invalid_argument(text),
+        _ if error.raw_os_error() == Some(rustix::io::Errno::LOOP.raw_os_error()) => {
+            let text = format!("{}: cyclic symlink, or too long a chain of them", path.display());
+            ConnectError::failed_precondition(text)
+        }
         _ => ConnectError::internal(text),
     }
 }

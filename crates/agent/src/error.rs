@@ -41,6 +41,20 @@ pub enum Error {
         /// What the kernel said.
         source: io::Error,
     },
+    /// There is no user of that name where the command was to run.
+    #[error("invalid username: '{user}'")]
+    UnknownUser {
+        /// The name.
+        user: String,
+    },
+    /// The command cannot be run as that user.
+    #[error("nothing can be run as the user {user:?} here: {source}")]
+    User {
+        /// The name.
+        user: String,
+        /// What the kernel said.
+        source: io::Error,
+    },
     /// Arguments and environment are bigger than the kernel takes (`E2BIG`, execve(2)).
     #[error("the arguments and environment of {program:?} are too big: {bytes} bytes")]
     TooBig {

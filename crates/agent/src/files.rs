@@ -5,7 +5,7 @@
 //! A request does what its user may do, and nothing here looks at a path on behalf of somebody
 //! else. What is refused is refused as problem details (RFC 9457), for the daemon passes it on.
 
-mod content;
+pub(crate) mod content;
 mod folder;
 mod refusal;
 pub(crate) mod upload;

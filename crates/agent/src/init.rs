@@ -80,6 +80,8 @@ pub struct Spawn {
     pub argv: Vec<OsString>,
     /// The complete environment.
     pub env: Vec<(OsString, OsString)>,
+    /// Whom it runs as, if that is not who init is; see [`Spec::user`](crate::Spec::user).
+    pub user: Option<String>,
     /// The directory it starts in.
     pub cwd: PathBuf,
     /// Its descriptor 0.
@@ -322,21 +324,7 @@ impl Remote {
     ///
     /// Cancel-safe: a command whose start was not waited for to the end is killed.
     pub async fn spawn(&self, spawn: Spawn) -> Result<Spawned> {
-        let program = spawn.argv.first().cloned().unwrap_or_default();
-        let strings = message::strings(&spawn.cwd, &spawn.argv, &spawn.env)?;
-        let bytes = strings.len();
-        let counts = (u32::try_from(spawn.argv.len()), u32::try_from(spawn.env.len()));
-        let (Ok(argc), Ok(envc), true) = (counts.0, counts.1, bytes <= HUGE) else {
-            return Err(Error::TooBig { program, bytes });
-        };
-        let in_file = bytes > message::INLINE;
-        let mut descriptors = vec![spawn.stdin, spawn.stdout, spawn.stderr];
-        if in_file {
-            descriptors.push(
-                program::memory_file(&strings)
-                    .map_err(Error::io("cannot pass the arguments on"))?,
-            );
-        }
+        let (request, descriptors) = Request::of(spawn)?;
         let (ended, watch) = watch::channel(Ended::NotYet);
         let (sender, started) = oneshot::channel();
         // From here on, dropping it kills what may have been started.
@@ -344,11 +332,7 @@ impl Remote {
             let mut state = self.shared.state.lock();
             state.last_id = state.last_id.wrapping_add(1).max(1);
             let id = state.last_id;
-            let mut packet = message::spawn(id, spawn.controlling_terminal, in_file, argc, envc);
-            if !in_file {
-                packet.extend_from_slice(&strings);
-            }
-            self.shared.send(&mut state, packet, descriptors)?;
+            self.shared.send(&mut state, request.packet(id), descriptors)?;
             state.starting.insert(id, sender);
             state.running.insert(id, ended);
             Spawned { remote: self.clone(), id, pid: 0, exit: watch, kill_on_drop: true }
@@ -360,7 +344,7 @@ impl Remote {
             }
             Ok(Err((stage, errno))) => {
                 spawned.kill_on_drop = false;
-                Err(failure(program, spawn.cwd, bytes, stage, errno))
+                Err(request.failure(stage, errno))
             }
             Err(error) => Err(error),
         }
@@ -412,7 +396,7 @@ impl Remote {
         made.map_err(|source| Error::Io { what: "cannot make a terminal", source })
     }
 
-    /// A connection, perhaps not made yet, to a port of 127.0.0.1 where init is. Cancel-safe.
+    /// A connection, perhaps not made yet, to a port of 127.0.0.1 or ::1 where init is. Cancel-safe.
     pub(crate) async fn connect(&self, port: u16) -> Result<OwnedFd> {
         let made = self.descriptor(|id| message::connect(id, port)).await?;
         made.map_err(|source| Error::Port { port, source })
@@ -567,19 +551,73 @@ fn none_left(survivors: u32) -> Result<()> {
     }
 }
 
-/// What the caller is told about a failed start.
-fn failure(program: OsString, cwd: PathBuf, bytes: usize, stage: Stage, errno: i32) -> Error {
-    let source = io::Error::from_raw_os_error(errno);
-    // None for a number that no kernel gives.
-    match (stage, Errno::from_io_error(&source).unwrap_or(Errno::IO)) {
-        (Stage::Cwd, _) => Error::WorkingDirectory { cwd, source },
-        (Stage::Interpreter, _) => Error::InterpreterNotFound { program },
-        (Stage::Program, Errno::NOENT) => Error::ProgramNotFound { program },
-        (Stage::Program, Errno::ISDIR) => Error::ProgramIsDirectory { program },
-        (Stage::Program, Errno::ACCESS) => Error::NotExecutable { program },
-        (_, Errno::TOOBIG) => Error::TooBig { program, bytes },
-        (_, Errno::SHUTDOWN) => Error::ShuttingDown,
-        _ => Error::Start { program, source },
+/// A start as init is asked for it, without its descriptors.
+pub(crate) struct Request {
+    flags: [bool; 3],
+    counts: [u32; 2],
+    /// Those that travel in the packet.
+    inline: Vec<u8>,
+    bytes: usize,
+    program: OsString,
+    cwd: PathBuf,
+    user: Option<String>,
+}
+
+impl Request {
+    /// The request, and the descriptors that are sent with it.
+    pub(crate) fn of(spawn: Spawn) -> Result<(Self, Vec<OwnedFd>)> {
+        let program = spawn.argv.first().cloned().unwrap_or_default();
+        let strings = message::strings(spawn.user.as_deref(), &spawn.cwd, &spawn.argv, &spawn.env)?;
+        let bytes = strings.len();
+        let counts = (u32::try_from(spawn.argv.len()), u32::try_from(spawn.env.len()));
+        let (Ok(argc), Ok(envc), true) = (counts.0, counts.1, bytes <= HUGE) else {
+            return Err(Error::TooBig { program, bytes });
+        };
+        let in_file = bytes > message::INLINE;
+        let mut descriptors = vec![spawn.stdin, spawn.stdout, spawn.stderr];
+        if in_file {
+            descriptors.push(
+                program::memory_file(&strings)
+                    .map_err(Error::io("cannot pass the arguments on"))?,
+            );
+        }
+        let request = Self {
+            flags: [spawn.controlling_terminal, in_file, spawn.user.is_some()],
+            counts: [argc, envc],
+            inline: if in_file { Vec::new() } else { strings },
+            bytes,
+            program,
+            cwd: spawn.cwd,
+            user: spawn.user,
+        };
+        Ok((request, descriptors))
+    }
+
+    /// It, by a number that tells it from others.
+    pub(crate) fn packet(&self, id: u32) -> Vec<u8> {
+        let [argc, envc] = self.counts;
+        let mut packet = message::spawn(id, self.flags, argc, envc);
+        packet.extend_from_slice(&self.inline);
+        packet
+    }
+
+    /// What the caller is told if it has failed.
+    pub(crate) fn failure(self, stage: Stage, errno: i32) -> Error {
+        let Self { program, cwd, user, bytes, .. } = self;
+        let source = io::Error::from_raw_os_error(errno);
+        // None for a number that no kernel gives.
+        match (stage, user, Errno::from_io_error(&source).unwrap_or(Errno::IO)) {
+            (Stage::User, Some(user), Errno::NOENT) => Error::UnknownUser { user },
+            (Stage::User, Some(user), _) => Error::User { user, source },
+            (Stage::Cwd, ..) => Error::WorkingDirectory { cwd, source },
+            (Stage::Interpreter, ..) => Error::InterpreterNotFound { program },
+            (Stage::Program, _, Errno::NOENT) => Error::ProgramNotFound { program },
+            (Stage::Program, _, Errno::ISDIR) => Error::ProgramIsDirectory { program },
+            (Stage::Program, _, Errno::ACCESS) => Error::NotExecutable { program },
+            (.., Errno::TOOBIG) => Error::TooBig { program, bytes },
+            (.., Errno::SHUTDOWN) => Error::ShuttingDown,
+            _ => Error::Start { program, source },
+        }
     }
 }
 
@@ -760,7 +798,7 @@ impl Shared {
     }
 }
 
-fn send_packet(
+pub(crate) fn send_packet(
     socket: BorrowedFd<'_>,
     packet: &[u8],
     descriptors: &[OwnedFd],

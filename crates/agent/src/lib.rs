@@ -37,6 +37,7 @@ pub mod init;
 mod message;
 pub mod output;
 mod program;
+mod sudo;
 mod sweep;
 mod tree;
 #[cfg(feature = "envd")]
@@ -47,6 +48,7 @@ pub use child::{Child, Exit, Scope, Spec, Stdin, Stdio};
 pub use error::Error;
 pub use init::{Door, Enter, Launch, Linger, Machine, MachineStarted, Process, Spawn, Spawned};
 pub use output::{Chunk, Output, Reader, Stream};
+pub use sudo::Sudo;
 pub use sweep::{recorded, sweep};
 pub use tree::descendants;
 

@@ -33,8 +33,13 @@ fn header(kind: u8, flags: u8, id: u32) -> Vec<u8> {
 }
 
 /// A spawn request without its strings.
-pub(crate) fn spawn(id: u32, terminal: bool, in_file: bool, argc: u32, envc: u32) -> Vec<u8> {
-    let flags = u8::from(terminal) | u8::from(in_file) << 1;
+pub(crate) fn spawn(
+    id: u32,
+    [terminal, in_file, as_user]: [bool; 3],
+    argc: u32,
+    envc: u32,
+) -> Vec<u8> {
+    let flags = u8::from(terminal) | u8::from(in_file) << 1 | u8::from(as_user) << 2;
     let mut packet = header(SPAWN, flags, id);
     packet.extend(argc.to_le_bytes());
     packet.extend(envc.to_le_bytes());
@@ -43,11 +48,13 @@ pub(crate) fn spawn(id: u32, terminal: bool, in_file: bool, argc: u32, envc: u32
 
 /// The strings of a spawn request, checked: no zero bytes, variables with proper names.
 pub(crate) fn strings(
+    user: Option<&str>,
     cwd: &Path,
     argv: &[OsString],
     env: &[(OsString, OsString)],
 ) -> Result<Vec<u8>> {
-    let size = cwd.as_os_str().len()
+    let size = user.map_or(0, |user| user.len() + 1)
+        + cwd.as_os_str().len()
         + argv.iter().map(|arg| arg.len() + 1).sum::<usize>()
         + env.iter().map(|(name, value)| name.len() + value.len() + 2).sum::<usize>();
     let mut bytes = Vec::with_capacity(size + 1);
@@ -60,6 +67,9 @@ pub(crate) fn strings(
         bytes.push(end);
         Ok(())
     };
+    if let Some(user) = user {
+        put("the user", user.as_ref(), 0)?;
+    }
     put("the working directory", cwd.as_os_str(), 0)?;
     for arg in argv {
         put("an argument", arg, 0)?;
@@ -147,6 +157,7 @@ pub(crate) enum Stage {
     Cwd,
     Program,
     Interpreter,
+    User,
 }
 
 /// What init tells.
@@ -209,6 +220,7 @@ pub(crate) fn event(packet: &[u8]) -> Option<Event> {
                 1 => Stage::Cwd,
                 2 => Stage::Program,
                 3 => Stage::Interpreter,
+                4 => Stage::User,
                 _ => Stage::Start,
             },
             errno: signed(8)?,

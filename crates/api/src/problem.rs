@@ -186,6 +186,8 @@ codes! {
     RateLimited = "rate_limited", 429, "Too many requests";
     /// Headers that are too large.
     LargeHeaders = "large_headers", 431, "The headers are too large";
+    /// It is not had here, and never was.
+    Unsupported = "unsupported", 501, "It is not had here";
     /// Nothing answers at the session's port.
     Port = "port", 502, "The port cannot be reached";
     /// What serves a session's files is gone.

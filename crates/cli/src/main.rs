@@ -12,6 +12,7 @@ mod image;
 mod key;
 mod log;
 mod man;
+mod mcp;
 mod moving;
 mod notify;
 mod port;
@@ -19,6 +20,7 @@ mod progress;
 mod range;
 mod serve;
 mod show;
+mod sudo;
 mod telemetry;
 mod terminal;
 mod top;
@@ -92,6 +94,11 @@ enum Verb {
         session: String,
         /// What `exec --detach` printed, or its tag
         job: String,
+    },
+    /// Put a session to sleep with all that runs in it, until it is next used
+    Pause {
+        /// Name or UUID
+        session: String,
     },
     /// Stop a session: its processes end, its files stay
     Stop {
@@ -250,6 +257,12 @@ Examples:
         #[command(subcommand)]
         verb: key::Verb,
     },
+    /// Serve a client of MCP on standard input and output
+    Mcp {
+        /// Name or UUID of the session for calls that name none [default: one for each client]
+        #[arg(long, value_name = "SESSION")]
+        session: Option<String>,
+    },
     /// Run the daemon in the foreground
     Serve(serve::Serve),
     /// Serve the files of this sandbox on standard input, which is a socket; denizen's own
@@ -335,6 +348,10 @@ impl Failure {
 pub type Result<T> = std::result::Result<T, Failure>;
 
 fn main() -> ExitCode {
+    // Its words are another program's, and so are its variables: a sandbox may have ours.
+    if std::env::args_os().nth(1).is_some_and(|verb| verb == "sudo") {
+        std::process::exit(sudo::run(std::env::args_os().skip(2).collect()));
+    }
     let cli = Cli::try_parse().unwrap_or_else(|error| {
         // clap's own code for wrong usage is 2, which a command may exit with too.
         let code = if error.use_stderr() { i32::from(FAILED) } else { 0 };
@@ -412,6 +429,9 @@ async fn act(cli: Cli, settings: config::Settings, range: Range) -> Result<i32> 
         return key::run(&settings, verb, json).await.map(|()| 0);
     }
     let client = client::connect(&settings).await?;
+    if let Verb::Mcp { session } = cli.verb {
+        return mcp::run(client, settings, session).await.map(|()| 0);
+    }
     let wanted: Vec<String> = cli.verb.sessions().into_iter().map(str::to_owned).collect();
     let mut done = ask(&client, &settings, cli.verb, json).await;
     if let Err(failure) = &mut done
@@ -449,6 +469,9 @@ async fn ask(
         Verb::Logs { session, job } => {
             let path = client::path(&session, &format!("/logs/{}", client::escape(&job)));
             client.download(&path, &mut tokio::io::stdout()).await?;
+        }
+        Verb::Pause { session } => {
+            client.pause(&session).await?;
         }
         Verb::Stop { session, force } => {
             client.stop(&session, force).await?;
@@ -496,6 +519,7 @@ async fn ask(
         Verb::Image { verb } => image::run(client, verb, json).await?,
         Verb::Cp { from, to } => copy::run(client, &from, &to).await?,
         Verb::Key { .. }
+        | Verb::Mcp { .. }
         | Verb::Serve(_)
         | Verb::Agent
         | Verb::Guest

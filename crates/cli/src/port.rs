@@ -2,11 +2,9 @@
 //! program is ended.
 
 use std::net::SocketAddr;
-use std::sync::Arc;
 
-use tokio::io::copy_bidirectional;
+use denizen_client::Error;
 use tokio::net::TcpListener;
-use tokio::task::JoinSet;
 
 use crate::client::Client;
 use crate::{Failure, Result, show};
@@ -30,26 +28,7 @@ pub async fn run(
     } else {
         println!("{here}");
     }
-    let client = Arc::new(client.clone());
-    let mut joined = JoinSet::new();
-    loop {
-        tokio::select! {
-            accepted = listener.accept() => {
-                let (mut ours, _) = accepted.map_err(failed)?;
-                let (client, session) = (client.clone(), session.to_owned());
-                joined.spawn(async move {
-                    match client.port(&session, port).await {
-                        // Either side may end it at any time.
-                        Ok(mut theirs) => {
-                            let _ = copy_bidirectional(&mut ours, &mut theirs).await;
-                        }
-                        Err(error) => {
-                            eprintln!("denizen: {}", show::harmless(&error.to_string()));
-                        }
-                    }
-                });
-            }
-            Some(_) = joined.join_next() => {}
-        }
-    }
+    let told = |error: Error| eprintln!("denizen: {}", show::harmless(&error.to_string()));
+    client.forward(listener, session, port, told).await;
+    Ok(())
 }

@@ -46,9 +46,11 @@ impl Drop for Telemetry {
 /// Changes what the log tells.
 pub type Filter = Box<dyn Fn(EnvFilter) -> std::result::Result<(), String> + Send + Sync>;
 
-/// What the log is to tell, in the words of the setting `log`.
+/// What the log is to tell, in the words of the setting `log`. What clients of MCP say is no part
+/// of it, unless it is asked for.
 pub fn parsed(filter: &str) -> Result<EnvFilter> {
-    EnvFilter::try_new(filter)
+    let quiet = if filter.contains("rmcp") { "" } else { ",rmcp=off" };
+    EnvFilter::try_new(format!("{filter}{quiet}"))
         .map_err(|error| Failure::new(format!("`log` is {filter:?}: {error}")))
 }
 

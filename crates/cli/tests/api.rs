@@ -45,6 +45,9 @@ fn sessions_are_made_listed_and_removed() {
     };
     assert_eq!(names("/v1/sessions?prefix=web-"), ["web-1", "web-2"]);
     assert_eq!(api.ask("POST", "/v1/sessions/job/stop", &[], &[]).status, 204);
+    // Whatever sleeps already.
+    assert_eq!(api.ask("POST", "/v1/sessions/job/pause", &[], &[]).status, 204);
+    api.ask("POST", "/v1/sessions/none/pause", &[], &[]).refused(404, "unknown_session");
     assert_eq!(names("/v1/sessions?state=stopped"), ["job"]);
 
     // Get or create.

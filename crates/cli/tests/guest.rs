@@ -57,7 +57,7 @@ fn in_guest(script: &str) -> String {
             mv ../script .; cp "$denizen" usr/bin; cp "$overlay" overlay.ko
             # The loader is found by its whole name.
             for library; do cp -L "$library" usr/lib; done)
-        mke2fs -q -t ext4 -d root disk.img 512M
+        mke2fs -q -t ext4 -d root disk.img 1G
     "#;
     let prepared = Command::new("sh")
         .args(["-ec", line, "sh"])
@@ -70,7 +70,9 @@ fn in_guest(script: &str) -> String {
     assert!(prepared.status.success(), "{prepared:?}");
     let path = |name: &str| -> PathBuf { folder.path().join(name) };
     let disk = format!("file={},if=virtio,format=raw,cache=unsafe", path("disk.img").display());
-    let guest = Command::new("qemu-system-x86_64")
+    // One that hangs says so far as it came.
+    let guest = Command::new("timeout")
+        .args(["100", "qemu-system-x86_64"])
         .args(["-M", "q35", "-accel", "tcg", "-cpu", "max", "-m", "1024", "-smp", "2"])
         .args(["-nodefaults", "-display", "none", "-serial", "stdio", "-no-reboot"])
         .args([Path::new("-kernel"), &kernel.join("vmlinuz")])

@@ -24,6 +24,8 @@ mod files;
 mod stream;
 mod target;
 
+use std::time::Duration;
+
 use bytes::Bytes;
 use connectrpc::client::SharedHttp2Connection;
 use denizen_envd::filesystem::FilesystemClient;
@@ -36,7 +38,9 @@ use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, copy_bidirectional};
+use tokio::net::TcpListener;
+use tokio::task::JoinSet;
 
 pub use denizen_api as api;
 pub use denizen_api::{NewProcess, escape};
@@ -163,6 +167,14 @@ impl Client {
     pub async fn ensure(&self, session: &str, image: Option<&str>) -> Result<Session> {
         let query = query("image", image.map(str::to_owned));
         typed(self.json("PUT", &(path(session, "") + &query)).await?)
+    }
+
+    /// Puts a session to sleep as it stands, until it is next used.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub async fn pause(&self, session: &str) -> Result<()> {
+        self.json("POST", &path(session, "/pause")).await.map(drop)
     }
 
     /// Stops a session; with force, also if something runs in it.
@@ -460,6 +472,41 @@ impl Client {
         let response = self.exchange(request, empty()).await?;
         let upgraded = hyper::upgrade::on(response).await.map_err(|error| self.gone(error))?;
         Ok(TokioIo::new(upgraded))
+    }
+
+    /// Has connections to a port of this machine lead to one of a session, for ever; `failed` is
+    /// told of connections that lead nowhere. Whoever can reach the listener is let in. Cancel-safe:
+    /// dropped, all that it has joined is cut.
+    pub async fn forward(
+        &self,
+        listener: TcpListener,
+        session: &str,
+        port: u16,
+        failed: impl Fn(Error) + Clone + Send + 'static,
+    ) {
+        let mut joined = JoinSet::new();
+        loop {
+            tokio::select! {
+                accepted = listener.accept() => {
+                    let Ok((mut ours, _)) = accepted else {
+                        // One that has left already, or no descriptor is free: that passes.
+                        tokio::time::sleep(Duration::from_millis(50)).await;
+                        continue;
+                    };
+                    let (client, session, failed) = (self.clone(), session.to_owned(), failed.clone());
+                    joined.spawn(async move {
+                        match client.port(&session, port).await {
+                            // Either side may end it at any time.
+                            Ok(mut theirs) => {
+                                let _ = copy_bidirectional(&mut ours, &mut theirs).await;
+                            }
+                            Err(error) => failed(error),
+                        }
+                    });
+                }
+                Some(_) = joined.join_next() => {}
+            }
+        }
     }
 
     /// Copies what the daemon answers to `into`: a log, an archive. Not cancel-safe: a part may

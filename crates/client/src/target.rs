@@ -1,5 +1,6 @@
-//! Where the daemon is, and how a connection to it is made: a Unix socket of this machine, or a
-//! URL with a key. A key is never shown again, nor sent to another place than it is for.
+//! Where the daemon is, and how a connection to it is made: a Unix socket of this machine, a URL
+//! with a key, or no way at all for what is in the daemon's own process. A key is never shown
+//! again, nor sent to another place than it is for.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -29,6 +30,14 @@ pub struct Target(Kind);
 enum Kind {
     Socket(PathBuf),
     Url(Arc<Remote>),
+    Within(Within),
+}
+
+/// A daemon that we are a part of.
+#[derive(Clone)]
+struct Within {
+    connect: Arc<dyn Fn() -> Box<dyn Stream> + Send + Sync>,
+    authorization: Option<HeaderValue>,
 }
 
 /// A daemon that is reached by TCP.
@@ -56,11 +65,24 @@ impl Target {
         Ok(Self(Kind::Url(Arc::new(Remote::new(url, key)?))))
     }
 
+    /// The daemon that this program is, by connections that it makes to itself; with a key, if
+    /// that is what the daemon shall let them in by.
+    ///
+    /// # Errors
+    /// [`Error::Address`].
+    pub fn within(
+        connect: impl Fn() -> Box<dyn Stream> + Send + Sync + 'static,
+        key: Option<&str>,
+    ) -> Result<Self> {
+        let authorization = authorization(key)?;
+        Ok(Self(Kind::Within(Within { connect: Arc::new(connect), authorization })))
+    }
+
     /// The socket, if it is one.
     pub fn path(&self) -> Option<&Path> {
         match &self.0 {
             Kind::Socket(path) => Some(path),
-            Kind::Url(_) => None,
+            Kind::Url(_) | Kind::Within(_) => None,
         }
     }
 
@@ -69,22 +91,24 @@ impl Target {
         match &self.0 {
             Kind::Socket(path) => Ok(Box::new(UnixStream::connect(path).await?)),
             Kind::Url(remote) => remote.connect(b"http/1.1").await,
+            Kind::Within(within) => Ok((within.connect)()),
         }
     }
 
     /// A request with what lets it in.
     pub(crate) fn request(&self, method: &str, path: &str) -> Builder {
         let request = hyper::Request::builder().method(method).uri(path);
-        match &self.0 {
-            Kind::Socket(_) => request.header("host", "denizen"),
+        let (request, authorization) = match &self.0 {
+            Kind::Socket(_) => return request.header("host", "denizen"),
             Kind::Url(remote) => {
                 let host = remote.url.authority().map_or("", |it| it.as_str());
-                let request = request.header("host", host);
-                match &remote.authorization {
-                    Some(key) => request.header("authorization", key),
-                    None => request,
-                }
+                (request.header("host", host), &remote.authorization)
             }
+            Kind::Within(within) => (request.header("host", "localhost"), &within.authorization),
+        };
+        match authorization {
+            Some(key) => request.header("authorization", key),
+            None => request,
         }
     }
 
@@ -96,6 +120,16 @@ impl Target {
                 let connection = Http2Connection::lazy_unix(path, url.clone()).shared(16);
                 return (connection, ClientConfig::new(url));
             }
+            Kind::Within(within) => {
+                let url = Uri::from_static("http://localhost");
+                let connect = within.connect.clone();
+                let connector = tower::service_fn(move |_: Uri| {
+                    std::future::ready(Ok::<_, std::io::Error>(TokioIo::new(connect())))
+                });
+                let connection = Http2Connection::lazy_with_connector(connector, url.clone());
+                let config = with_key(ClientConfig::new(url), within.authorization.as_ref());
+                return (connection.shared(16), config);
+            }
             Kind::Url(remote) => remote,
         };
         let dialled = remote.clone();
@@ -105,12 +139,24 @@ impl Target {
         });
         let connection = Http2Connection::lazy_with_connector(connector, remote.url.clone());
         let config = ClientConfig::new(remote.url.clone());
-        let config = match &remote.authorization {
-            Some(key) => config.with_default_header("authorization", key.clone()),
-            None => config,
-        };
-        (connection.shared(16), config)
+        (connection.shared(16), with_key(config, remote.authorization.as_ref()))
     }
+}
+
+fn with_key(config: ClientConfig, authorization: Option<&HeaderValue>) -> ClientConfig {
+    match authorization {
+        Some(key) => config.with_default_header("authorization", key.clone()),
+        None => config,
+    }
+}
+
+/// The header that a key is sent in.
+fn authorization(key: Option<&str>) -> Result<Option<HeaderValue>> {
+    let Some(key) = key else { return Ok(None) };
+    let mut value = HeaderValue::try_from(format!("Bearer {}", key.trim()))
+        .map_err(|_| Error::Address("this is no key: it begins with dk_".to_owned()))?;
+    value.set_sensitive(true);
+    Ok(Some(value))
 }
 
 impl std::fmt::Display for Target {
@@ -118,6 +164,7 @@ impl std::fmt::Display for Target {
         match &self.0 {
             Kind::Socket(path) => path.display().fmt(f),
             Kind::Url(remote) => remote.url.fmt(f),
+            Kind::Within(_) => f.write_str("this process"),
         }
     }
 }
@@ -142,16 +189,7 @@ impl Remote {
         }
         let host = authority.host().trim_start_matches('[').trim_end_matches(']').to_owned();
         let port = authority.port_u16().unwrap_or(if with_tls { 443 } else { 80 });
-        let authorization = key.map(|key| {
-            let value = HeaderValue::try_from(format!("Bearer {}", key.trim()));
-            value.map(|mut value| {
-                value.set_sensitive(true);
-                value
-            })
-        });
-        let authorization = authorization
-            .transpose()
-            .map_err(|_| Error::Address("this is no key: it begins with dk_".to_owned()))?;
+        let authorization = authorization(key)?;
         let tls = with_tls.then(tls).transpose().map_err(|error| bad(&error))?;
         Ok(Self { url: parsed, host, port, tls, authorization })
     }

@@ -74,6 +74,7 @@ async fn one(
         program: OsStr::new(program).to_owned(),
         args: args.iter().map(OsString::from).collect(),
         env: env.clone(),
+        user: None,
         cwd: place.workdir.clone(),
         stdio: Stdio::Pipes { stdin: false },
     };

@@ -76,6 +76,7 @@ impl<'g> Command<'g> {
             program,
             args,
             env: env.into_iter().map(|(name, value)| (name.into(), value.into())).collect(),
+            user: None,
             cwd: guard.workdir().to_owned(),
             stdio: Stdio::Pipes { stdin: false },
         };

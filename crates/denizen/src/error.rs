@@ -288,7 +288,48 @@ pub enum Error {
         problem: String,
     },
 
-    /// Idle sessions shall be frozen, and cannot be.
+    /// What a session may not reach cannot be said in this way.
+    #[error("the network of session {session}: {source}")]
+    Egress {
+        /// The session.
+        session: Uuid,
+        /// What is wrong.
+        source: denizen_network::InvalidRule,
+    },
+
+    /// There is no such shared folder.
+    #[error("there is no shared folder {share}")]
+    UnknownShare {
+        /// What was asked for.
+        share: Uuid,
+    },
+
+    /// There is a shared folder of that name.
+    #[error("there is a shared folder {name:?} already")]
+    ShareExists {
+        /// The name.
+        name: String,
+    },
+
+    /// A shared folder cannot go while a session has it.
+    #[error("session {session} has the shared folder {share}: remove that session first")]
+    ShareInUse {
+        /// The folder.
+        share: Uuid,
+        /// One that has it.
+        session: Uuid,
+    },
+
+    /// A session cannot have shared folders in this way.
+    #[error("the shared folders of session {session}: {problem}")]
+    Mounts {
+        /// The session.
+        session: Uuid,
+        /// What is wrong.
+        problem: String,
+    },
+
+    /// Sessions shall be frozen, and cannot be.
     #[error("sessions of isolation {isolation} cannot be frozen here: {problem}")]
     NoFreezer {
         /// The isolation asked for.

@@ -195,7 +195,7 @@ pub(crate) fn op_name(op: &Op) -> &'static str {
         Op::Create { .. } => "create",
         Op::Start => "start",
         Op::Stop { .. } => "stop",
-        Op::Freeze => "freeze",
+        Op::Freeze { .. } => "freeze",
         Op::Thaw => "thaw",
         Op::Backup => "backup",
         Op::Prune => "prune",

@@ -18,12 +18,13 @@ use std::time::Duration;
 
 use denizen_agent::{Agent, Launch};
 use denizen_image::{Image, Store};
-use denizen_network::{Denial, Rules};
+use denizen_network::{Denial, EgressRules, Rules};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::error::{Error, Result};
 use crate::lifecycle::Sleep;
+use crate::share::Mount;
 use crate::usage::Usage;
 
 /// The folder, in a session's, of its persistent files.
@@ -366,6 +367,18 @@ pub(crate) trait Driver: Send + Sync {
     /// Clears away what an instance leaves outside of its session's folder. Nothing runs in it,
     /// or what does is dying, perhaps frozen. May block.
     fn ended(&self, site: &Site);
+
+    /// What a session has of the pool's network from now on, at once if it runs. Where sessions share
+    /// their host's, nothing can be said of it.
+    fn set_egress(&self, _: Uuid, _: Option<EgressRules>) {}
+
+    /// Whether sessions can have shared folders.
+    fn can_mount(&self) -> bool {
+        false
+    }
+
+    /// Which folders a session has beside its own from its next start on.
+    fn set_mounts(&self, _: Uuid, _: Vec<(PathBuf, Mount)>) {}
 
     /// Whether instances can be frozen here, whatever becomes of idle ones.
     fn can_freeze(&self) -> bool;

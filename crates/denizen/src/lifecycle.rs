@@ -161,9 +161,12 @@ pub enum Op {
         /// End background processes too.
         force: bool,
     },
-    /// Have all processes of the instance stand still; [`Outcome::Busy`] as with
-    /// [`Op::Stop`] without force.
-    Freeze,
+    /// Have all processes of the instance stand still. Without `force`, [`Outcome::Busy`] as with
+    /// [`Op::Stop`].
+    Freeze {
+        /// Background processes too.
+        force: bool,
+    },
     /// Let the processes go on.
     Thaw,
     /// Write a verified backup of the volume.
@@ -177,6 +180,17 @@ pub enum Op {
     Copy(Uuid),
     /// Delete the local files, whatever they hold.
     Remove,
+}
+
+impl Op {
+    /// Whether a session counts as paused when this is done; none if that stays as it is.
+    fn pauses(&self) -> Option<bool> {
+        match self {
+            Self::Start | Self::Thaw | Self::Stop { .. } => Some(false),
+            Self::Freeze { force } => Some(*force),
+            _ => None,
+        }
+    }
 }
 
 /// What a session can be put back from.
@@ -242,6 +256,8 @@ pub enum Want {
         /// End background processes too.
         force: bool,
     },
+    /// Asleep as it stands: what runs stands still until somebody takes the session.
+    Paused,
     /// Everything saved in a verified backup.
     BackedUp,
     /// Local files as they were saved.
@@ -271,6 +287,8 @@ pub enum Refusal {
     Missing,
     /// No backup destination is set.
     NoDestination,
+    /// What runs cannot be made to stand still here.
+    CannotFreeze,
     /// The operation done on the caller's behalf failed.
     Failed,
 }
@@ -396,6 +414,8 @@ pub struct Row {
     pub unsaved: bool,
     /// The latest verified backup.
     pub backup: Option<String>,
+    /// Whether somebody has paused it, and nobody taken it since.
+    pub paused: bool,
 }
 
 /// What a start finds on disk for a session.
@@ -568,6 +588,10 @@ enum Fault {
     HalfRestoredCountsAsSaved,
     /// Of an archived session, only the part that is wanted is put back.
     PartIsAllThereIs,
+    /// A session counts as paused while it runs.
+    PausedRunning,
+    /// A paused session that is not stopped, as something runs in it, goes on.
+    PausedWakesUnasked,
 }
 
 impl Lifecycle {
@@ -692,6 +716,7 @@ impl Lifecycle {
                 stopped_at: now,
                 unsaved: true,
                 backup: None,
+                paused: false,
             };
             if found == Found::Whole {
                 out.push(Effect::Save(row.clone()));
@@ -720,6 +745,8 @@ impl Lifecycle {
             (Phase::Active, Found::Running) if !self.has(Fault::RunningCountsAsStopped) => {
                 Phase::Active
             }
+            // It had to be thawed to be found; it is paused again before anybody has it.
+            (Phase::Frozen, Found::Running) if row.paused => Phase::Active,
             (Phase::Pruning, Found::Whole | Found::Half | Found::Running) => Phase::Pruning,
             (_, Found::Whole | Found::Half | Found::Running) => Phase::Stopped,
             (Phase::Pruning, Found::Nothing) if row.backup.is_none() => Phase::Removing,
@@ -739,7 +766,7 @@ impl Lifecycle {
         };
         match was {
             // Whoever held it may have written until the very end; and what was frozen is
-            // thawed to be ended.
+            // thawed to be ended or found.
             Phase::Active | Phase::Creating | Phase::Frozen => {
                 row.unsaved = !self.has(Fault::CrashCountsAsSaved) || row.backup.is_none();
                 row.stopped_at = self.now;
@@ -760,6 +787,7 @@ impl Lifecycle {
             }
             _ => {}
         }
+        row.paused &= row.phase == Phase::Active;
         if row.phase == Phase::Missing && was != Phase::Missing {
             out.push(Effect::Notify { id, change: Change::Missing });
         }
@@ -792,6 +820,7 @@ impl Lifecycle {
             stopped_at: now,
             unsaved: false,
             backup,
+            paused: false,
         };
         out.push(Effect::Save(row.clone()));
         out.push(Effect::Notify { id, change: Change::Recovered });
@@ -817,6 +846,7 @@ impl Lifecycle {
             {
                 session.held = true;
                 session.row.unsaved = true;
+                session.row.paused = false;
                 true
             }
             _ => false,
@@ -1000,6 +1030,7 @@ impl Lifecycle {
         session.failures = 0;
         self.failing.remove(&id);
         let row = &mut session.row;
+        row.paused = running.op.pauses().unwrap_or(row.paused);
         let change = match &running.op {
             Op::Create { .. } => {
                 row.last_used = now;
@@ -1035,7 +1066,7 @@ impl Lifecycle {
                 self.enter(id, Phase::Stopped);
                 Change::Stopped
             }
-            Op::Freeze => {
+            Op::Freeze { .. } => {
                 row.stopped_at = now;
                 self.enter(id, Phase::Frozen);
                 Change::Frozen
@@ -1198,7 +1229,8 @@ impl Lifecycle {
         }
         let wrote = match running.op {
             Op::Stop { .. } => running.fallback == Phase::Frozen,
-            Op::Freeze | Op::Backup | Op::Copy(_) => false,
+            Op::Freeze { force } => force,
+            Op::Backup | Op::Copy(_) => false,
             _ => true,
         };
         if wrote {
@@ -1338,6 +1370,8 @@ impl Lifecycle {
         let part_is_all = self.has(Fault::PartIsAllThereIs);
         loop {
             let has_room = self.has_room() || self.spares > 0;
+            let (can_freeze, pauses_running) =
+                (self.policy.can_freeze, self.has(Fault::PausedRunning));
             let Some(session) = self.sessions.get_mut(&id) else { return };
             let Some(front) = session.waiters.front() else { break };
             let (waiter, phase) = (front.id, session.row.phase);
@@ -1349,6 +1383,7 @@ impl Lifecycle {
                     session.waiters.pop_front();
                     session.held = true;
                     session.row.unsaved = true;
+                    session.row.paused = false;
                     out.push(Effect::Grant { id, waiter });
                     return;
                 }
@@ -1368,13 +1403,17 @@ impl Lifecycle {
                 (Want::Removed, Phase::Absent) => Ok(()),
                 (_, Phase::Absent) => Err(Refusal::Unknown),
 
+                (Want::Stopped { .. } | Want::Paused | Want::Still, Phase::Missing) => {
+                    Err(Refusal::Missing)
+                }
                 (Want::Stopped { force }, Phase::Active | Phase::Frozen) => {
                     return self.run(id, Op::Stop { force }, Some(waiter), out);
                 }
-                (Want::Stopped { .. }, Phase::Missing) => Err(Refusal::Missing),
-                (Want::Stopped { .. }, _) => Ok(()),
-
-                (Want::Still, Phase::Missing) => Err(Refusal::Missing),
+                (Want::Paused, Phase::Active) if !can_freeze => Err(Refusal::CannotFreeze),
+                (Want::Paused, Phase::Active) if !pauses_running => {
+                    return self.run(id, Op::Freeze { force: true }, Some(waiter), out);
+                }
+                (Want::Stopped { .. } | Want::Paused, _) => Ok(()),
                 (Want::Still, Phase::Stopped | Phase::Frozen | Phase::Archived) => {
                     return self.grant_still(id, out);
                 }
@@ -1398,7 +1437,7 @@ impl Lifecycle {
                 (Want::BackedUp | Want::Still, Phase::Active)
                     if self.policy.sleep == Sleep::Freeze =>
                 {
-                    return self.run(id, Op::Freeze, Some(waiter), out);
+                    return self.run(id, Op::Freeze { force: false }, Some(waiter), out);
                 }
                 (Want::BackedUp | Want::Still | Want::Restored(_), Phase::Active)
                 | (Want::Restored(_), Phase::Frozen) => {
@@ -1422,15 +1461,10 @@ impl Lifecycle {
                 {
                     return self.run(id, Op::Backup, Some(waiter), out);
                 }
-                (Want::Restored(saved), _) => {
-                    if phase.is_resident() || has_room {
-                        if !phase.is_resident() && !self.has_room() {
-                            self.discard_spare(out);
-                        }
-                        return self.run(id, Op::Restore(saved), Some(waiter), out);
-                    }
-                    Err(Refusal::AtCapacity)
+                (Want::Restored(saved), _) if phase.is_resident() || has_room => {
+                    return self.put_back(id, saved, waiter, out);
                 }
+                (Want::Restored(_), _) => Err(Refusal::AtCapacity),
 
                 (Want::Removed, _) => return self.run(id, Op::Remove, Some(waiter), out),
             };
@@ -1442,6 +1476,15 @@ impl Lifecycle {
         }
         self.drop_if_absent(id);
         self.keep_house(id, out);
+    }
+
+    /// Begins to put a session back; if it has to take the place of a spare, in that.
+    fn put_back(&mut self, id: Uuid, saved: Saved, waiter: WaiterId, out: &mut Vec<Effect>) {
+        let resident = self.sessions.get(&id).is_some_and(|it| it.row.phase.is_resident());
+        if !resident && !self.has_room() {
+            self.discard_spare(out);
+        }
+        self.run(id, Op::Restore(saved), Some(waiter), out);
     }
 
     /// Gives the session to the first in line as it is, for its files to be read.
@@ -1459,10 +1502,15 @@ impl Lifecycle {
         let row = &session.row;
         let pressed = session.evicting;
         let (at, op) = match row.phase {
+            // It was thawed to be stopped, and was not.
+            Phase::Active if row.paused && !pressed && !self.has(Fault::PausedWakesUnasked) => {
+                (self.now, Op::Freeze { force: true })
+            }
             Phase::Active => {
                 // Where room is needed, it will have to stop anyway.
                 let freezes = policy.sleep == Sleep::Freeze && !pressed;
-                let op = if freezes { Op::Freeze } else { Op::Stop { force: false } };
+                let op =
+                    if freezes { Op::Freeze { force: false } } else { Op::Stop { force: false } };
                 (row.last_used.after(policy.idle_shutdown), op)
             }
             Phase::Frozen => {
@@ -1526,15 +1574,22 @@ impl Lifecycle {
             // What has no local files takes no place while it is forgotten.
             Op::Remove if !fallback.is_resident() => Some(fallback),
             Op::Remove => Some(Phase::Removing),
-            Op::Stop { .. } | Op::Freeze | Op::Backup | Op::Copy(_) => None,
+            Op::Stop { .. } | Op::Freeze { .. } | Op::Backup | Op::Copy(_) => None,
         };
         let mut row = None;
+        if op == (Op::Freeze { force: true }) {
+            // Whoever is told that it is paused may count on it, whatever happens then.
+            row = Some(Row { paused: true, ..session.row.clone() });
+        }
         if let Some(phase) = next {
             self.enter(id, phase);
             let Some(session) = self.sessions.get(&id) else { return };
             let mut durable = session.row.clone();
             match &op {
-                Op::Start | Op::Thaw | Op::Stop { .. } => durable.unsaved = true,
+                Op::Start | Op::Thaw | Op::Stop { .. } => {
+                    durable.unsaved = true;
+                    durable.paused = false;
+                }
                 Op::Restore(Saved::Backup(name)) => durable.backup = Some(name.clone()),
                 Op::Restore(_) => durable.unsaved = true,
                 Op::Remove => durable.phase = Phase::Removing,
@@ -1780,6 +1835,7 @@ impl Session {
             stopped_at: now,
             unsaved: true,
             backup: None,
+            paused: false,
         })
     }
 

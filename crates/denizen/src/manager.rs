@@ -9,6 +9,7 @@ use std::time::{Duration, SystemTime};
 
 use denizen_agent::Agent;
 use denizen_image::{ImportOptions, Progress, PullOptions, Store};
+use denizen_network::EgressRules;
 use denizen_repository::Report as BackupReport;
 use tokio::io::AsyncRead;
 use uuid::Uuid;
@@ -22,6 +23,7 @@ use crate::isolation::{ImageInfo, Isolation, Limits, Network, Options, info};
 use crate::lifecycle::{Saved, Sleep, Want};
 use crate::name::{SessionName, SnapshotName};
 use crate::pool::{Export, Figures, Hold, Pool, SessionInfo, Settings, Tasks, blocking};
+use crate::share::{Mount, Share, SharedFiles};
 use crate::snapshot::{Difference, Snapshot, Version};
 use crate::time::{Clock, SystemClock};
 use crate::usage::Usage;
@@ -249,6 +251,14 @@ impl MicroVmManager {
         Ok(self.pool()?.driver().limits())
     }
 
+    /// What each session may use.
+    ///
+    /// # Errors
+    /// [`Error::Disabled`].
+    pub fn limits(&self) -> Result<Limits> {
+        Ok(self.pool()?.limits().clone())
+    }
+
     /// What runs the sessions' virtual machines, and whether with KVM, for people; none where
     /// sessions have none. The first time, a guest is run to find out.
     ///
@@ -258,8 +268,8 @@ impl MicroVmManager {
         pool.hypervisor().await
     }
 
-    /// Whether sessions can be frozen here: while they are copied, and idle ones where
-    /// [`Builder::sleep`] says so.
+    /// Whether sessions can be frozen here: while they are copied, when they are paused, and idle
+    /// ones where [`Builder::sleep`] says so.
     ///
     /// # Errors
     /// [`Error::Disabled`].
@@ -369,6 +379,99 @@ impl MicroVmManager {
     /// [`Error::Disabled`], [`Error::Unknown`], [`Error::InUse`], [`Error::VolumeMissing`].
     pub async fn stop(&self, session_id: Uuid, force: bool) -> Result<()> {
         self.pool()?.ask(session_id, Want::Stopped { force }).await.map(drop)
+    }
+
+    /// Puts a session to sleep as it stands, whatever runs in it and whatever becomes of idle ones
+    /// ([`Builder::sleep`]): a sandbox is frozen, a virtual machine suspended to disk. It sleeps
+    /// until [`MicroVmManager::acquire`] is next called for it, and then goes on where it was; until
+    /// then it is backed up, pruned and sent away as idle ones are that sleep. Already asleep,
+    /// stopped or archived is fine. Cancel-safe: what has begun goes on.
+    ///
+    /// # Errors
+    /// [`Error::NoFreezer`] where sessions cannot be frozen ([`MicroVmManager::can_freeze`]);
+    /// [`Error::Freezer`] if this one could not be; [`Error::InUse`] while a guard is held;
+    /// [`Error::Disabled`], [`Error::Unknown`], [`Error::VolumeMissing`].
+    pub async fn pause(&self, session_id: Uuid) -> Result<()> {
+        self.pool()?.ask(session_id, Want::Paused).await.map(drop)
+    }
+
+    /// Narrows what a session has of the pool's network ([`Builder::network`]); with none, it has all
+    /// of that again. In force at once in one that runs: connections to what is closed now are cut.
+    /// Kept with the session, also while it is archived, and given to its forks. Where the pool has
+    /// no network, it stays so. [`EgressRules::nothing`] is a session without any. Cancel-safe: what
+    /// has begun goes on.
+    ///
+    /// # Errors
+    /// [`Error::Egress`] if a name is denied; [`Error::Isolation`] under `host` isolation;
+    /// [`Error::Disabled`], [`Error::Unknown`], [`Error::Registry`].
+    pub async fn set_egress(&self, session_id: Uuid, rules: Option<EgressRules>) -> Result<()> {
+        self.pool()?.set_egress(session_id, rules).await
+    }
+
+    /// What a session has of the pool's network, if that was narrowed.
+    ///
+    /// # Errors
+    /// [`Error::Disabled`], [`Error::Unknown`].
+    pub fn egress(&self, session_id: Uuid) -> Result<Option<EgressRules>> {
+        self.pool()?.egress(session_id)
+    }
+
+    /// Makes a shared folder: files that several sessions can have at once, and that stay when all
+    /// of those are gone. They are on this disk, and in no backup. Cancel-safe: what has begun goes
+    /// on.
+    ///
+    /// # Errors
+    /// [`Error::Name`], [`Error::ShareExists`], [`Error::Volume`], [`Error::Registry`],
+    /// [`Error::Disabled`].
+    pub async fn create_share(&self, name: &str) -> Result<Share> {
+        self.pool()?.create_share(name.to_owned()).await
+    }
+
+    /// All shared folders, by name. Cancel-safe.
+    ///
+    /// # Errors
+    /// [`Error::Disabled`], [`Error::Registry`].
+    pub async fn shares(&self) -> Result<Vec<Share>> {
+        self.pool()?.shares().await
+    }
+
+    /// Removes a shared folder with all that is in it. Cancel-safe: what has begun goes on.
+    ///
+    /// # Errors
+    /// [`Error::UnknownShare`]; [`Error::ShareInUse`] while a session has it, whether that runs or
+    /// not; [`Error::Volume`], [`Error::Registry`], [`Error::Disabled`].
+    pub async fn remove_share(&self, share: Uuid) -> Result<()> {
+        self.pool()?.remove_share(share).await
+    }
+
+    /// A shared folder's files, to be read and written from outside of all sessions. Cancel-safe.
+    ///
+    /// # Errors
+    /// [`Error::UnknownShare`], [`Error::Registry`], [`Error::Disabled`].
+    pub async fn shared_files(&self, share: Uuid) -> Result<SharedFiles> {
+        self.pool()?.shared_files(share).await
+    }
+
+    /// Says which shared folders a session has, and where, from its next start on: one that runs
+    /// goes on without until it is stopped. Kept with the session, also while it is archived, and
+    /// given to its forks. Each may have as much as a session ([`Limits::disk_bytes`]): what runs in
+    /// those that have one with more is ended. No link may be on the way to where it is. Cancel-safe:
+    /// what has begun goes on.
+    ///
+    /// # Errors
+    /// [`Error::Mounts`] if it cannot have them there; [`Error::UnknownShare`];
+    /// [`Error::Isolation`] but under `sandbox` isolation; [`Error::Disabled`],
+    /// [`Error::Unknown`], [`Error::Registry`].
+    pub async fn set_mounts(&self, session_id: Uuid, mounts: Vec<Mount>) -> Result<()> {
+        self.pool()?.set_mounts(session_id, mounts).await
+    }
+
+    /// Which shared folders a session has.
+    ///
+    /// # Errors
+    /// [`Error::Disabled`], [`Error::Unknown`].
+    pub fn mounts(&self, session_id: Uuid) -> Result<Vec<Mount>> {
+        self.pool()?.mounts(session_id)
     }
 
     /// Waits until nobody holds a guard of the session; at once if it is not known. Cancel-safe.
@@ -707,7 +810,8 @@ impl MicroVmManager {
     }
 
     /// Forgets a session and deletes its local files, saved or not, and its snapshots. Its
-    /// backups stay where they are. Cancel-safe: what has begun goes on.
+    /// backups stay where they are. What runs in it is killed: it has nothing to save. Cancel-safe:
+    /// what has begun goes on.
     ///
     /// # Errors
     /// [`Error::Disabled`], [`Error::Unknown`], [`Error::InUse`] while a guard is held, or why

@@ -71,6 +71,11 @@ impl FromStr for SnapshotName {
 }
 
 /// Why a name cannot be part of a path and of a line of output.
+/// That something else can have this name: by the same rule as a snapshot.
+pub(crate) fn check(what: &'static str, name: &str) -> Result<()> {
+    problem(name).map_or(Ok(()), |problem| Err(bad(what, name, problem)))
+}
+
 fn problem(name: &str) -> Option<&'static str> {
     if name.is_empty() {
         Some("is empty")

@@ -11,6 +11,7 @@ mod forgetting;
 mod moving;
 mod operation;
 mod progress;
+mod sharing;
 mod watch;
 
 use std::collections::hash_map::Entry;
@@ -22,7 +23,7 @@ use std::time::{Duration, SystemTime};
 
 use denizen_agent::Agent;
 use denizen_image::Store;
-use denizen_network::Denial;
+use denizen_network::{Denial, EgressRules};
 use denizen_repository::{Counter, Report as BackupReport};
 use futures::StreamExt;
 use parking_lot::Mutex;
@@ -41,13 +42,16 @@ use crate::error::{Error, Result};
 use crate::event::{
     Announcer, Event, EventKind, Events, maybe_unix_seconds, op_name, unix_seconds,
 };
-use crate::isolation::{self, Driver, Instance, Isolation, Notice, Options, Site, no_roots};
+use crate::isolation::{
+    self, Driver, Instance, Isolation, Limits, Notice, Options, Site, no_roots,
+};
 use crate::lifecycle::{
     Change, Effect, Found, Lifecycle, Op, Phase, Policy, PoolTime, Refusal, Row, Saved, Seq, View,
     WaiterId, Want,
 };
 use crate::name::{SessionName, SnapshotName};
 use crate::registry::{Facts, Registry, Remembered, Write, phase_name};
+use crate::share::Mount;
 use crate::snapshot::{Difference, Version};
 use crate::time::{Clock, PoolClock};
 use crate::usage::{Processes, Usage};
@@ -273,6 +277,10 @@ struct State {
     backup_failures: HashMap<Uuid, (SystemTime, String)>,
     /// What is known of the latest backups.
     facts: HashMap<Uuid, Facts>,
+    /// The rules of those sessions that have some of their own.
+    egress: HashMap<Uuid, EgressRules>,
+    /// The shared folders of those sessions that have some.
+    mounts: HashMap<Uuid, Vec<Mount>>,
     /// When the timer will look next.
     armed: Option<PoolTime>,
     closing: bool,
@@ -344,23 +352,15 @@ impl Pool {
         let driver = settings.isolation.driver(volumes.own(), options)?;
         let clock = PoolClock::resume(settings.clock.clone(), remembered.time.as_ref());
         let known: HashSet<Uuid> = remembered.rows.iter().map(|row| row.id).collect();
-        let stray_names = remembered.names.iter().filter(|(_, id)| !known.contains(id));
-        let stray_names: Vec<Write> = stray_names.map(|(_, id)| Write::Forget(*id)).collect();
-        registry.commit(&stray_names, &clock.save())?;
+        registry.commit(&strays(&remembered, &known), &clock.save())?;
+        let egress = narrowed(&mut remembered, &known, &*driver);
+        let mounts = sharing::begin(&mut remembered, &mut registry, &volumes, &*driver)?;
 
         let orphans = unknown_to(&known, &volumes)?;
         let mut resumed = left_running(&remembered.rows, &orphans, &volumes, &*driver);
         let backups = backups_of(&config, &settings, &volumes, &*driver, &remembered)?;
-        let before = remembered.destination.as_deref();
-        if backups.as_ref().is_some_and(|backups| backups.are_elsewhere(before)) {
-            // What was saved was saved at another destination, which may be gone for good.
-            let moved = remembered.rows.iter_mut().filter(|row| row.backup.is_some());
-            let moved = moved.map(|row| {
-                row.unsaved |= row.phase.is_resident();
-                Write::Save(row.clone())
-            });
-            registry.commit(&moved.collect::<Vec<_>>(), &clock.save())?;
-        }
+        let moved = moved(&mut remembered, backups.as_ref());
+        registry.commit(&moved, &clock.save())?;
         let rows = remembered.rows.into_iter().map(|row| {
             let found = found_of(&row, &volumes);
             let runs = found == Found::Whole && resumed.contains_key(&row.id);
@@ -392,6 +392,8 @@ impl Pool {
             failures: HashMap::new(),
             backup_failures: HashMap::new(),
             facts: remembered.facts.into_iter().filter(|(id, _)| known.contains(id)).collect(),
+            egress,
+            mounts,
             armed: None,
             closing: false,
             left: false,
@@ -547,6 +549,10 @@ impl Pool {
                 state.failures.remove(&id);
                 state.backup_failures.remove(&id);
                 state.facts.remove(&id);
+                if state.egress.remove(&id).is_some() {
+                    self.driver.set_egress(id, None);
+                }
+                self.unmounted(state, id);
                 if let Some(name) = state.names.remove(&id) {
                     state.ids.remove(name.as_str());
                 }
@@ -595,6 +601,11 @@ impl Pool {
                 backup: state.core.view(id).and_then(|view| view.row.backup.clone()),
             },
             Refusal::NoDestination => Error::NoDestination,
+            Refusal::CannotFreeze => Error::NoFreezer {
+                isolation: self.settings.isolation.name(),
+                problem: "nothing here can make their processes stand still (`denizen doctor` \
+                          tells why): stop the session instead",
+            },
             Refusal::Failed => match failure {
                 Some(error) => Error::Shared(error.clone()),
                 None => Error::Task("its operation failed".to_owned()),
@@ -769,9 +780,88 @@ impl Pool {
             None => self.copy(source, None).await?,
             Some(name) => self.copy_snapshot(source, name).await?,
         };
+        self.made_of(source, copy).await
+    }
+
+    /// Makes a new session of a copy of another one, with the rules and shared folders of that.
+    async fn made_of(self: &Arc<Self>, source: Uuid, copy: Arc<Staged>) -> Result<Uuid> {
         let id = Uuid::new_v4();
-        drop(self.acquire_made_of(id, Origin::Copy(copy)).await?);
-        Ok(id)
+        let (rules, mounts) = {
+            let state = self.state.lock();
+            (state.egress.get(&source).cloned(), state.mounts.get(&source).cloned())
+        };
+        let (narrowed, mounted) = (rules.is_some(), mounts.is_some());
+        let made = async {
+            if narrowed {
+                // What runs in the copy of a machine goes on at once.
+                self.put_egress(id, rules).await?;
+            }
+            if let Some(mounts) = mounts {
+                self.put_mounts(id, mounts).await?;
+            }
+            self.acquire_made_of(id, Origin::Copy(copy)).await.map(drop)
+        };
+        let made = made.await;
+        if made.is_err() && self.known(id).is_err() {
+            if narrowed {
+                self.put_egress(id, None).await?;
+            }
+            if mounted {
+                self.put_mounts(id, Vec::new()).await?;
+            }
+        }
+        made.map(|()| id)
+    }
+
+    /// What a session has of the pool's network, if not all of it.
+    pub(crate) fn egress(&self, id: Uuid) -> Result<Option<EgressRules>> {
+        self.known(id)?;
+        Ok(self.state.lock().egress.get(&id).cloned())
+    }
+
+    /// Says what a session has of the pool's network from now on. Cancel-safe: what has begun goes
+    /// on.
+    pub(crate) async fn set_egress(
+        self: &Arc<Self>,
+        id: Uuid,
+        rules: Option<EgressRules>,
+    ) -> Result<()> {
+        if let Some(rules) = &rules {
+            rules.check().map_err(|source| Error::Egress { session: id, source })?;
+            if self.settings.isolation == Isolation::Host {
+                let problem = "its sessions share the network of their host, which cannot be \
+                               narrowed for one of them"
+                    .to_owned();
+                return Err(Error::Isolation { isolation: "host", problem });
+            }
+        }
+        self.known(id)?;
+        self.put_egress(id, rules).await?;
+        // It may have been removed meanwhile, and these came after that.
+        match self.known(id) {
+            Ok(()) => Ok(()),
+            Err(error) => {
+                self.put_egress(id, None).await?;
+                Err(error)
+            }
+        }
+    }
+
+    async fn put_egress(self: &Arc<Self>, id: Uuid, rules: Option<EgressRules>) -> Result<()> {
+        let pool = self.clone();
+        blocking(move || {
+            // Held all the time, so that what is durable is what is in force.
+            let mut registry = pool.registry.lock();
+            registry.set_egress(id, rules.as_ref())?;
+            let mut state = pool.state.lock();
+            match &rules {
+                Some(rules) => drop(state.egress.insert(id, rules.clone())),
+                None => drop(state.egress.remove(&id)),
+            }
+            pool.driver.set_egress(id, rules);
+            Ok(())
+        })
+        .await
     }
 
     /// Makes a new session of what another one has in a backup. It is restored at once, not as an
@@ -779,9 +869,7 @@ impl Pool {
     /// finding nor forgetting backups knows. Cancel-safe: what was restored goes.
     pub(crate) async fn fork_backup(self: &Arc<Self>, source: Uuid, name: String) -> Result<Uuid> {
         let copy = operation::restore_copy(self, source, name).await?;
-        let id = Uuid::new_v4();
-        drop(self.acquire_made_of(id, Origin::Copy(copy)).await?);
-        Ok(id)
+        self.made_of(source, copy).await
     }
 
     /// Keeps a copy of a session under a name. Cancel-safe: what has begun goes on.
@@ -1153,6 +1241,10 @@ impl Pool {
         self.announcer.listen()
     }
 
+    pub(crate) fn limits(&self) -> &Limits {
+        &self.settings.instances.limits
+    }
+
     pub(crate) fn driver(&self) -> &dyn Driver {
         &*self.driver
     }
@@ -1270,7 +1362,8 @@ impl Pool {
                 let is_frozen = state.core.view(id).is_some_and(is_frozen);
                 // What would end with a stop goes on.
                 let stays = is_frozen || (leave && !self.settings.background_is_use);
-                if keeps_frozen && stays {
+                let is_paused = state.core.view(id).is_some_and(|view| view.row.paused);
+                if (keeps_frozen && stays) || (leave && is_frozen && is_paused) {
                     continue;
                 }
                 let waiter = state.next_waiter;
@@ -1294,9 +1387,14 @@ impl Pool {
         let places: Vec<_> = {
             let mut state = self.state.lock();
             state.left = true;
-            // What is frozen cannot hear of it, and would not see its time pass.
-            let active = state.core.views().filter(|view| view.row.phase == Phase::Active);
-            active.filter_map(|view| state.places.get(&view.row.id).cloned()).collect()
+            // What is frozen sees its owner go only when the next one thaws it. Until then it sees
+            // no time pass either: only what somebody wants to have again is left so.
+            let left = state.core.views().filter(|view| match view.row.phase {
+                Phase::Active => true,
+                Phase::Frozen => view.row.paused && !self.driver.keeps_frozen(),
+                _ => false,
+            });
+            left.filter_map(|view| state.places.get(&view.row.id).cloned()).collect()
         };
         let leave = async |place: Arc<Place>| {
             let instance = place.instance.lock().take();
@@ -1402,6 +1500,38 @@ fn policy(
     }
 }
 
+/// What to write where there is something of sessions that have never come to be.
+fn strays(remembered: &Remembered, known: &HashSet<Uuid>) -> Vec<Write> {
+    let names = remembered.names.iter().map(|(_, id)| id);
+    let all = names.chain(remembered.egress.iter().map(|(id, _)| id));
+    let all = all.chain(remembered.mounts.iter().map(|(id, _)| id));
+    all.filter(|id| !known.contains(id)).map(|id| Write::Forget(*id)).collect()
+}
+
+/// What to write where backups go elsewhere than before: what was saved was saved at another
+/// destination, which may be gone for good.
+fn moved(remembered: &mut Remembered, backups: Option<&Backups>) -> Vec<Write> {
+    if !backups.is_some_and(|it| it.are_elsewhere(remembered.destination.as_deref())) {
+        return Vec::new();
+    }
+    let saved = remembered.rows.iter_mut().filter(|row| row.backup.is_some());
+    let unsaved = saved.map(|row| {
+        row.unsaved |= row.phase.is_resident();
+        Write::Save(row.clone())
+    });
+    unsaved.collect()
+}
+
+/// The rules that sessions have of their own, in force before one of them is taken up.
+fn narrowed(
+    remembered: &mut Remembered,
+    known: &HashSet<Uuid>,
+    driver: &dyn Driver,
+) -> HashMap<Uuid, EgressRules> {
+    let rules = remembered.egress.drain(..).filter(|(id, _)| known.contains(id));
+    rules.inspect(|(id, rules)| driver.set_egress(*id, Some(rules.clone()))).collect()
+}
+
 /// Whether something may have been running in a session when the process before this one ended.
 fn may_run(phase: Phase) -> bool {
     matches!(phase, Phase::Active | Phase::Frozen | Phase::Creating | Phase::Removing)
@@ -1426,17 +1556,24 @@ fn left_running(
     // One that does not answer holds up those beside it only.
     const AT_ONCE: usize = 16;
     let runtime = tokio::runtime::Handle::current();
-    let active = rows.iter().filter(|row| row.phase == Phase::Active).map(|row| row.id);
-    let whole: Vec<Uuid> =
-        active.filter(|id| matches!(volumes.found(*id), Ok(Found::Whole))).collect();
+    let left = rows.iter().filter(|row| match row.phase {
+        Phase::Active => true,
+        Phase::Frozen => row.paused,
+        _ => false,
+    });
+    let whole: Vec<&Row> =
+        left.filter(|row| matches!(volumes.found(row.id), Ok(Found::Whole))).collect();
     let mut resumed = HashMap::new();
     for some in whole.chunks(AT_ONCE) {
         std::thread::scope(|scope| {
-            let resume = |id: Uuid| {
+            let resume = |row: &Row| {
                 let _within = runtime.enter();
-                Some((id, driver.resume(&volumes.site(id))?))
+                let site = volumes.site(row.id);
+                // Whatever its row says: that follows the freezing.
+                isolation::let_go(&site);
+                Some((row.id, driver.resume(&site)?))
             };
-            let threads: Vec<_> = some.iter().map(|id| scope.spawn(move || resume(*id))).collect();
+            let threads: Vec<_> = some.iter().map(|row| scope.spawn(move || resume(row))).collect();
             resumed.extend(threads.into_iter().filter_map(|thread| thread.join().ok()?));
         });
     }

@@ -9,12 +9,17 @@ use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, UNIX_EPOCH};
 
+use denizen_network::EgressRules;
 use rusqlite::{Connection, OpenFlags, OptionalExtension, Transaction, params};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use uuid::Uuid;
 
 use crate::lifecycle::{Phase, PoolTime, Row};
 use crate::name::SessionName;
+use crate::share::{Mount, Share};
 use crate::time::SavedTime;
 
 /// `PRAGMA application_id`: tells `file(1)` and us that the file is a denizen registry.
@@ -58,6 +63,21 @@ const MIGRATIONS: &[&str] = &[
         one INTEGER PRIMARY KEY NOT NULL CHECK (one = 1),
         place TEXT NOT NULL
     ) STRICT;",
+    // 1: somebody has paused it, and nobody taken it since.
+    "ALTER TABLE sessions ADD COLUMN paused INTEGER NOT NULL DEFAULT 0;",
+    "CREATE TABLE egress (               -- what sessions may reach of the pool's network
+        session TEXT PRIMARY KEY NOT NULL,
+        rules TEXT NOT NULL              -- JSON
+    ) STRICT, WITHOUT ROWID;",
+    "CREATE TABLE shares (               -- shared folders
+        id TEXT PRIMARY KEY NOT NULL,
+        name TEXT NOT NULL UNIQUE,
+        created_at INTEGER NOT NULL      -- milliseconds since 1970, by the wall clock
+    ) STRICT, WITHOUT ROWID;",
+    "CREATE TABLE mounts (               -- which sessions have them
+        session TEXT PRIMARY KEY NOT NULL,
+        mounts TEXT NOT NULL             -- JSON
+    ) STRICT, WITHOUT ROWID;",
 ];
 
 /// The file in the pool's own folder that its process holds a lock on.
@@ -170,6 +190,12 @@ pub(crate) struct Remembered {
     pub(crate) facts: Vec<(Uuid, Facts)>,
     /// Where backups were last written or read.
     pub(crate) destination: Option<String>,
+    /// The rules of those sessions that have some of their own.
+    pub(crate) egress: Vec<(Uuid, EgressRules)>,
+    /// The shared folders of those sessions that have some.
+    pub(crate) mounts: Vec<(Uuid, Vec<Mount>)>,
+    /// All shared folders.
+    pub(crate) shares: Vec<Uuid>,
 }
 
 /// An open registry. The lock is held until it is dropped.
@@ -226,7 +252,8 @@ impl Registry {
     fn load(&self) -> Result<Remembered> {
         let read = || -> rusqlite::Result<Remembered> {
             let mut rows = self.connection.prepare(
-                "SELECT id, phase, created_at, last_used, stopped_at, unsaved, backup FROM sessions",
+                "SELECT id, phase, created_at, last_used, stopped_at, unsaved, backup, paused
+                 FROM sessions",
             )?;
             let rows = rows.query_map([], read_row)?.collect::<rusqlite::Result<_>>()?;
             let mut names = self.connection.prepare("SELECT name, session FROM names")?;
@@ -256,7 +283,24 @@ impl Registry {
                 .connection
                 .query_row("SELECT place FROM destination", [], |row| row.get(0))
                 .optional()?;
-            Ok(Remembered { rows, names, time, forgot_at, facts, destination })
+            let mut egress = self.connection.prepare("SELECT session, rules FROM egress")?;
+            let egress = egress.query_map([], read_of)?.collect::<rusqlite::Result<_>>()?;
+            let mut mounts = self.connection.prepare("SELECT session, mounts FROM mounts")?;
+            let mounts = mounts.query_map([], read_of)?.collect::<rusqlite::Result<_>>()?;
+            let mut shares = self.connection.prepare(SHARES)?;
+            let shares = shares.query_map([], |row| read_share(row).map(|share| share.id))?;
+            let shares = shares.collect::<rusqlite::Result<_>>()?;
+            Ok(Remembered {
+                rows,
+                names,
+                time,
+                forgot_at,
+                facts,
+                destination,
+                egress,
+                mounts,
+                shares,
+            })
         };
         read().map_err(|error| diagnose(&self.path, error))
     }
@@ -297,6 +341,12 @@ impl Registry {
                         transaction
                             .prepare_cached("DELETE FROM backups WHERE session = ?1")?
                             .execute([&id])?;
+                        transaction
+                            .prepare_cached("DELETE FROM egress WHERE session = ?1")?
+                            .execute([&id])?;
+                        transaction
+                            .prepare_cached("DELETE FROM mounts WHERE session = ?1")?
+                            .execute([&id])?;
                     }
                 }
             }
@@ -319,6 +369,63 @@ impl Registry {
                     params![name.as_str(), id.to_string()],
                 )
                 .map(drop)
+        })
+    }
+
+    /// Makes durable which rules of its own a session has.
+    pub(crate) fn set_egress(&mut self, id: Uuid, rules: Option<&EgressRules>) -> Result<()> {
+        self.put_of(id, "egress", rules)
+    }
+
+    /// Makes durable which shared folders a session has.
+    pub(crate) fn set_mounts(&mut self, id: Uuid, mounts: &[Mount]) -> Result<()> {
+        self.put_of(id, "mounts", (!mounts.is_empty()).then_some(mounts))
+    }
+
+    /// Makes durable what a session has of a kind, which has a table of its own.
+    fn put_of<T: Serialize + ?Sized>(
+        &mut self,
+        id: Uuid,
+        table: &str,
+        of: Option<&T>,
+    ) -> Result<()> {
+        self.transact(|transaction| {
+            let id = id.to_string();
+            let Some(of) = of else {
+                return transaction
+                    .execute(&format!("DELETE FROM {table} WHERE session = ?1"), [id])
+                    .map(drop);
+            };
+            let text = serde_json::to_string(of)
+                .map_err(|error| rusqlite::Error::ToSqlConversionFailure(error.into()))?;
+            let put = format!("INSERT OR REPLACE INTO {table} VALUES (?1, ?2)");
+            transaction.execute(&put, params![id, text]).map(drop)
+        })
+    }
+
+    /// All shared folders, by name.
+    pub(crate) fn shares(&self) -> Result<Vec<Share>> {
+        let read = || -> rusqlite::Result<Vec<Share>> {
+            let mut all = self.connection.prepare_cached(SHARES)?;
+            all.query_map([], read_share)?.collect()
+        };
+        read().map_err(|error| diagnose(&self.path, error))
+    }
+
+    /// Makes a shared folder durable.
+    pub(crate) fn add_share(&mut self, share: &Share) -> Result<()> {
+        let made_at = share.created_at.duration_since(UNIX_EPOCH).unwrap_or_default();
+        let made_at = i64::try_from(made_at.as_millis()).unwrap_or(i64::MAX);
+        self.transact(|transaction| {
+            let add = "INSERT INTO shares VALUES (?1, ?2, ?3)";
+            transaction.execute(add, params![share.id.to_string(), share.name, made_at]).map(drop)
+        })
+    }
+
+    /// Forgets a shared folder.
+    pub(crate) fn remove_share(&mut self, id: Uuid) -> Result<()> {
+        self.transact(|transaction| {
+            transaction.execute("DELETE FROM shares WHERE id = ?1", [id.to_string()]).map(drop)
         })
     }
 
@@ -448,8 +555,8 @@ fn save(transaction: &Transaction<'_>, row: &Row) -> rusqlite::Result<()> {
     transaction
         .prepare_cached(
             "INSERT OR REPLACE INTO sessions
-             (id, phase, created_at, last_used, stopped_at, unsaved, backup)
-             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
+             (id, phase, created_at, last_used, stopped_at, unsaved, backup, paused)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)",
         )?
         .execute(params![
             row.id.to_string(),
@@ -459,6 +566,7 @@ fn save(transaction: &Transaction<'_>, row: &Row) -> rusqlite::Result<()> {
             row.stopped_at.0,
             row.unsaved,
             row.backup,
+            row.paused,
         ])
         .map(drop)
 }
@@ -472,6 +580,7 @@ fn read_row(row: &rusqlite::Row<'_>) -> rusqlite::Result<Row> {
         stopped_at: PoolTime(row.get(4)?),
         unsaved: row.get(5)?,
         backup: row.get(6)?,
+        paused: row.get(7)?,
     })
 }
 
@@ -480,6 +589,20 @@ fn read_name(row: &rusqlite::Row<'_>) -> rusqlite::Result<(SessionName, Uuid)> {
         parsed(row, 0, |text| text.parse().ok())?,
         parsed(row, 1, |text| Uuid::try_parse(text).ok())?,
     ))
+}
+
+const SHARES: &str = "SELECT id, name, created_at FROM shares ORDER BY name";
+
+fn read_share(row: &rusqlite::Row<'_>) -> rusqlite::Result<Share> {
+    let id = parsed(row, 0, |text| Uuid::try_parse(text).ok())?;
+    let made_at = u64::try_from(row.get::<_, i64>(2)?).unwrap_or_default();
+    Ok(Share { id, name: row.get(1)?, created_at: UNIX_EPOCH + Duration::from_millis(made_at) })
+}
+
+/// What a session has of something that is kept in JSON.
+fn read_of<T: DeserializeOwned>(row: &rusqlite::Row<'_>) -> rusqlite::Result<(Uuid, T)> {
+    let id = parsed(row, 0, |text| Uuid::try_parse(text).ok())?;
+    Ok((id, parsed(row, 1, |text| serde_json::from_str(text).ok())?))
 }
 
 fn read_facts(row: &rusqlite::Row<'_>) -> rusqlite::Result<(Uuid, Facts)> {

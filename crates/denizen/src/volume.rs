@@ -10,7 +10,7 @@
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, DirBuilder, File};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -29,6 +29,8 @@ use crate::snapshot::Snapshot;
 
 /// Marks a volume whose making has not ended.
 const INCOMPLETE: &str = "incomplete";
+/// Where shared folders are, in denizen's own.
+const SHARES: &str = "shares";
 
 /// The folders of one pool.
 #[derive(Clone, Debug)]
@@ -48,7 +50,7 @@ impl Volumes {
         let made = fs::create_dir_all(&root).and_then(|()| make_private(&own));
         made.map_err(|source| Error::root(&root, source))?;
         check_owner(&root, &own)?;
-        for folder in ["staging", "spares", "trash", "snapshots"] {
+        for folder in ["staging", "spares", "trash", "snapshots", SHARES] {
             make_private(&own.join(folder)).map_err(|source| Error::root(&root, source))?;
         }
         Ok(Self { root, own, unsettled: Arc::default() })
@@ -61,6 +63,11 @@ impl Volumes {
     /// `<volume_root>/.denizen`.
     pub(crate) fn own(&self) -> &Path {
         &self.own
+    }
+
+    /// Where shared folders are.
+    pub(crate) fn shares(&self) -> PathBuf {
+        self.own.join(SHARES)
     }
 
     /// The folder that belongs to a session.
@@ -185,6 +192,11 @@ impl Volumes {
     /// Takes a session's folder away in one step, then deletes it. Not there is fine.
     pub(crate) fn discard(&self, id: Uuid) -> io::Result<()> {
         self.bury(&self.home(id), &self.root).map(drop)
+    }
+
+    /// Takes a shared folder away in one step, then deletes it. Not there is fine.
+    pub(crate) fn discard_share(&self, id: Uuid) -> io::Result<()> {
+        self.bury(&self.shares().join(id.to_string()), &self.shares()).map(drop)
     }
 
     /// Takes something out of its folder in one step, then deletes it. False if it is not there.
@@ -472,9 +484,12 @@ fn open_folder(at: impl AsFd, name: &OsStr) -> io::Result<OwnedFd> {
     let open = || openat(at, name, flags, Mode::empty());
     let folder = match open() {
         Err(Errno::ACCESS) => {
-            // A folder, or the open would have failed in another way.
-            rustix::fs::chmodat(at, name, Mode::RWXU, AtFlags::empty())?;
-            open()?
+            // By what it is now: somebody may put a link there meanwhile.
+            let how = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            let found = openat(at, name, how, Mode::empty())?;
+            let itself = format!("/proc/self/fd/{}", found.as_raw_fd());
+            rustix::fs::chmodat(CWD, &itself, Mode::RWXU, AtFlags::empty())?;
+            openat(&found, ".", flags, Mode::empty())?
         }
         opened => opened?,
     };

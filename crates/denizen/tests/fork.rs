@@ -10,13 +10,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use denizen::{
-    Builder, Error, EventKind, Isolation, MicroVmManager, SnapshotName, Version, VmPoolConfig,
+    Builder, Error, EventKind, Isolation, MicroVmManager, SnapshotName, Version,
     VmPoolRuntimeConfig,
 };
 use tempfile::TempDir;
 use uuid::Uuid;
 
-use crate::common::{isolated, text};
+use crate::common::{config, isolated, text};
 
 over! { host: Host, sandbox: Sandbox, microvm: MicroVm; {
     snapshots_are_kept_listed_restored_forked_and_removed,
@@ -33,13 +33,7 @@ struct World {
 impl World {
     fn new(isolation: Isolation) -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let config = VmPoolConfig {
-            enabled: true,
-            volume_root: folder.path().join("pool"),
-            shell: "/bin/sh".into(),
-            shell_args: vec!["-c".to_owned()],
-            ..VmPoolConfig::default()
-        };
+        let config = config(folder.path());
         Self { folder, config: (&config).into(), isolation }
     }
 
@@ -115,7 +109,8 @@ async fn a_fork_of_what_writes_is_of_one_instant() {
     let writing = guard.command(LOCKSTEP).spawn().await.unwrap();
     let volume = guard.volume().to_owned();
     let number = || fs::read_to_string(volume.join("a")).unwrap_or_default();
-    until("it writes", || !number().is_empty()).await;
+    // Both files are there then.
+    until("it writes", || number().trim().parse().is_ok_and(|it: u64| it > 0)).await;
     let mut last = -1;
     for _ in 0..5 {
         let before = number();
@@ -148,7 +143,8 @@ async fn what_runs_in_the_background_goes_on_while_it_is_copied() {
     run(&pool, id, &format!("({LOCKSTEP}) > /dev/null 2>&1 &")).await;
     let volume = pool.session_folder(id).unwrap().join("volume");
     let number = || fs::read_to_string(volume.join("a")).unwrap_or_default();
-    until("it writes", || !number().is_empty()).await;
+    // Both files are there then.
+    until("it writes", || number().trim().parse().is_ok_and(|it: u64| it > 0)).await;
     pool.snapshot(id, &name("while-it-runs")).await.unwrap();
     let before = number();
     until("it goes on", || number() != before).await;

@@ -283,21 +283,24 @@ async fn ports_of_a_session_can_be_reached(isolation: Isolation) {
     let world = World::new(isolation);
     let pool = world.open();
     let guard = pool.acquire(Uuid::new_v4()).await.unwrap();
-    let program = "import socket\n\
-                   s = socket.create_server(('127.0.0.1', 0))\n\
+    let program = "import socket, sys\n\
+                   family = socket.AF_INET6 if ':' in sys.argv[1] else socket.AF_INET\n\
+                   s = socket.create_server((sys.argv[1], 0), family=family)\n\
                    print(s.getsockname()[1], flush=True)\n\
                    c = s.accept()[0]\n\
                    c.sendall(b'within ' + c.recv(100))\n";
-    let python = guard.program("python3").args(["-c", program]);
-    let mut server = python.spawn().await.unwrap();
-    let port = server.next().await.unwrap().unwrap();
-    let port: u16 = String::from_utf8_lossy(&port.bytes).trim().parse().unwrap();
-    let connection = guard.agent().unwrap().connect(port).await.unwrap();
-    let mut connection = tokio::net::TcpStream::from_std(connection).unwrap();
-    connection.write_all(b"hello").await.unwrap();
-    let mut heard = String::new();
-    connection.read_to_string(&mut heard).await.unwrap();
-    assert_eq!(heard, "within hello");
+    for address in ["127.0.0.1", "::1"] {
+        let python = guard.program("python3").args(["-c", program, address]);
+        let mut server = python.spawn().await.unwrap();
+        let port = server.next().await.unwrap().unwrap();
+        let port: u16 = String::from_utf8_lossy(&port.bytes).trim().parse().unwrap();
+        let connection = guard.agent().unwrap().connect(port).await.unwrap();
+        let mut connection = tokio::net::TcpStream::from_std(connection).unwrap();
+        connection.write_all(b"hello").await.unwrap();
+        let mut heard = String::new();
+        connection.read_to_string(&mut heard).await.unwrap();
+        assert_eq!(heard, "within hello", "{address}");
+    }
 }
 
 // ---- What has a network of its own ------------------------------------------------------

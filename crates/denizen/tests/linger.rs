@@ -114,6 +114,8 @@ fn left_of(folder: &Path, id: Uuid) -> Vec<String> {
 // ---- An owner to kill -------------------------------------------------------------------
 
 const OWNER: &str = "DENIZEN_TEST_OWNER";
+/// The session is paused.
+const PAUSED: &str = "DENIZEN_TEST_PAUSED";
 
 /// Another process that has a pool, and a session in which things run.
 struct Owner {
@@ -129,10 +131,14 @@ impl Owner {
     }
 
     fn with_cache(folder: &Path, network: &str, linger: Duration, cache: &Path) -> Self {
-        let mut child = Program::new(std::env::current_exe().unwrap())
+        let mut program = Program::new(std::env::current_exe().unwrap());
+        Self::of(program.env("DENIZEN_TEST_CACHE", cache), folder, network, linger)
+    }
+
+    fn of(program: &mut Program, folder: &Path, network: &str, linger: Duration) -> Self {
+        let mut child = program
             .args(["--exact", "an_owner", "--nocapture"])
             .env(OWNER, format!("{}\n{network}\n{}", folder.display(), linger.as_millis()))
-            .env("DENIZEN_TEST_CACHE", cache)
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();
@@ -176,6 +182,12 @@ async fn an_owner() {
     let id = Uuid::new_v4();
     let guard = pool.acquire(id).await.unwrap();
     let pid = start_counting(&guard).await;
+    if std::env::var_os(PAUSED).is_some() {
+        drop(guard);
+        pool.pause(id).await.unwrap();
+        println!("\nready {id} {pid}");
+        return std::future::pending().await;
+    }
     let foreground = guard.command("echo $$ > front; exec sleep 1000").spawn().await.unwrap();
     // Prints all the time.
     let mut spec = Spec::new("/bin/sh", "/volume");
@@ -229,6 +241,32 @@ async fn what_runs_is_found_again_after_kill_9() {
     assert_eq!(left_of(folder.path(), id), [""; 0]);
     let guard = pool.acquire(id).await.unwrap();
     assert_eq!(text(&guard, "cat pid").await, owner.pid, "its files are there");
+}
+
+#[tokio::test]
+async fn what_is_paused_is_found_again_after_kill_9() {
+    let folder = tempfile::tempdir().unwrap();
+    let pool_then = pool(folder.path(), Network::None, LONG).await;
+    let freezes = pool_then.can_freeze().unwrap();
+    drop(pool_then);
+    if !freezes {
+        println!("skipped: no control group that can be frozen is granted");
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let mut program = Program::new(std::env::current_exe().unwrap());
+    program.env("DENIZEN_TEST_CACHE", cache()).env(PAUSED, "1");
+    let mut owner = Owner::of(&mut program, folder.path(), "none", LONG);
+    owner.kill();
+    let pool = pool(folder.path(), Network::None, LONG).await;
+    let mut events = pool.events().unwrap();
+    let frozen = async { while !matches!(events.next().await.unwrap().kind, EventKind::Frozen) {} };
+    let frozen = tokio::time::timeout(Duration::from_secs(30), frozen).await;
+    assert!(frozen.is_ok(), "{:?}", pool.inspect(owner.id));
+    assert_eq!(pool.inspect(owner.id).unwrap().state, "frozen");
+    still_counts(&pool.acquire(owner.id).await.unwrap(), &owner.pid).await;
+    pool.shutdown().await.unwrap();
+    assert_eq!(left_of(folder.path(), owner.id), [""; 0]);
 }
 
 #[tokio::test]
@@ -477,5 +515,5 @@ fn all_of_it_again_as_an_ordinary_user() {
         .unwrap();
     let said = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success(), "{said}\n{}", String::from_utf8_lossy(&output.stderr));
-    assert!(said.contains("test result: ok. 9 passed"), "{said}");
+    assert!(said.contains("test result: ok. 10 passed"), "{said}");
 }

@@ -373,7 +373,7 @@ impl Network {
             .map_err(at("network eth0"))?;
         let (folder, content) = (Path::new("/etc"), format!("nameserver {}\n", self.dns));
         let file = folder.join("resolv.conf");
-        let write = || put(&file, content.as_bytes()).map_err(io_at("/etc/resolv.conf"));
+        let write = || put(&file, 0o644, content.as_bytes()).map_err(io_at("/etc/resolv.conf"));
         unless_spoilt(make_folder(folder, 0o755).and_then(|()| write()));
         Ok(())
     }

@@ -15,12 +15,13 @@
 //! | `fs` | target, attributes, type, number of settings, these (`key=value` or `flag`) |
 //! | `try` | as `fs`, but may fail |
 //! | `dir` | path, mode (octal) |
+//! | `plain` | path, which must be a folder and no link |
 //! | `file` | path |
 //! | `link` | content, path |
 //! | `protect` | path, to be read-only; not being there is fine |
 //! | `hide` | path, to be empty; not being there is fine |
 //! | `give` | path, content: a file, unless it is there or its folder is not |
-//! | `put` | path, content: a file, in the place of what is there |
+//! | `put` | path, mode (octal), content: a file, in the place of what is there |
 //! | `set` | path, value: a setting of the kernel's; not being there is fine |
 //! | `host` | name |
 //! | `loopback` | – |
@@ -30,6 +31,7 @@
 //! | `root-only` | – ; Landlock: nothing outside of the root |
 //! | `capabilities` | mask (hexadecimal) of those that commands may have |
 //! | `key` | two numbers (hexadecimal): what a call to set `RLIMIT_LOCKS` has to carry to pass the filter |
+//! | `sudo` | – ; members of a group start commands as others ([`crate::sudo`]) |
 //! | `calls` | seccomp filter: 16 hexadecimal digits for each instruction |
 //!
 //! Attributes are `MOUNT_ATTR_…` in decimal (mount_setattr(2)). Sources are opened and mounts
@@ -45,6 +47,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, symlink};
 use std::path::Path;
 
+use crate::sudo::Sudo;
 use crate::sys::{self, PollFd, sandbox as kernel};
 
 /// `MOUNT_ATTR_`: RDONLY, NOSUID, NODEV.
@@ -66,6 +69,8 @@ pub enum Entered {
         listener: Option<OwnedFd>,
         /// To set marks with.
         key: [u64; 2],
+        /// Who lets commands be started as others.
+        sudo: Option<Sudo>,
     },
     /// It has stayed outside, the sandbox has ended, with this status.
     Ended(i32),
@@ -131,7 +136,11 @@ pub fn enter(plan: &[u8], listener: Option<OwnedFd>, outside: Vec<OwnedFd>) -> R
                 _ => None,
             });
             let key = key.unwrap_or_default();
-            inside(&steps, shifted, &wait).map(|door| Entered::Inside { door, listener, key })
+            let door = inside(&steps, shifted, &wait)?;
+            // Once this process is confined as those are who connect (`scoped`, landlock(7)).
+            let sudo = steps.iter().find(|step| matches!(step, Step::Sudo));
+            let sudo = sudo.map(|step| Sudo::new().map_err(|error| (describe(step), error)));
+            Ok(Entered::Inside { door, listener, key, sudo: sudo.transpose()? })
         }
     }
 }
@@ -168,12 +177,13 @@ enum Step<'p> {
     Shift { path: &'p CStr },
     Mount { at: &'p CStr, what: Mount<'p> },
     Dir { path: &'p CStr, mode: u32 },
+    Plain { path: &'p CStr },
     File { path: &'p CStr },
     Link { content: &'p CStr, path: &'p CStr },
     Protect { path: &'p CStr },
     Hide { path: &'p CStr },
     Give { path: &'p CStr, content: &'p CStr },
-    Put { path: &'p CStr, content: &'p CStr },
+    Put { path: &'p CStr, mode: u32, content: &'p CStr },
     Set { path: &'p CStr, value: &'p CStr },
     Host { name: &'p CStr },
     Loopback,
@@ -183,6 +193,7 @@ enum Step<'p> {
     RootOnly,
     Capabilities { keep: u64 },
     Key { key: [u64; 2] },
+    Sudo,
     Calls { filter: Vec<u64> },
 }
 
@@ -228,6 +239,7 @@ fn parse(plan: &[u8]) -> Result<Vec<Step<'_>>> {
                 let (path, mode) = (next()?, number(next()?, 8).ok_or_else(bad)?);
                 Step::Dir { path, mode: u32::try_from(mode).map_err(|_| bad())? }
             }
+            b"plain" => Step::Plain { path: next()? },
             b"file" => Step::File { path: next()? },
             b"link" => Step::Link { content: next()?, path: next()? },
             b"protect" => Step::Protect { path: next()? },
@@ -235,7 +247,11 @@ fn parse(plan: &[u8]) -> Result<Vec<Step<'_>>> {
             b"host" => Step::Host { name: next()? },
             b"give" => Step::Give { path: next()?, content: next()? },
             b"set" => Step::Set { path: next()?, value: next()? },
-            b"put" => Step::Put { path: next()?, content: next()? },
+            b"put" => {
+                let (path, mode) = (next()?, number(next()?, 8).ok_or_else(bad)?);
+                let mode = u32::try_from(mode).map_err(|_| bad())?;
+                Step::Put { path, mode, content: next()? }
+            }
             b"loopback" => Step::Loopback,
             b"listen" => {
                 let port = number(next()?, 10).and_then(|port| u16::try_from(port).ok());
@@ -259,6 +275,7 @@ fn parse(plan: &[u8]) -> Result<Vec<Step<'_>>> {
                 let mut half = || number(next()?, 16).ok_or_else(bad);
                 Step::Key { key: [half()?, half()?] }
             }
+            b"sudo" => Step::Sudo,
             b"calls" => {
                 let digits = next()?.to_bytes().chunks(16);
                 let filter = digits.map(|word| {
@@ -440,16 +457,24 @@ fn follow(step: &Step<'_>) -> std::result::Result<(), i32> {
         | Step::Mount { .. }
         | Step::Listen { .. }
         | Step::Tun { .. }
-        | Step::Key { .. } => Ok(()),
+        | Step::Key { .. }
+        | Step::Sudo => Ok(()),
         Step::Give { path, content } => give(path_of(path), content.to_bytes()).map_err(errno),
         Step::Set { path, value } => match OpenOptions::new().write(true).open(path_of(path)) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
             opened => opened.and_then(|mut it| it.write_all(value.to_bytes())).map_err(errno),
         },
-        Step::Put { path, content } => put(path_of(path), content.to_bytes()).map_err(errno),
+        Step::Put { path, mode, content } => {
+            put(path_of(path), *mode, content.to_bytes()).map_err(errno)
+        }
         Step::Dir { path, mode } => {
             unless_there(DirBuilder::new().mode(*mode).create(path_of(path)))
         }
+        Step::Plain { path } => match fs::symlink_metadata(path_of(path)) {
+            Ok(found) if found.is_dir() => Ok(()),
+            Ok(_) => Err(sys::ENOTDIR),
+            Err(error) => Err(errno(error)),
+        },
         Step::File { path } => {
             let open =
                 OpenOptions::new().write(true).create_new(true).mode(0o644).open(path_of(path));
@@ -494,12 +519,13 @@ pub fn give(path: &Path, content: &[u8]) -> io::Result<()> {
 }
 
 /// Writes a file in the place of what is there, which may be a link.
-pub fn put(path: &Path, content: &[u8]) -> io::Result<()> {
+pub fn put(path: &Path, mode: u32, content: &[u8]) -> io::Result<()> {
     match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
     }
-    fs::write(path, content)
+    let mut options = OpenOptions::new();
+    options.write(true).create_new(true).mode(mode).open(path)?.write_all(content)
 }
 
 fn describe(step: &Step<'_>) -> String {
@@ -510,6 +536,7 @@ fn describe(step: &Step<'_>) -> String {
         Step::Shift { path } => ("shift", Some(path)),
         Step::Mount { at, .. } => ("mount", Some(at)),
         Step::Dir { path, .. } => ("make folder", Some(path)),
+        Step::Plain { path } => ("find a folder, and no link, at", Some(path)),
         Step::File { path } => ("make file", Some(path)),
         Step::Link { path, .. } => ("make link", Some(path)),
         Step::Protect { path } => ("protect", Some(path)),
@@ -525,6 +552,7 @@ fn describe(step: &Step<'_>) -> String {
         Step::RootOnly => ("landlock", None),
         Step::Capabilities { .. } => ("capabilities", None),
         Step::Key { .. } => ("key", None),
+        Step::Sudo => ("sudo", None),
         Step::Calls { .. } => ("seccomp", None),
     };
     match what {

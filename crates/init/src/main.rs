@@ -13,7 +13,7 @@
 //!
 //! | kind | name | follows |
 //! |---|---|---|
-//! | 1 | spawn | argc u32, envc u32, the strings, each ended by a zero byte: cwd, argv, env; descriptors: stdin, stdout, stderr. Flag 1: stdin becomes the controlling terminal. Flag 2: the strings are in a fourth descriptor, a file |
+//! | 1 | spawn | argc u32, envc u32, the strings, each ended by a zero byte: cwd, argv, env; descriptors: stdin, stdout, stderr. Flag 1: stdin becomes the controlling terminal. Flag 2: the strings are in a fourth descriptor, a file. Flag 4: the first string is the name of the user that it runs as, found where it runs; the directory is theirs ([`users`]) |
 //! | 2 | signal | number u32; flags is the scope: 0 leader, 1 its group, 2 its tree |
 //! | 3 | kill | – ; the tree of `id`, or with id 0 everything. Flag 1: say when it is gone. Flag 2: everything, and go on serving; `id` is only for the answer |
 //! | 4 | list | – |
@@ -25,7 +25,7 @@
 //! | 10 | keep | descriptors, copies of the ends that the outputs of `id` are read from; it goes on without its owner |
 //!
 //! Events: 1 spawned (pid u32); 2 failed (errno u32; flags is the stage: 0 to start it,
-//! 1 the directory, 2 the program, 3 its interpreter); 3 exited (u32; flags 0 code, 1
+//! 1 the directory, 2 the program, 3 its interpreter, 4 the user); 3 exited (u32; flags 0 code, 1
 //! signal); 4 tree gone (u32 processes that could not be killed); 5 all gone (the same);
 //! 6 a part of the list (28 bytes each: pid, parent, command, 16 bytes of name; flag 1:
 //! more parts follow); 7 entered; 8 refused (errno u32, then the
@@ -61,8 +61,10 @@ mod enter;
 mod linger;
 mod processes;
 mod start;
+mod sudo;
 #[allow(unsafe_code, reason = "system calls; see there")]
 mod sys;
+mod users;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ffi::{CStr, CString};
@@ -75,7 +77,8 @@ use std::time::Duration;
 use linger::Linger;
 use processes::{MARK, Process};
 use start::Failure;
-use sys::{CONTROL, PollFd};
+use sudo::Sudo;
+use sys::{CONTROL, Forked, PollFd};
 
 /// The largest packet: the owner puts longer strings into a file.
 const PACKET: usize = 32 * 1024;
@@ -96,7 +99,10 @@ fn main() {
     let Ok(signals) = sys::become_init(u64::from(nonce) << 32) else {
         std::process::exit(1);
     };
-    Init::new(nonce, signals).run();
+    let mut init = Init::new(nonce, signals);
+    init.run();
+    // What is left is closed as this ends, which waits for nothing.
+    sys::leave();
 }
 
 /// A command whose leader was started, and perhaps has ended.
@@ -130,6 +136,7 @@ struct Ready {
     control: i16,
     signals: i16,
     drains: Vec<i16>,
+    sudo: i16,
     linger: Vec<i16>,
 }
 
@@ -158,6 +165,8 @@ struct Init {
     owner_gone: bool,
     /// How other owners come in.
     linger: Option<Linger>,
+    /// Who starts commands as others from within.
+    sudo: Option<Sudo>,
     /// The last command's number.
     last_id: u32,
 }
@@ -177,6 +186,7 @@ impl Init {
             awaited: false,
             owner_gone: false,
             linger: None,
+            sudo: None,
             last_id: 0,
         }
     }
@@ -193,6 +203,7 @@ impl Init {
                 self.reap();
             }
             self.drain(&ready.drains);
+            self.let_in(ready.sudo);
             if self.linger.as_mut().is_some_and(|it| it.seen(&ready.linger)) {
                 self.be_found();
             }
@@ -218,18 +229,22 @@ impl Init {
         let mut fds =
             vec![entry(control, sys::POLLIN | out), entry(self.signals.as_raw_fd(), sys::POLLIN)];
         fds.extend(self.drains.iter().map(|fd| entry(fd.as_raw_fd(), sys::POLLIN)));
+        fds.push(self.sudo.as_ref().map_or(entry(-1, 0), Sudo::look_at));
         if let Some(linger) = &self.linger {
             linger.look_at(&mut fds);
         }
         let left = self.linger.as_ref().and_then(Linger::time_left);
         let left = left.map(|left| i32::try_from(left.as_millis() + 1).unwrap_or(i32::MAX));
-        let timeout = self.kills.iter().map(|kill| kill.pause).chain(left).min().unwrap_or(-1);
+        let pause = self.sudo.as_ref().and_then(Sudo::pause);
+        let pauses = self.kills.iter().map(|kill| kill.pause).chain(pause);
+        let timeout = pauses.chain(left).min().unwrap_or(-1);
         sys::wait_ready(&mut fds, timeout);
         let mut found = fds.iter().map(|fd| fd.revents);
         Ready {
             control: found.next().unwrap_or(0),
             signals: found.next().unwrap_or(0),
             drains: found.by_ref().take(self.drains.len()).collect(),
+            sudo: found.next().unwrap_or(0),
             linger: found.collect(),
         }
     }
@@ -237,7 +252,7 @@ impl Init {
     /// Takes one request; poll(2) tells of more. At its end, `half` says that the socket is
     /// closed in one direction only.
     fn receive(&mut self, half: bool) {
-        match sys::receive(&mut self.buffer) {
+        match sys::receive(&CONTROL, &mut self.buffer) {
             Ok((count @ 1.., descriptors)) => {
                 let packet = self.buffer.get(..count).unwrap_or_default().to_vec();
                 self.request(&packet, descriptors);
@@ -285,8 +300,13 @@ impl Init {
             return;
         };
         match kind {
-            1 => match self.spawn(id, flags, packet, &descriptors) {
-                Ok(pid) => self.event(1, 0, id, pid.unsigned_abs()),
+            1 => match self.spawn(id, flags, packet, &descriptors, true) {
+                Ok(pid) => {
+                    let command = Command { pid, running: true, kept: false, since: sys::now() };
+                    self.commands.insert(id, command);
+                    self.last_id = id;
+                    self.event(1, 0, id, pid.unsigned_abs());
+                }
                 Err((stage, error)) => self.event(2, stage, id, error.unsigned_abs()),
             },
             2 => {
@@ -344,8 +364,9 @@ impl Init {
         let entered = plan.map_err(|error| ("plan".to_owned(), error));
         let (listener, outside) = (descriptors.next(), descriptors.collect());
         match entered.and_then(|plan| enter::enter(&plan, listener, outside)) {
-            Ok(enter::Entered::Inside { door, listener, key }) => {
+            Ok(enter::Entered::Inside { door, listener, key, sudo }) => {
                 self.spawner.use_key(key);
+                self.sudo = sudo;
                 if let Some(listener) = listener {
                     let time = Duration::from_millis(number(packet, 8).unwrap_or(0).into());
                     let copy = door.as_ref().and_then(|door| door.try_clone().ok());
@@ -371,14 +392,46 @@ impl Init {
         self.outbox.push_back((event, None));
     }
 
-    /// Starts a command. The new process never runs code of ours that could fail later:
-    /// `posix_spawn(3)` returns what execve said.
+    /// Has somebody within served who wants to start a command as somebody else.
+    fn let_in(&mut self, ready: i16) {
+        let Some(mut caller) = self.sudo.as_mut().and_then(|sudo| sudo.next(ready)) else { return };
+        let id = self.command_of(caller.pid);
+        // Whoever had to wait may be gone, and the number another's.
+        let is_known = id != 0 && *caller.command.get_or_insert(id) == id;
+        // The process that serves them has it, too.
+        self.spawner.set_mark(self.mark(id));
+        match sys::fork_with(&caller.socket, &self.signals) {
+            Ok(Forked::Here(pid)) => {
+                drop(caller);
+                // It waits for that: the last to close the socket would be held up by what is
+                // on its way there.
+                sys::signal_number(pid, sys::SIGCHLD);
+            }
+            Ok(Forked::There(signals)) => {
+                let may = || is_known && caller.may();
+                sudo::serve(&signals, may, |packet, descriptors| {
+                    let flags = packet.get(1).copied().unwrap_or(0);
+                    self.spawn(id, flags, packet, descriptors, false)
+                });
+                sys::leave();
+            }
+            Err(_) => {
+                if let Some(sudo) = &mut self.sudo {
+                    sudo.wait(caller);
+                }
+            }
+        }
+    }
+
+    /// Starts something that belongs to a command, whose descriptors are its own or others' too.
+    /// Its start has failed or succeeded when this returns: what execve said is known.
     fn spawn(
         &mut self,
         id: u32,
         flags: u8,
         packet: &[u8],
         fds: &[OwnedFd],
+        owned: bool,
     ) -> Result<i32, Failure> {
         if self.phase == Phase::Ending {
             return Err((0, sys::ESHUTDOWN));
@@ -403,7 +456,17 @@ impl Init {
         };
         let count = |at| number(packet, at).ok_or((0, sys::EINVAL));
         let (argc, envc) = (count(8)?, count(12)?);
+        let user = match flags & 4 {
+            0 => None,
+            _ => Some(users::find(next()?.to_bytes()).map_err(|error| (4, error))?),
+        };
         let cwd = next()?;
+        let folder = user.as_ref().map(|user| CString::new(user.folder(cwd.to_bytes())));
+        let folder = folder.transpose().map_err(|_| (0, sys::EINVAL))?;
+        let cwd = folder.as_deref().unwrap_or(cwd);
+        let theirs = user.as_ref().map(users::User::environment).unwrap_or_default();
+        let theirs = theirs.into_iter().map(CString::new).collect::<Result<Vec<_>, _>>();
+        let theirs = theirs.map_err(|_| (0, sys::EINVAL))?;
         let mut arguments = Vec::new();
         for _ in 0..argc {
             arguments.push(next()?);
@@ -419,17 +482,28 @@ impl Init {
         let variable = CString::new([MARK, mark.to_string().as_bytes()].concat())
             .map_err(|_| (0, sys::EINVAL))?;
         env.push(&variable);
+        for own in &theirs {
+            let name = own.to_bytes().split_inclusive(|byte| *byte == b'=').next();
+            let name = name.unwrap_or_default();
+            if !env.iter().any(|variable| variable.to_bytes().starts_with(name)) {
+                env.push(own);
+            }
+        }
 
         let program = start::look_up(arguments.first().ok_or((0, sys::EINVAL))?, cwd, &env)?;
         let setting = sys::Setting {
             fds: [stdin, stdout, stderr].map(AsRawFd::as_raw_fd),
             terminal: flags & 1 != 0,
+            owned,
             cwd: cwd.to_owned(),
         };
-        let pid = self
-            .spawner
-            .start(&program, &arguments, &env, mark, setting)
-            .map_err(|error| start::explain(error, &program, cwd))?;
+        let pid = match &user {
+            None => self.spawner.start(&program, &arguments, &env, mark, setting),
+            Some(user) => {
+                self.spawner.start_as(user, &program, &arguments, &env, mark, &setting)?
+            }
+        };
+        let pid = pid.map_err(|error| start::explain(error, &program, cwd))?;
         // The number may have been another command's whose processes are all gone.
         self.commands.retain(|_, command| command.pid != pid);
         if self.commands.len() > REMEMBERED {
@@ -439,8 +513,6 @@ impl Init {
                 self.commands.remove(&oldest);
             }
         }
-        self.commands.insert(id, Command { pid, running: true, kept: false, since: sys::now() });
-        self.last_id = id;
         Ok(pid)
     }
 
@@ -658,6 +730,19 @@ impl Init {
         }
     }
 
+    /// The command that a process under this init comes from, which may be known of one above it
+    /// only.
+    fn command_of(&self, pid: i32) -> u32 {
+        let mut above = Some(pid);
+        while let Some(process) = above.and_then(processes::stat) {
+            match self.claim(&process, 0) {
+                0 => above = (process.parent > 1).then_some(process.parent),
+                id => return id,
+            }
+        }
+        0
+    }
+
     /// The command that a process comes from, by the best evidence there is.
     fn claim(&self, process: &Process, parents: u32) -> u32 {
         let ours = |mark: u64| {
@@ -694,7 +779,7 @@ impl Init {
     /// Sends what the socket takes; the rest waits.
     fn flush(&mut self) {
         while let Some((event, descriptor)) = self.outbox.front() {
-            if sys::transmit(event, descriptor.as_ref()) == Err(sys::EAGAIN) {
+            if sys::transmit(&CONTROL, event, descriptor.as_ref()) == Err(sys::EAGAIN) {
                 return;
             }
             // Any other failure means that the owner is gone; receive() will notice.

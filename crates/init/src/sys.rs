@@ -12,6 +12,9 @@ use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr::null_mut;
 
+use crate::start::Failure;
+use crate::users::User;
+
 pub const EPERM: i32 = 1;
 pub const ENOENT: i32 = 2;
 pub const ESRCH: i32 = 3;
@@ -33,7 +36,7 @@ pub const ESHUTDOWN: i32 = 108;
 
 pub const SIGKILL: c_int = 9;
 pub const SIGTERM: c_int = 15;
-const SIGCHLD: c_int = 17;
+pub const SIGCHLD: c_int = 17;
 pub const SIGCONT: c_int = 18;
 /// HUP, INT, QUIT, PIPE, TERM.
 const IGNORED: [c_int; 5] = [1, 2, 3, 13, 15];
@@ -45,6 +48,14 @@ pub const POLLOUT: c_short = 4;
 pub const POLLHUP: c_short = 16;
 /// `O_NOCTTY`.
 pub const NO_TERMINAL: c_int = 0x100;
+/// `O_NONBLOCK`.
+pub const NO_WAITING: c_int = 0x800;
+/// `O_CLOEXEC`.
+const CLOSE_ON_EXEC: c_int = 0x8_0000;
+/// `F_GETPIPE_SZ`, which fails for all but pipes.
+const PIPE_SIZE: c_int = 1032;
+/// `TIOCSCTTY`.
+const SET_CONTROLLING_TERMINAL: u64 = 0x540e;
 const MSG_DONTWAIT: c_int = 0x40;
 const MSG_NOSIGNAL: c_int = 0x4000;
 const MSG_CMSG_CLOEXEC: c_int = 0x4000_0000;
@@ -120,6 +131,20 @@ unsafe extern "C" {
     fn chdir(path: *const c_char) -> c_int;
     fn dup3(old: c_int, new: c_int, flags: c_int) -> c_int;
     fn access(path: *const c_char, mode: c_int) -> c_int;
+    fn pipe2(fds: *mut c_int, flags: c_int) -> c_int;
+    fn fork() -> c_int;
+    fn _exit(status: c_int) -> !;
+    fn ioctl(fd: c_int, request: u64, ...) -> c_int;
+    fn dup2(old: c_int, new: c_int) -> c_int;
+    fn write(fd: c_int, bytes: *const c_void, count: usize) -> isize;
+    fn fchown(fd: c_int, owner: u32, group: u32) -> c_int;
+    fn geteuid() -> u32;
+    fn getresuid(real: *mut u32, effective: *mut u32, saved: *mut u32) -> c_int;
+    fn getresgid(real: *mut u32, effective: *mut u32, saved: *mut u32) -> c_int;
+    fn setgroups(count: usize, groups: *const u32) -> c_int;
+    fn setresgid(real: u32, effective: u32, saved: u32) -> c_int;
+    fn setresuid(real: u32, effective: u32, saved: u32) -> c_int;
+    fn execve(path: *const c_char, argv: *const *const c_char, env: *const *const c_char) -> c_int;
     fn clock_gettime(clock: c_int, time: *mut TimeSpec) -> c_int;
     fn sched_setscheduler(pid: c_int, policy: c_int, priority: *const c_int) -> c_int;
     fn prlimit(pid: c_int, what: c_int, new: *const RLimit, old: *mut RLimit) -> c_int;
@@ -217,9 +242,9 @@ pub fn wait_ready(fds: &mut [PollFd], timeout: c_int) {
     unsafe { poll(fds.as_mut_ptr(), fds.len() as u64, timeout) };
 }
 
-/// One packet from the control socket, with the descriptors that came along. Fails with
-/// `EAGAIN` if there is none; a packet of no bytes is the end.
-pub fn receive(buffer: &mut [u8]) -> Result<(usize, Vec<OwnedFd>), i32> {
+/// One packet from a socket, with the descriptors that came along. Fails with `EAGAIN` if there
+/// is none; a packet of no bytes is the end.
+pub fn receive(socket: &impl AsRawFd, buffer: &mut [u8]) -> Result<(usize, Vec<OwnedFd>), i32> {
     let mut control = [0u64; 16];
     let mut part = IoVec { base: buffer.as_mut_ptr().cast(), len: buffer.len() };
     let mut message = MsgHdr {
@@ -234,7 +259,7 @@ pub fn receive(buffer: &mut [u8]) -> Result<(usize, Vec<OwnedFd>), i32> {
     let flags = MSG_DONTWAIT | MSG_CMSG_CLOEXEC;
     // SAFETY: the header points to a buffer and a control area of the sizes it says, all
     // alive until the call returns.
-    let count = unsafe { recvmsg(CONTROL, &raw mut message, flags) };
+    let count = unsafe { recvmsg(socket.as_raw_fd(), &raw mut message, flags) };
     let count = usize::try_from(count).map_err(|_| errno())?;
     Ok((count.min(buffer.len()), descriptors(&control, message.controllen)))
 }
@@ -253,8 +278,12 @@ fn descriptors(control: &[u64; 16], length: usize) -> Vec<OwnedFd> {
     raw.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }).collect()
 }
 
-/// Sends one packet on the control socket, with a descriptor or without, or gives the errno.
-pub fn transmit(packet: &[u8], descriptor: Option<&OwnedFd>) -> Result<(), i32> {
+/// Sends one packet on a socket, with a descriptor or without, or gives the errno.
+pub fn transmit(
+    socket: &impl AsRawFd,
+    packet: &[u8],
+    descriptor: Option<&OwnedFd>,
+) -> Result<(), i32> {
     // As cmsg(3) lays it out: a length of 20, SOL_SOCKET and SCM_RIGHTS, the descriptor.
     let number = descriptor.map_or(0, |fd| u64::from(fd.as_raw_fd().unsigned_abs()));
     let mut control = [20u64, 1 << 32 | 1, number];
@@ -271,7 +300,7 @@ pub fn transmit(packet: &[u8], descriptor: Option<&OwnedFd>) -> Result<(), i32> 
     let flags = MSG_DONTWAIT | MSG_NOSIGNAL;
     // SAFETY: the header points to a buffer, which is only read, and a control area of the
     // sizes it says, all alive until the call returns.
-    let sent = unsafe { sendmsg(CONTROL, &raw const message, flags) };
+    let sent = unsafe { sendmsg(socket.as_raw_fd(), &raw const message, flags) };
     if sent < 0 { Err(errno()) } else { Ok(()) }
 }
 
@@ -371,6 +400,52 @@ pub fn replace_control(socket: &OwnedFd) -> Result<(), i32> {
     if made == CONTROL { Ok(()) } else { Err(errno()) }
 }
 
+/// Which of two processes this is.
+pub enum Forked {
+    /// The one that was there, and the other's number.
+    Here(i32),
+    /// The copy, and what tells it of ended children.
+    There(OwnedFd),
+}
+
+/// Makes a copy of this process that has no descriptors but a socket, in the place of the control
+/// socket, and what tells of ended children. Nothing but that ends it early: all other signals are
+/// ignored. Nothing that owns a descriptor may be dropped in the copy.
+pub fn fork_with(socket: &OwnedFd, signals: &OwnedFd) -> Result<Forked, i32> {
+    /// The first that is free, as 0 to 2 are always taken.
+    const SIGNALS: RawFd = 3;
+    // SAFETY: there is one thread, so the new process may do whatever this one may.
+    match unsafe { fork() } {
+        0 => {}
+        pid if pid < 0 => return Err(errno()),
+        pid => return Ok(Forked::Here(pid)),
+    }
+    // SAFETY: all of these are this process's alone, and what owns them here is not dropped, nor
+    // used again.
+    unsafe {
+        dup3(socket.as_raw_fd(), CONTROL, CLOSE_ON_EXEC);
+        if signals.as_raw_fd() != SIGNALS {
+            dup3(signals.as_raw_fd(), SIGNALS, CLOSE_ON_EXEC);
+        }
+        let first = usize::try_from(SIGNALS + 1).unwrap_or(usize::MAX);
+        if syscall(SYS_CLOSE_RANGE, first, u32::MAX as usize, 0usize) != 0 {
+            // Without a socket it has nothing to do.
+            _exit(1);
+        }
+        for number in (1..=64).filter(|number| *number != SIGCHLD) {
+            signal(number, SIG_IGN);
+        }
+        prctl(PR_SET_NAME, c"sudo".as_ptr(), 0, 0, 0);
+        Ok(Forked::There(OwnedFd::from_raw_fd(SIGNALS)))
+    }
+}
+
+/// Ends this process, and nothing else of it runs.
+pub fn leave() -> ! {
+    // SAFETY: a plain number.
+    unsafe { _exit(0) }
+}
+
 /// New files can be written by their owner only, and read by all.
 pub fn usual_umask() {
     // SAFETY: a plain number.
@@ -403,6 +478,8 @@ pub struct Setting {
     pub fds: [RawFd; 3],
     /// Whether the first is a terminal that becomes its controlling one.
     pub terminal: bool,
+    /// Whether they are for nobody else, so that they become its user's.
+    pub owned: bool,
     /// The directory it starts in.
     pub cwd: CString,
 }
@@ -457,12 +534,7 @@ impl Spawner {
         mark: u64,
         setting: Setting,
     ) -> Result<i32, i32> {
-        let pointers = |strings: &[&CStr]| -> Vec<*const c_char> {
-            let strings = strings.iter().map(|string| string.as_ptr());
-            strings.chain([std::ptr::null()]).collect()
-        };
         let (argv, env) = (pointers(argv), pointers(env));
-        let limit = RLimit { soft: mark, hard: self.hard };
         // Commands that follow each other mostly agree in it: the kernel gives the
         // descriptors the same numbers, and the session has one directory.
         let actions = match self.actions.take() {
@@ -470,15 +542,10 @@ impl Spawner {
             _ => Actions::new(setting)?,
         };
         let mut pid = 0;
+        self.set_mark(mark);
         // SAFETY: every pointer is to a value or C string of this function, its caller or
         // `self` that outlives the calls; both pointer lists end with a null.
         let error = unsafe {
-            // Best effort: a hard limit that is too low leaves the other marks. The kernel
-            // does not look at what follows its four arguments; the filter of calls does.
-            let [one, two] = self.key;
-            let (own, what) = (0 as c_long, c_long::from(RLIMIT_LOCKS));
-            let nothing = null_mut::<RLimit>();
-            syscall(SYS_PRLIMIT64, own, what, &raw const limit, nothing, one, two);
             posix_spawn(
                 &raw mut pid,
                 program.as_ptr(),
@@ -490,6 +557,128 @@ impl Spawner {
         };
         self.actions = Some(actions);
         if error == 0 { Ok(pid) } else { Err(error) }
+    }
+
+    /// What is started from here on has this mark.
+    pub fn set_mark(&self, mark: u64) {
+        let limit = RLimit { soft: mark, hard: self.hard };
+        // Best effort: a hard limit that is too low leaves the other marks. The kernel
+        // does not look at what follows its four arguments; the filter of calls does.
+        let [one, two] = self.key;
+        let (own, what) = (0 as c_long, c_long::from(RLIMIT_LOCKS));
+        let nothing = null_mut::<RLimit>();
+        // SAFETY: the limit lives over the call.
+        unsafe { syscall(SYS_PRLIMIT64, own, what, &raw const limit, nothing, one, two) };
+    }
+
+    /// The same as a user: `posix_spawn(3)` has no step for that. What has failed of the user or
+    /// of the directory is the outer error; the inner one is of the program.
+    pub fn start_as(
+        &mut self,
+        user: &User,
+        program: &CStr,
+        argv: &[&CStr],
+        env: &[&CStr],
+        mark: u64,
+        setting: &Setting,
+    ) -> Result<Result<i32, i32>, Failure> {
+        let (argv, env) = (pointers(argv), pointers(env));
+        let mut ends = [0; 2];
+        // SAFETY: room for two descriptors, which nothing else owns when they are made.
+        let [told, tell] = unsafe {
+            if pipe2(ends.as_mut_ptr(), CLOSE_ON_EXEC) != 0 {
+                return Err((0, errno()));
+            }
+            ends.map(|fd| OwnedFd::from_raw_fd(fd))
+        };
+        self.set_mark(mark);
+        // SAFETY: there is one thread, so the new process may do whatever this one may.
+        let pid = unsafe { fork() };
+        if pid < 0 {
+            return Err((0, errno()));
+        }
+        if pid == 0 {
+            let became = become_user(user, setting).map(|()| {
+                // SAFETY: C strings, and lists of them that end with a null.
+                unsafe { execve(program.as_ptr(), argv.as_ptr(), env.as_ptr()) };
+                (2, errno())
+            });
+            let (stage, error) = became.unwrap_or_else(|failure| failure);
+            let word = [i32::from(stage), error];
+            // SAFETY: eight bytes that live over the call. Nothing of this copy of the program
+            // may run any more.
+            unsafe {
+                write(tell.as_raw_fd(), word.as_ptr().cast(), size_of_val(&word));
+                _exit(127)
+            }
+        }
+        drop(tell);
+        let mut word = [0; 8];
+        let count = loop {
+            match read(&told, &mut word) {
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+                read => break read.unwrap_or(0),
+            }
+        };
+        // What was written in one go is read so. Whoever failed is reaped as any child.
+        if count < word.len() {
+            return Ok(Ok(pid));
+        }
+        let [stage @ .., a, b, c, d] = word;
+        let error = i32::from_le_bytes([a, b, c, d]);
+        match stage[0] {
+            2 => Ok(Err(error)),
+            stage => Err((stage, error)),
+        }
+    }
+}
+
+fn pointers(strings: &[&CStr]) -> Vec<*const c_char> {
+    let strings = strings.iter().map(|string| string.as_ptr());
+    strings.chain([std::ptr::null()]).collect()
+}
+
+/// Makes of a new process what a user's command begins as. It runs in that process only.
+fn become_user(user: &User, setting: &Setting) -> Result<(), Failure> {
+    let [stdin, stdout, stderr] = setting.fds;
+    let none = SigSet([0; 16]);
+    let failed = |stage| (stage, errno());
+    let done = |result: c_int, stage| if result < 0 { Err(failed(stage)) } else { Ok(()) };
+    // SAFETY: plain numbers, and pointers to values of this stack or of the caller that live over
+    // the calls. The descriptors are open, and what they replace is this process's alone.
+    unsafe {
+        setsid();
+        for number in 1..=64 {
+            signal(number, SIG_DFL);
+        }
+        sigprocmask(2, &raw const none, null_mut());
+        for (fd, place) in [(stdin, 0), (stdout, 1), (stderr, 2)] {
+            done(dup2(fd, place), 0)?;
+            // Best effort: what is theirs alone they can open again by its name in /dev. It fails
+            // for what was made by somebody whom there is no number for here.
+            if setting.owned && (setting.terminal || fcntl(place, PIPE_SIZE) > 0) {
+                fchown(place, user.uid, u32::MAX);
+            }
+        }
+        if setting.terminal {
+            done(ioctl(0, SET_CONTROLLING_TERMINAL, 0), 0)?;
+        }
+        let (uid, gid) = (user.uid, user.gid);
+        // Who is them already and nobody else cannot and need not become them.
+        if uid != geteuid() || uid == 0 {
+            done(setgroups(user.groups.len(), user.groups.as_ptr()), 4)?;
+            done(setresgid(gid, gid, gid), 4)?;
+            done(setresuid(uid, uid, uid), 4)?;
+            // Where there is only one user, a filter of calls says that it was done.
+            let (mut real, mut effective, mut saved) = (0, 0, 0);
+            getresuid(&raw mut real, &raw mut effective, &raw mut saved);
+            let is_user = [real, effective, saved] == [uid; 3];
+            getresgid(&raw mut real, &raw mut effective, &raw mut saved);
+            if !is_user || [real, effective, saved] != [gid; 3] {
+                return Err((4, EPERM));
+            }
+        }
+        done(chdir(setting.cwd.as_ptr()), 1)
     }
 }
 

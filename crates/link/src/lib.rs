@@ -43,6 +43,14 @@ pub enum Failure {
         /// From where on there is something left for it.
         forgotten: u64,
     },
+    /// Something that it sent has not arrived.
+    #[error("the other side goes on at byte {offset}: what it sent after {received} is missing")]
+    Missing {
+        /// Where it goes on.
+        offset: u64,
+        /// All before this is here.
+        received: u64,
+    },
     /// It sends more than it was let.
     #[error("the other side sends more than there is room for")]
     Overrun,

@@ -162,8 +162,12 @@ impl State {
         if end > self.taken().saturating_add(BUFFER as u64) {
             return Err(Failure::Overrun);
         }
-        // What begins later comes again: something was lost, and a hello is on its way.
-        if offset <= self.received && end > self.received {
+        // Nothing is lost of a transport but its end, and another one begins with a hello: what is
+        // missing here would never come.
+        if offset > self.received {
+            return Err(Failure::Missing { offset, received: self.received });
+        }
+        if end > self.received {
             let known = usize::try_from(self.received - offset).unwrap_or(usize::MAX);
             self.inbox.extend(bytes.get(known..).unwrap_or_default());
             self.received = end;

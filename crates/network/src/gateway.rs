@@ -8,6 +8,7 @@
 //! given to the stack, so that the sandbox sees what really happened.
 
 mod dns;
+mod named;
 mod packet;
 
 use std::collections::{HashMap, HashSet, VecDeque};
@@ -21,6 +22,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::{Buf, Bytes, BytesMut};
+use parking_lot::Mutex;
 use smoltcp::iface::{Config, Interface, PollResult, SocketHandle, SocketSet};
 use smoltcp::phy::{Device, DeviceCapabilities, Medium, RxToken, TxToken};
 use smoltcp::socket::tcp;
@@ -33,9 +35,11 @@ use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 
+use self::named::Names;
 use self::packet::{Packet, Transport};
 use crate::address::{Class, Host};
 use crate::error::{Error, Result};
+use crate::narrow::{Narrowed, changed, not_narrowed};
 use crate::proxy::{Counted, Resolve, idle};
 use crate::rules::{Rules, Verdict, Why};
 use crate::{Denial, Event, OnEvent, Transfer};
@@ -64,6 +68,9 @@ impl Most {
     const BATCH: usize = 64;
     /// Denials that are remembered so as not to be told at every packet.
     const DENIED: usize = 1024;
+    /// Addresses of which it is remembered what names led to them, and names of each.
+    const LEARNED: usize = 4096;
+    const NAMES: usize = 64;
 }
 
 const CONNECT: Duration = Duration::from_secs(20);
@@ -78,6 +85,7 @@ const TELL_AGAIN: Duration = Duration::from_secs(10);
 #[derive(Clone)]
 pub struct Gateway {
     rules: Arc<Rules>,
+    narrowed: Narrowed,
     resolver: Arc<dyn Resolve>,
     on_event: OnEvent,
 }
@@ -92,7 +100,15 @@ impl Gateway {
         resolver: Arc<dyn Resolve>,
         on_event: impl Fn(Event) + Send + Sync + 'static,
     ) -> Self {
-        Self { rules: Arc::new(rules), resolver, on_event: Arc::new(on_event) }
+        let (rules, narrowed) = (Arc::new(rules), not_narrowed());
+        Self { rules, narrowed, resolver, on_event: Arc::new(on_event) }
+    }
+
+    /// The same for a sandbox that has rules of its own. When they change, what they close from then
+    /// on is cut. A name that they allow opens the addresses that it was answered with here, by TCP.
+    #[must_use]
+    pub fn narrowed(self, by: Narrowed) -> Self {
+        Self { narrowed: by, ..self }
     }
 
     /// Serves a TUN device (`IFF_TUN | IFF_NO_PI`, no offloads) until `shutdown` is ready,
@@ -121,6 +137,7 @@ enum Piece {
 /// A connection between the sandbox and the outside.
 struct Flow {
     pair: Pair,
+    names: Names,
     /// Dropped at the sandbox's last byte.
     to_host: Option<mpsc::Sender<Bytes>>,
     from_host: mpsc::Receiver<Piece>,
@@ -158,6 +175,16 @@ struct Made {
     stream: io::Result<TcpStream>,
 }
 
+/// What a look-up has found, and the packet that says so.
+struct Found {
+    name: String,
+    addresses: Vec<IpAddr>,
+    packet: Option<Vec<u8>>,
+}
+
+/// Why something is closed, and the address that is to blame.
+type Closed = (Option<IpAddr>, Why);
+
 struct Stack {
     gateway: Gateway,
     began: Instant,
@@ -169,7 +196,9 @@ struct Stack {
     pairs: HashSet<Pair>,
     making: JoinSet<Made>,
     datagrams: HashMap<Pair, Datagrams>,
-    look_ups: JoinSet<()>,
+    look_ups: JoinSet<Found>,
+    /// The names that have led to an address.
+    learned: HashMap<IpAddr, Vec<String>>,
     denied: HashMap<(String, u16), Instant>,
     /// Packets for the sandbox that did not come from the stack.
     packets: (mpsc::Sender<Vec<u8>>, mpsc::Receiver<Vec<u8>>),
@@ -202,6 +231,7 @@ impl Stack {
             making: JoinSet::new(),
             datagrams: HashMap::new(),
             look_ups: JoinSet::new(),
+            learned: HashMap::new(),
             denied: HashMap::new(),
             packets: mpsc::channel(Most::FLOWS),
             wake: Arc::new(Notify::new()),
@@ -215,6 +245,7 @@ impl Stack {
     ) -> Result<()> {
         let mut shutdown = pin!(shutdown);
         let mut buffer = vec![0; MTU + 16];
+        let mut narrowed = self.gateway.narrowed.clone();
         loop {
             let delay = self.interface.poll_delay(self.now(), &self.sockets);
             let delay = delay.map_or(DATAGRAMS_IDLE / 4, Duration::from);
@@ -236,7 +267,13 @@ impl Stack {
                 }
                 () = self.wake.notified() => {}
                 Some(Ok(made)) = self.making.join_next() => self.made(made),
-                Some(_) = self.look_ups.join_next() => {}
+                Some(found) = self.look_ups.join_next() => {
+                    // One that was given up has an error.
+                    if let Ok(found) = found {
+                        self.found(found);
+                    }
+                }
+                () = changed(&mut narrowed) => self.cut(),
                 Some(packet) = self.packets.1.recv() => self.queue.to_sandbox.push_back(packet),
                 () = sleep(delay) => {}
             }
@@ -285,7 +322,9 @@ impl Stack {
                 }
             }
             Transport::Tcp { opens: true } if !self.pairs.contains(&pair) => {
-                if let Some(why) = self.refuses(pair, self.pairs.len()) {
+                let full = self.pairs.len() >= Most::FLOWS;
+                let open = self.opens(pair.1);
+                if let Some(why) = open.err().or(full.then_some((None, Why::TooMany))) {
                     self.deny_address(pair.1, why);
                     // Nobody listens there, so the stack refuses it.
                     self.queue.from_sandbox.push_back(bytes.to_vec());
@@ -312,18 +351,48 @@ impl Stack {
         }
     }
 
-    /// Why a destination is not open, or not now.
-    fn refuses(&self, (_, to): Pair, flows: usize) -> Option<(Option<IpAddr>, Why)> {
-        let host = Host::Address(to.ip());
-        match self.gateway.rules.permits_with(&host, to.port(), &[], Class::seen_from_here) {
-            Verdict::Refused { address, why } => Some((address, why)),
-            Verdict::Permitted { .. } if flows >= Most::FLOWS => Some((None, Why::TooMany)),
-            Verdict::Permitted { .. } => None,
+    /// The names for which alone a destination is open, none if it is by itself; or why it is not.
+    fn opens(&self, to: SocketAddr) -> std::result::Result<Vec<String>, Closed> {
+        let (address, port) = (to.ip().to_canonical(), to.port());
+        let host = Host::Address(address);
+        let verdict = self.gateway.rules.permits_with(&host, port, &[], Class::seen_from_here);
+        if let Verdict::Refused { address, why } = verdict {
+            return Err((address, why));
+        }
+        let narrowed = self.gateway.narrowed.borrow();
+        if narrowed.reaches(address, port) {
+            return Ok(Vec::new());
+        }
+        let names = self.learned.get(&address).into_iter().flatten();
+        let names: Vec<_> = names.filter(|name| narrowed.allows(name, port)).cloned().collect();
+        if names.is_empty() { Err((Some(address), Why::Denied)) } else { Ok(names) }
+    }
+
+    /// Ends what the sandbox's own rules do not open any more.
+    fn cut(&mut self) {
+        self.look_ups.abort_all();
+        let is_open = |flow: &Flow| {
+            let names = flow.names.lock();
+            self.opens(flow.pair.1).is_ok_and(|open| {
+                open.is_empty()
+                    || (!names.is_empty() && names.iter().all(|name| open.contains(name)))
+            })
+        };
+        let closed = self.flows.iter().filter(|(_, flow)| !is_open(flow));
+        for handle in closed.map(|(handle, _)| *handle).collect::<Vec<_>>() {
+            if let Some(flow) = self.flows.get_mut(&handle) {
+                flow.carrier.abort_all();
+            }
+            self.sockets.get_mut::<tcp::Socket>(handle).abort();
+        }
+        let closed = self.datagrams.keys().filter(|(_, to)| self.opens(*to) != Ok(Vec::new()));
+        for pair in closed.copied().collect::<Vec<_>>() {
+            self.datagrams.remove(&pair);
         }
     }
 
     /// Tells of a denial, unless it was told just now.
-    fn deny(&mut self, host: String, port: u16, (address, rule): (Option<IpAddr>, Why)) {
+    fn deny(&mut self, host: String, port: u16, (address, rule): Closed) {
         let now = Instant::now();
         if self.denied.len() >= Most::DENIED {
             self.denied.retain(|_, told| now - *told < TELL_AGAIN);
@@ -339,7 +408,7 @@ impl Stack {
         (self.gateway.on_event)(Event::Denied(Denial { host: key.0, port, address, rule }));
     }
 
-    fn deny_address(&mut self, to: SocketAddr, why: (Option<IpAddr>, Why)) {
+    fn deny_address(&mut self, to: SocketAddr, why: Closed) {
         self.deny(Host::Address(to.ip()).to_string(), to.port(), why);
     }
 
@@ -350,6 +419,14 @@ impl Stack {
         let Ok(stream) = stream else {
             self.pairs.remove(&pair);
             return;
+        };
+        // What is open may have changed meanwhile.
+        let names = match self.opens(pair.1) {
+            Ok(names) => Names::new(Mutex::new(names)),
+            Err(why) => {
+                self.pairs.remove(&pair);
+                return self.deny_address(pair.1, why);
+            }
         };
         let _ = stream.set_nodelay(true);
         let buffer = || tcp::SocketBuffer::new(vec![0; Most::BUFFER]);
@@ -375,9 +452,16 @@ impl Stack {
         let (to_host, from_sandbox) = mpsc::channel(Most::PIECES);
         let (to_sandbox, from_host) = mpsc::channel(Most::PIECES);
         let mut carrier = JoinSet::new();
-        carrier.spawn(carry(outside, from_sandbox, to_sandbox, self.wake.clone()));
+        let begins = (!names.lock().is_empty()).then(|| Begins {
+            to: pair.1,
+            names: names.clone(),
+            seen: BytesMut::new(),
+            on_event: self.gateway.on_event.clone(),
+        });
+        carrier.spawn(carry(outside, from_sandbox, to_sandbox, self.wake.clone(), begins));
         let flow = Flow {
             pair,
+            names,
             to_host: Some(to_host),
             from_host,
             left: Bytes::new(),
@@ -458,7 +542,12 @@ impl Stack {
     /// Sends a datagram of the sandbox's; tells whether it might.
     fn datagram(&mut self, pair: Pair, data: &[u8]) -> bool {
         if !self.datagrams.contains_key(&pair) {
-            if let Some(why) = self.refuses(pair, self.datagrams.len()) {
+            let open = match self.opens(pair.1) {
+                Ok(names) if !names.is_empty() => Err((Some(pair.1.ip()), Why::Denied)),
+                Ok(_) if self.datagrams.len() >= Most::FLOWS => Err((None, Why::TooMany)),
+                open => open,
+            };
+            if let Err(why) = open {
                 self.deny_address(pair.1, why);
                 return false;
             }
@@ -538,8 +627,13 @@ impl Stack {
         let Ok(Host::Name(name)) = Host::parse(&question.name) else {
             return answer(dns::Answer::NoSuchName, &question);
         };
-        if !self.gateway.rules.has_name(&name) {
-            self.deny(name, to.port(), (None, Why::NotListed));
+        let why = match self.gateway.rules.has_name(&name) {
+            true if self.gateway.narrowed.borrow().looks_up(&name) => None,
+            true => Some(Why::Denied),
+            false => Some(Why::NotListed),
+        };
+        if let Some(why) = why {
+            self.deny(name, to.port(), (None, why));
             return answer(dns::Answer::Refused, &question);
         }
         if !question.wants_addresses() {
@@ -550,12 +644,59 @@ impl Stack {
         }
         let resolver = self.gateway.resolver.clone();
         self.look_ups.spawn(async move {
-            match timeout(CONNECT, resolver.look_up(&name)).await {
-                Ok(Ok(found)) => answer(dns::Answer::Addresses(&found), &question),
-                Ok(Err(_)) => answer(dns::Answer::NoSuchName, &question),
-                Err(_) => answer(dns::Answer::Failed, &question),
-            }
+            let found = timeout(CONNECT, resolver.look_up(&name)).await;
+            let answer = match &found {
+                Ok(Ok(found)) => dns::Answer::Addresses(found),
+                Ok(Err(_)) => dns::Answer::NoSuchName,
+                Err(_) => dns::Answer::Failed,
+            };
+            let packet = packet::datagram(to, from, &question.answer(&answer));
+            let addresses = found.ok().and_then(io::Result::ok).unwrap_or_default();
+            Found { name, addresses, packet }
         });
+    }
+
+    /// Remembers what a name leads to, and then says it.
+    fn found(&mut self, Found { name, addresses, packet }: Found) {
+        for address in addresses {
+            if self.learned.len() >= Most::LEARNED {
+                // Whoever needs one of them asks again, as an answer is good for seconds.
+                self.learned.clear();
+            }
+            let names = self.learned.entry(address.to_canonical()).or_default();
+            if !names.contains(&name) {
+                if names.len() >= Most::NAMES {
+                    names.remove(0);
+                }
+                names.push(name.clone());
+            }
+        }
+        self.queue.to_sandbox.extend(packet);
+    }
+}
+
+/// The beginning of a connection that may only be for some names.
+struct Begins {
+    to: SocketAddr,
+    names: Names,
+    seen: BytesMut,
+    on_event: OnEvent,
+}
+
+impl Begins {
+    /// What may go on when this piece has come; nothing where more has to come first.
+    fn take(&mut self, piece: &Bytes) -> io::Result<Option<Bytes>> {
+        self.seen.extend_from_slice(piece);
+        match named::check(&self.seen, self.to.port(), &self.names) {
+            None => Ok(None),
+            Some(Ok(())) => Ok(Some(self.seen.split().freeze())),
+            Some(Err(rule)) => {
+                let (host, port) = (Host::Address(self.to.ip()).to_string(), self.to.port());
+                let address = Some(self.to.ip());
+                (self.on_event)(Event::Denied(Denial { host, port, address, rule }));
+                Err(io::ErrorKind::PermissionDenied.into())
+            }
+        }
     }
 }
 
@@ -566,12 +707,21 @@ async fn carry(
     mut from_sandbox: mpsc::Receiver<Bytes>,
     to_sandbox: mpsc::Sender<Piece>,
     wake: Arc<Notify>,
+    mut begins: Option<Begins>,
 ) {
     let count = outside.count.clone();
     let (mut read, mut write) = tokio::io::split(outside);
     let up = async {
         while let Some(piece) = from_sandbox.recv().await {
             wake.notify_one();
+            let piece = match &mut begins {
+                None => piece,
+                Some(begun) => {
+                    let Some(whole) = begun.take(&piece)? else { continue };
+                    begins = None;
+                    whole
+                }
+            };
             write.write_all(&piece).await?;
         }
         write.shutdown().await

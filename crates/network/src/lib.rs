@@ -33,6 +33,7 @@ mod error;
 mod gate;
 mod gateway;
 mod hello;
+mod narrow;
 mod proxy;
 mod rules;
 
@@ -45,6 +46,7 @@ use serde::Serialize;
 pub use self::address::{Class, Host, Spelling};
 pub use self::error::{Error, InvalidRule, Result};
 pub use self::gateway::{DNS, GATEWAY, Gateway, MTU};
+pub use self::narrow::{EgressRules, Narrowed};
 pub use self::proxy::{Egress, HostResolver, Limits, Looking, Resolve};
 pub use self::rules::{Rule, Rules, Verdict, Why};
 

@@ -36,6 +36,7 @@ use crate::address::{Class, Host};
 use crate::error::{Error, Result};
 use crate::gate::Gate;
 use crate::hello::{self, Hello};
+use crate::narrow::{Narrowed, changed, not_narrowed};
 use crate::rules::{Rules, Verdict, Why};
 use crate::{Denial, Event, OnEvent, Transfer};
 
@@ -99,8 +100,10 @@ impl Default for Limits {
 #[derive(Clone)]
 pub struct Egress(Arc<Inner>);
 
+#[derive(Clone)]
 struct Inner {
     rules: Rules,
+    narrowed: Narrowed,
     resolver: Arc<dyn Resolve>,
     on_event: OnEvent,
     limits: Limits,
@@ -125,7 +128,16 @@ impl Egress {
         limits: Limits,
     ) -> Self {
         let room = Arc::new(Semaphore::new(limits.connections.min(Semaphore::MAX_PERMITS)));
-        Self(Arc::new(Inner { rules, resolver, on_event: Arc::new(on_event), limits, room }))
+        let on_event = Arc::new(on_event);
+        let narrowed = not_narrowed();
+        Self(Arc::new(Inner { rules, narrowed, resolver, on_event, limits, room }))
+    }
+
+    /// The same for a sandbox that has rules of its own. When they change, what they close from then
+    /// on is cut.
+    #[must_use]
+    pub fn narrowed(self, by: Narrowed) -> Self {
+        Self(Arc::new(Inner { narrowed: by, ..Inner::clone(&self.0) }))
     }
 
     /// Serves connections until `shutdown` is ready, which closes them all; so does dropping
@@ -154,7 +166,11 @@ impl Egress {
                     };
                     let inner = self.0.clone();
                     clients.spawn(async move {
-                        inner.client(stream).await;
+                        let reached = Reached::default();
+                        tokio::select! {
+                            () = inner.clone().client(stream, &reached) => {}
+                            () = inner.closed(&reached) => {}
+                        }
                         drop(place);
                     });
                 }
@@ -183,6 +199,9 @@ enum No {
 
 type Answer = Response<Either<Full<Bytes>, Forwarded>>;
 
+/// What a client's connection leads to at the moment.
+type Reached = Mutex<Option<(Host, u16, IpAddr)>>;
+
 /// A tunnel that begins when its client's connection is done with HTTP.
 struct Tunnel {
     client: OnUpgrade,
@@ -201,7 +220,7 @@ impl Inner {
     }
 
     /// Serves one connection of the sandbox.
-    async fn client(self: Arc<Self>, stream: TcpStream) {
+    async fn client(self: Arc<Self>, stream: TcpStream, reached: &Reached) {
         let _ = stream.set_nodelay(true);
         let moved = Arc::new(AtomicU64::new(0));
         let tunnel = Arc::new(Mutex::new(None));
@@ -209,7 +228,7 @@ impl Inner {
         let service = service_fn(|request| {
             answered.store(true, Ordering::Relaxed);
             let (inner, tunnel) = (self.clone(), tunnel.clone());
-            async move { Ok::<_, Infallible>(inner.answer(request, &tunnel).await) }
+            async move { Ok::<_, Infallible>(inner.answer(request, &tunnel, reached).await) }
         });
         let (gate, refused) = Gate::new(stream, moved.clone());
         let mut connection = hyper::server::conn::http1::Builder::new()
@@ -252,17 +271,22 @@ impl Inner {
     }
 
     /// Answers one request.
-    async fn answer(&self, request: Request<Incoming>, tunnel: &Mutex<Option<Tunnel>>) -> Answer {
+    async fn answer(
+        &self,
+        request: Request<Incoming>,
+        tunnel: &Mutex<Option<Tunnel>>,
+        reached: &Reached,
+    ) -> Answer {
         // The gate lets everything through after these.
         let last = request.method() == Method::CONNECT
             || request.headers().contains_key(TRANSFER_ENCODING);
         let answer = if request.method() == Method::CONNECT {
-            self.connect_tunnel(request).await.map(|made| {
+            self.connect_tunnel(request, reached).await.map(|made| {
                 *tunnel.lock() = Some(made);
                 Response::new(Either::Left(Full::default()))
             })
         } else {
-            self.forward(request).await
+            self.forward(request, reached).await
         };
         let mut answer = match answer {
             Ok(answer) => answer,
@@ -274,7 +298,11 @@ impl Inner {
         answer
     }
 
-    async fn connect_tunnel(&self, mut request: Request<Incoming>) -> Result<Tunnel, No> {
+    async fn connect_tunnel(
+        &self,
+        mut request: Request<Incoming>,
+        reached: &Reached,
+    ) -> Result<Tunnel, No> {
         let target = request.uri().authority().map_or("", |authority| authority.as_str());
         let (host, port) = match Host::with_port(target) {
             Ok((host, Some(port))) => (host, port),
@@ -284,7 +312,7 @@ impl Inner {
             }
             Err(spelling) => return Err(No::Denied(self.deny(target, 0, None, spelling.into()))),
         };
-        let (outside, by_name) = self.connect(&host, port).await?;
+        let (outside, by_name) = self.connect(&host, port, reached).await?;
         let name = match host {
             Host::Name(name) if by_name && port == 443 => Some(name),
             _ => None,
@@ -293,7 +321,7 @@ impl Inner {
     }
 
     /// Hands a request to the server that it is for, and the response back.
-    async fn forward(&self, request: Request<Incoming>) -> Result<Answer, No> {
+    async fn forward(&self, request: Request<Incoming>, reached: &Reached) -> Result<Answer, No> {
         let (mut parts, body) = request.into_parts();
         let target = parts.uri.authority().map_or("", |authority| authority.as_str());
         let deny = |port, why| No::Denied(self.deny(target, port, None, why));
@@ -315,7 +343,7 @@ impl Inner {
             return Err(deny(port, Why::HostHeader));
         }
 
-        let (outside, _) = self.connect(&host, port).await?;
+        let (outside, _) = self.connect(&host, port, reached).await?;
         let failed = |error: &dyn std::fmt::Display| {
             No::Failed(StatusCode::BAD_GATEWAY, format!("{host}:{port} did not answer: {error}"))
         };
@@ -353,20 +381,39 @@ impl Inner {
         Ok(Response::from_parts(parts, Either::Right(body)))
     }
 
+    /// Weighs a destination against the pool's rules and the sandbox's own.
+    fn weigh(&self, host: &Host, port: u16, addresses: &[IpAddr]) -> Verdict {
+        let verdict = self.rules.permits_with(host, port, addresses, Class::seen_from_here);
+        self.narrowed.borrow().weigh(verdict, host, port, addresses)
+    }
+
+    /// Returns when what a client has reached is not open any more. Cancel-safe.
+    async fn closed(&self, reached: &Reached) {
+        let mut narrowed = self.narrowed.clone();
+        loop {
+            changed(&mut narrowed).await;
+            if let Some((host, port, address)) = &*reached.lock()
+                && let Verdict::Refused { .. } = self.weigh(host, *port, &[*address])
+            {
+                return;
+            }
+        }
+    }
+
     /// Connects to a host, if it is open; tells also whether it is because of its name.
-    async fn connect(&self, host: &Host, port: u16) -> Result<(Counted, bool), No> {
-        let weigh = |addresses: &[IpAddr]| match self.rules.permits_with(
-            host,
-            port,
-            addresses,
-            Class::seen_from_here,
-        ) {
+    async fn connect(
+        &self,
+        host: &Host,
+        port: u16,
+        reached: &Reached,
+    ) -> Result<(Counted, bool), No> {
+        let weigh = |addresses: &[IpAddr]| match self.weigh(host, port, addresses) {
             Verdict::Permitted { by_name } => Ok(by_name),
             Verdict::Refused { address, why } => {
                 Err(No::Denied(self.deny(&host.to_string(), port, address, why)))
             }
         };
-        let by_name = weigh(&[])?;
+        weigh(&[])?;
         let addresses = match host {
             Host::Address(address) => vec![*address],
             Host::Name(name) => {
@@ -399,6 +446,10 @@ impl Inner {
                 Ok(Ok(stream)) => {
                     let _ = stream.set_nodelay(true);
                     let on_event = self.on_event.clone();
+                    *reached.lock() = Some((host.clone(), port, *address));
+                    // The sandbox's own rules may have changed meanwhile; from here on `closed`
+                    // sees to that.
+                    let by_name = weigh(&[*address])?;
                     return Ok((Counted::new(stream, host, port, *address, on_event), by_name));
                 }
                 Ok(Err(error)) => problem = error.to_string(),

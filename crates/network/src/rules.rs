@@ -26,12 +26,12 @@ use crate::error::InvalidRule;
 /// needs both its own rule and that one.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Rule {
-    what: What,
-    ports: Ports,
+    pub(crate) what: What,
+    pub(crate) ports: Ports,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-enum What {
+pub(crate) enum What {
     Domain(String),
     SubDomains(String),
     Network { first: IpAddr, bits: u8 },
@@ -39,7 +39,7 @@ enum What {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-enum Ports {
+pub(crate) enum Ports {
     /// 80 and 443.
     Web,
     Any,
@@ -47,7 +47,7 @@ enum Ports {
 }
 
 impl Ports {
-    fn have(self, port: u16) -> bool {
+    pub(crate) fn have(self, port: u16) -> bool {
         match self {
             Self::Web => port == 80 || port == 443,
             Self::Any => port != 0,
@@ -62,7 +62,7 @@ impl Rule {
         Self { what: What::Public, ports: Ports::Any }
     }
 
-    fn has_name(&self, name: &str) -> bool {
+    pub(crate) fn has_name(&self, name: &str) -> bool {
         match &self.what {
             What::Domain(domain) => domain == name,
             What::SubDomains(domain) => name
@@ -74,7 +74,7 @@ impl Rule {
         }
     }
 
-    fn has_address(&self, address: IpAddr) -> bool {
+    pub(crate) fn has_address(&self, address: IpAddr) -> bool {
         let What::Network { first, bits } = &self.what else { return false };
         masked(address, *bits) == Some(*first)
     }
@@ -240,6 +240,9 @@ pub enum Why {
     /// A rule is about the host, but not about this port of it.
     #[error("the allow-list has this host, but not this port")]
     PortNotListed,
+    /// The sandbox's own rules close it.
+    #[error("denied by the session's own rules")]
+    Denied,
     /// The address is of a kind that only a rule with an address opens.
     #[error("{0} addresses are never reachable without a rule")]
     Class(Class),

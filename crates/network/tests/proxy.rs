@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use denizen_network::{
-    Class, Denial, Egress, Event, Limits, Looking, Resolve, Rule, Rules, Transfer, Why,
+    Class, Denial, Egress, EgressRules, Event, Limits, Looking, Resolve, Rule, Rules, Transfer, Why,
 };
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -843,4 +843,39 @@ async fn a_tunnel_to_443_begins_with_tls() {
             assert_eq!(server.read(&mut [0; 8]).await.unwrap(), 0, "{first:?} came through");
         }
     }
+}
+
+/// Rules of one sandbox hold from the moment on that they change, also for what is open.
+#[tokio::test]
+async fn what_the_sandboxes_own_rules_close_is_cut() {
+    let outside = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let at = outside.local_addr().unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let proxy = listener.local_addr().unwrap();
+    let (own, narrowed) = tokio::sync::watch::channel(EgressRules::default());
+    let rules: Rules = [at.to_string().parse().unwrap()].into_iter().collect();
+    let egress = Egress::new(rules, Arc::new(Names::default()), |_| {}).narrowed(narrowed);
+    let served = tokio::spawn(async move { egress.serve(listener, std::future::pending()).await });
+    let tunnel = async || {
+        let mut client = TcpStream::connect(proxy).await.unwrap();
+        let connect = format!("CONNECT {at} HTTP/1.1\r\nHost: {at}\r\n\r\n");
+        client.write_all(connect.as_bytes()).await.unwrap();
+        let answer = read(&mut client, "\r\n\r\n").await;
+        (client, answer)
+    };
+    let (mut client, answer) = tunnel().await;
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    let (mut server, _) = outside.accept().await.unwrap();
+    // What changes nothing for it goes on.
+    own.send_replace(EgressRules { allow: vec![Rule::public()], ..EgressRules::nothing() });
+    client.write_all(b"hello").await.unwrap();
+    assert_eq!(read(&mut server, "hello").await, "hello");
+    own.send_replace(EgressRules::nothing());
+    read(&mut client, "").await;
+    read(&mut server, "").await;
+    let (_, answer) = tunnel().await;
+    assert!(answer.contains("403") && answer.contains("own rules"), "{answer}");
+    own.send_replace(EgressRules::default());
+    assert!(tunnel().await.1.starts_with("HTTP/1.1 200"));
+    served.abort();
 }

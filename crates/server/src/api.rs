@@ -38,9 +38,10 @@ use utoipa_axum::routes;
 pub(crate) use daemon::metrics_or_envd;
 pub(crate) use events::Recent;
 pub(crate) use refusal::{Answer, Refused};
-use repeats::Repeats;
+pub(crate) use repeats::Repeats;
 
 use crate::access::{Access, routes};
+use crate::e2b::Sandboxes;
 use crate::lease::{Lease, Leases};
 
 /// What handlers have.
@@ -51,6 +52,7 @@ pub(crate) struct Api {
     /// Told when somebody wants the daemon to end.
     pub(crate) stop: Arc<Notify>,
     pub(crate) recent: Arc<Recent>,
+    sandboxes: Arc<Sandboxes>,
     repeats: Arc<Repeats>,
     ready: Arc<daemon::Ready>,
 }
@@ -61,8 +63,17 @@ impl Api {
         leases: Arc<Leases>,
         stop: Arc<Notify>,
         recent: Arc<Recent>,
+        sandboxes: Arc<Sandboxes>,
     ) -> Self {
-        Self { pool, leases, stop, recent, repeats: Arc::default(), ready: Arc::default() }
+        Self {
+            pool,
+            leases,
+            stop,
+            recent,
+            sandboxes,
+            repeats: Arc::default(),
+            ready: Arc::default(),
+        }
     }
 
     /// Shares the guard of a session that is there already; one that sleeps wakes. Cancel-safe.
@@ -120,6 +131,7 @@ fn described() -> OpenApiRouter<Api> {
         .routes(routes!(sessions::list, sessions::create))
         .routes(routes!(sessions::inspect, sessions::ensure, sessions::remove))
         .routes(routes!(sessions::start))
+        .routes(routes!(sessions::pause))
         .routes(routes!(sessions::stop))
         .routes(routes!(sessions::fork))
         .routes(routes!(backups::backup))

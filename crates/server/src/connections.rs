@@ -18,7 +18,7 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::{Builder, HttpServerConnExec, UpgradeableConnection};
 use hyper_util::service::TowerToHyperService;
 use rustix::net::sockopt;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, DuplexStream, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::{CancellationToken, DropGuard, WaitForCancellationFutureOwned};
@@ -44,6 +44,8 @@ const STREAMS: u32 = 256;
 /// What is taken in of a request that nobody reads yet, and of all of a connection.
 const WINDOW: u32 = 256 * 1024;
 const WINDOWS: u32 = 2 * 1024 * 1024;
+/// What is under way on a connection of the daemon's to itself.
+const WITHIN: usize = 64 * 1024;
 /// After how long a client that says nothing is asked whether it is there, how often then, and
 /// for how long.
 const SILENCE: [Duration; 3] =
@@ -118,6 +120,22 @@ pub(crate) async fn local(mut listener: OwnListener, app: Router, connections: C
             all.serve(builder.serve_connection_with_upgrades(TokioIo::new(stream), service)).await;
         });
     }
+}
+
+/// A connection of the daemon's to itself, for what it does on behalf of whoever is at `peer`.
+pub(crate) fn within(peer: Peer, app: Router, connections: &Connections) -> DuplexStream {
+    let (ours, theirs) = tokio::io::duplex(WITHIN);
+    let app = TowerToHyperService::new(app);
+    let service = service_fn(move |mut request: Request<Incoming>| {
+        request.extensions_mut().insert(peer.clone());
+        app.call(request)
+    });
+    let all = connections.clone();
+    connections.spawn(async move {
+        let builder = Builder::new(TokioExecutor::new());
+        all.serve(builder.serve_connection_with_upgrades(TokioIo::new(theirs), service)).await;
+    });
+    ours
 }
 
 /// Serves what comes by TCP, for ever.

@@ -6,14 +6,17 @@
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use axum::body::Body;
 use axum::extract::{Request, State};
+use axum::http::header::CONTENT_SECURITY_POLICY;
 use axum::http::response::Parts;
-use axum::http::{HeaderMap, StatusCode};
+use axum::http::{HeaderMap, HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use connectrpc::ConnectError;
+use denizen_agent::envd::{USER, named, no_such_user};
 use denizen_agent::init::Spawned;
 use denizen_api::UPLOAD_OFFSET;
 use denizen_envd::MODE;
@@ -40,9 +43,16 @@ const PATIENCE: Duration = Duration::from_mins(5);
 /// take to give one.
 const SIGN_OF_LIFE: [Duration; 2] = [Duration::from_secs(20), Duration::from_mins(1)];
 
+/// The request after which an agent has something to remember.
+const WATCHES: &str = "/filesystem.Filesystem/CreateWatcher";
+
 /// A session's agent within, if it has been needed.
 #[derive(Default)]
-pub(crate) struct Within(tokio::sync::Mutex<Option<Serving>>);
+pub(crate) struct Within {
+    serving: tokio::sync::Mutex<Option<Serving>>,
+    /// Whether it watches something for a client who will ask.
+    watches: AtomicBool,
+}
 
 struct Serving {
     requests: SendRequest<Body>,
@@ -56,7 +66,7 @@ impl Within {
         let failed = |error: &dyn std::fmt::Display| {
             ConnectError::internal(format!("the session's files cannot be served: {error}"))
         };
-        let mut serving = self.0.lock().await;
+        let mut serving = self.serving.lock().await;
         if let Some(serving) = serving.as_ref().filter(|serving| !serving.requests.is_closed()) {
             return Ok(serving.requests.clone());
         }
@@ -73,12 +83,23 @@ impl Within {
         let program = program.await.map_err(|error| failed(&error))?;
         let requests = speak_to(ours).await.map_err(|error| failed(&error))?;
         *serving = Some(Serving { requests: requests.clone(), _program: program });
+        self.watches.store(false, Ordering::Relaxed);
         Ok(requests)
     }
 
     /// Ends the agent: the next request starts another.
     async fn give_up(&self) {
-        *self.0.lock().await = None;
+        *self.serving.lock().await = None;
+    }
+
+    /// Whether it has to be there when nobody uses the session: its clients ask later for what it
+    /// has seen meanwhile.
+    pub(crate) fn is_watching(&self) -> bool {
+        let answers = || {
+            let serving = self.serving.try_lock();
+            serving.map_or(true, |it| it.as_ref().is_some_and(|it| !it.requests.is_closed()))
+        };
+        self.watches.load(Ordering::Relaxed) && answers()
     }
 }
 
@@ -143,13 +164,21 @@ async fn ask(
     }
 }
 
+/// Should a browser show it, it is nothing of ours: it has the origin of nobody, and runs nothing.
+pub(crate) fn secure(mut response: Response) -> Response {
+    let nothing = HeaderValue::from_static("sandbox; default-src 'none'");
+    response.headers_mut().insert(CONTENT_SECURITY_POLICY, nothing);
+    response
+}
+
 /// Hands a request to the agent within the session that it is for.
 pub(crate) async fn forward(State(resolver): State<Arc<Resolver>>, request: Request) -> Response {
     match hand_over(&resolver, request).await {
-        Ok(response) => response,
+        Ok(response) => secure(response),
         Err(error) => {
             let status = match error.code {
                 connectrpc::ErrorCode::InvalidArgument => StatusCode::BAD_REQUEST,
+                connectrpc::ErrorCode::Unauthenticated => StatusCode::UNAUTHORIZED,
                 connectrpc::ErrorCode::DeadlineExceeded => StatusCode::GATEWAY_TIMEOUT,
                 connectrpc::ErrorCode::Unimplemented => StatusCode::BAD_GATEWAY,
                 connectrpc::ErrorCode::ResourceExhausted => StatusCode::INSUFFICIENT_STORAGE,
@@ -177,8 +206,12 @@ async fn hand_over(resolver: &Resolver, request: Request) -> Result<Response, Co
 pub(crate) async fn pass(lease: Arc<Lease>, request: Request) -> Result<Response, ConnectError> {
     let limits = lease.guard.limit_watch();
     let mut requests = lease.within.requests(&lease).await?;
+    if request.uri().path() == WATCHES {
+        lease.within.watches.store(true, Ordering::Relaxed);
+    }
+    let request = for_the_agent(request, lease.defaults.user.as_deref())?;
     let answer = tokio::select! {
-        answer = ask(&mut requests, for_the_agent(request)?, PATIENCE) => answer,
+        answer = ask(&mut requests, request, PATIENCE) => answer,
         () = lease.ended() => Err(ConnectError::aborted("the session is being stopped")),
     };
     let response = match answer {
@@ -196,16 +229,18 @@ pub(crate) async fn pass(lease: Arc<Lease>, request: Request) -> Result<Response
     };
     let (mut parts, body) = response.into_parts();
     from_the_agent(&mut parts)?;
-    Ok(Response::from_parts(parts, Body::new(lease.hold(body))))
+    let body = lease.hold(body).of(&parts.headers);
+    Ok(Response::from_parts(parts, Body::new(body)))
 }
 
 /// The headers of an agent's answer that are passed on. Whatever else it says would count for all
 /// of our origin, and it may be whoever runs within.
-const PASSED: [&str; 13] = [
+const PASSED: [&str; 14] = [
     "accept-ranges",
     "cache-control",
     "connect-accept-encoding",
     "connect-content-encoding",
+    "content-disposition",
     "content-encoding",
     "content-length",
     "content-range",
@@ -235,9 +270,10 @@ fn from_the_agent(parts: &mut Parts) -> Result<(), ConnectError> {
     Ok(())
 }
 
-/// A request as the agent within gets it.
-fn for_the_agent(request: Request) -> Result<Request, ConnectError> {
+/// A request as the agent within gets it: for whom is said in a header that only the daemon sets.
+fn for_the_agent(request: Request, default_user: Option<&str>) -> Result<Request, ConnectError> {
     let (mut parts, body) = request.into_parts();
+    let user = named(&parts.headers).or_else(|| default_user.map(str::to_owned));
     let uri = format!("http://within{}", parts.uri.path_and_query().map_or("/", |it| it.as_str()));
     parts.uri = uri.parse().map_err(|error: axum::http::uri::InvalidUri| {
         ConnectError::invalid_argument(error.to_string())
@@ -245,6 +281,11 @@ fn for_the_agent(request: Request) -> Result<Request, ConnectError> {
     parts.version = axum::http::Version::HTTP_2;
     drop_hop_by_hop(&mut parts.headers);
     drop_credentials(&mut parts.headers);
+    parts.headers.remove(USER);
+    if let Some(user) = user {
+        let value = user.parse().map_err(|_| no_such_user(&user))?;
+        parts.headers.insert(USER, value);
+    }
     // Which has no place in HTTP/2.
     parts.headers.remove("host");
     Ok(Request::from_parts(parts, body))

@@ -4,7 +4,8 @@
 //! takes one guard for a session and shares it among all requests that use the session; when
 //! the last of them is done, the guard is given back.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
+use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::{Arc, Weak};
 use std::task::{Context, Poll};
@@ -25,8 +26,22 @@ use tracing::Instrument;
 use uuid::Uuid;
 
 use crate::access::guard;
+use crate::e2b;
 use crate::files::Within;
+use crate::stream::Messages;
 use crate::{SESSION, trace};
+
+/// What commands of a session get unless they say otherwise, where that is not what all sessions'
+/// do.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Defaults {
+    /// What their environment has beside that of all sessions.
+    pub(crate) env: BTreeMap<String, String>,
+    /// Who runs them, and has the files that are made.
+    pub(crate) user: Option<String>,
+    /// Where they start.
+    pub(crate) workdir: Option<String>,
+}
 
 /// A guard that is shared.
 pub(crate) struct Lease {
@@ -34,6 +49,7 @@ pub(crate) struct Lease {
     pub(crate) jobs: Arc<Jobs>,
     watchers: Arc<Watchers>,
     pub(crate) within: Arc<Within>,
+    pub(crate) defaults: Arc<Defaults>,
     starts: Arc<Mutex<Histogram>>,
     /// Cancelled when whoever has it is to give it back.
     ended: CancellationToken,
@@ -53,6 +69,8 @@ impl Lease {
         Held {
             body,
             ended: Box::pin(ended.clone().cancelled_owned()),
+            messages: None,
+            is_over: false,
             _hold: Hold::new(self, ended),
         }
     }
@@ -61,13 +79,17 @@ impl Lease {
     pub(crate) fn instance(self: Arc<Self>, headers: &HeaderMap) -> Result<Instance, Error> {
         let limits = self.guard.limit_watch();
         let starts = self.starts.clone();
+        let mut env = self.guard.base_environment();
+        env.extend(self.defaults.env.clone());
+        let workdir = self.defaults.workdir.as_ref().map(PathBuf::from);
         Ok(Instance {
             trace: trace::of_commands(self.guard.session_id(), headers),
             explain: Arc::new(move |exit| Some(limits.reached(exit)?.to_string())),
             started: Arc::new(move |took| starts.lock().count(took)),
             agent: self.guard.agent()?,
-            workdir: self.guard.workdir().to_owned(),
-            env: self.guard.base_environment(),
+            workdir: workdir.unwrap_or_else(|| self.guard.workdir().to_owned()),
+            env,
+            default_user: self.defaults.user.clone(),
             jobs: self.jobs.clone(),
             watchers: self.watchers.clone(),
             over: self.ended.clone(),
@@ -80,7 +102,17 @@ impl Lease {
 pub(crate) struct Held<B> {
     body: B,
     ended: Pin<Box<WaitForCancellationFutureOwned>>,
+    /// If it is a stream of messages: it ends with one that says why.
+    messages: Option<Messages>,
+    is_over: bool,
     _hold: Hold,
+}
+
+impl<B> Held<B> {
+    /// The body of an answer with these headers.
+    pub(crate) fn of(self, headers: &HeaderMap) -> Self {
+        Self { messages: Messages::of(headers), ..self }
+    }
 }
 
 impl<B> Body for Held<B>
@@ -94,10 +126,20 @@ where
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
-        if self.ended.as_mut().poll(context).is_ready() {
-            return Poll::Ready(Some(Err("the session is being stopped".into())));
+        if self.is_over {
+            return Poll::Ready(None);
         }
-        Pin::new(&mut self.body).poll_frame(context).map_err(Into::into)
+        if self.messages.as_ref().is_some_and(Messages::are_over) {
+            return Pin::new(&mut self.body).poll_frame(context).map_err(Into::into);
+        }
+        if self.ended.as_mut().poll(context).is_ready() {
+            self.is_over = true;
+            let end = Messages::cut(self.messages.as_ref(), "the session is being stopped");
+            return Poll::Ready(Some(end));
+        }
+        let frame = Pin::new(&mut self.body).poll_frame(context).map_err(Into::into);
+        Messages::follow(&mut self.messages, &frame);
+        frame
     }
 
     fn is_end_stream(&self) -> bool {
@@ -147,6 +189,7 @@ impl Drop for Closed {
 pub(crate) struct Leases {
     pool: Arc<MicroVmManager>,
     slots: Mutex<HashMap<Uuid, Arc<Slot>>>,
+    defaults: Mutex<HashMap<Uuid, Arc<Defaults>>>,
     last_use: Mutex<Instant>,
     /// How long it took to be given sessions.
     acquires: Mutex<Histogram>,
@@ -172,8 +215,8 @@ const LOOK: Duration = Duration::from_millis(20);
 impl Leases {
     pub(crate) fn new(pool: Arc<MicroVmManager>, logs: KeptLogs) -> Self {
         let last_use = Mutex::new(Instant::now());
-        let (slots, acquires, starts, closing, ended, busy) = Default::default();
-        Self { pool, slots, last_use, acquires, starts, closing, ended, busy, logs }
+        let (slots, defaults, acquires, starts, closing, ended, busy) = Default::default();
+        Self { pool, slots, defaults, last_use, acquires, starts, closing, ended, busy, logs }
     }
 
     /// The session of that name or UUID, if it is known.
@@ -206,7 +249,12 @@ impl Leases {
                 (shared.lease(), shared.ending > 0)
             };
             if closed {
+                let was_there = self.pool.inspect(id).is_ok();
                 told.await;
+                if was_there {
+                    // Who was in line for what is removed does not make it anew.
+                    self.pool.inspect(id)?;
+                }
                 continue;
             }
             if let Some(lease) = lease {
@@ -262,7 +310,8 @@ impl Leases {
         let watchers = slot.watchers.clone();
         let within = slot.within.clone();
         let (starts, ended) = (self.starts.clone(), self.ended.child_token());
-        let lease = Arc::new(Lease { guard, jobs, watchers, within, starts, ended });
+        let defaults = self.defaults.lock().get(&id).cloned().unwrap_or_default();
+        let lease = Arc::new(Lease { guard, jobs, watchers, within, defaults, starts, ended });
         let mut shared = slot.shared.lock();
         if shared.ending > 0 {
             return Ok(None);
@@ -271,6 +320,52 @@ impl Leases {
         drop(shared);
         slot.told.notify_waiters();
         Ok(Some(lease))
+    }
+
+    /// What commands of a session get from now on; of a session that is in use, when it is so the
+    /// next time.
+    pub(crate) fn set_defaults(&self, id: Uuid, defaults: Defaults) {
+        self.defaults.lock().insert(id, Arc::new(defaults));
+    }
+
+    /// As all sessions' again.
+    pub(crate) fn unset_defaults(&self, id: Uuid) {
+        self.defaults.lock().remove(&id);
+    }
+
+    /// Stops a session. With force, what requests do in it is ended first, and they give the guard
+    /// back on their own; then nobody is let in until what is returned is dropped. Cancel-safe.
+    ///
+    /// # Errors
+    /// As [`MicroVmManager::stop`].
+    pub(crate) async fn stop(&self, id: Uuid, force: bool) -> Result<Option<Closed>, Error> {
+        let mut closed = None;
+        loop {
+            match self.pool.stop(id, force).await {
+                Err(Error::InUse { .. }) if force => closed = Some(self.close(id).await?),
+                done => return done.map(|()| closed),
+            }
+        }
+    }
+
+    /// Removes a session, whatever is done or runs in it. Cancel-safe.
+    ///
+    /// # Errors
+    /// As [`MicroVmManager::remove`].
+    pub(crate) async fn remove(&self, id: Uuid) -> Result<(), Error> {
+        let mut closed = None;
+        loop {
+            match self.pool.remove(id).await {
+                Err(Error::InUse { .. }) => closed = Some(self.close(id).await?),
+                removed => break removed?,
+            }
+        }
+        // Another session of that id begins with nothing of this one's; who is in line goes on with
+        // the slot that it has.
+        self.slots.lock().remove(&id);
+        self.unset_defaults(id);
+        drop(closed);
+        Ok(())
     }
 
     /// What was started in a session through the daemon, if anything was.
@@ -352,8 +447,14 @@ impl Leases {
 
     fn forget_unused(&self) {
         self.slots.lock().retain(|_, slot| {
-            let told_of = || slot.jobs.lock().as_ref().is_some_and(|jobs| jobs.have_ended());
-            Arc::strong_count(slot) > 1 || slot.is_used() || !slot.watchers.is_empty() || told_of()
+            let told_of = || {
+                slot.jobs
+                    .lock()
+                    .as_ref()
+                    .is_some_and(|jobs| jobs.have_ended() || jobs.have_variables())
+            };
+            let watched = !slot.watchers.is_empty() || slot.within.is_watching();
+            Arc::strong_count(slot) > 1 || slot.is_used() || watched || told_of()
         });
     }
 }
@@ -389,6 +490,10 @@ impl Resolver {
         })?;
         let Self(leases) = self;
         let id = leases.find_or_name(session).await.map_err(|error| refused(&error))?;
+        if e2b::id(session).is_some() {
+            // A sandbox is made in its own way, and by no request that comes late.
+            leases.pool.inspect(id).map_err(|error| refused(&error))?;
+        }
         leases.take(id, None).await.map_err(|error| refused(&error))
     }
 }

@@ -1,8 +1,10 @@
 //! The daemon: one pool of sessions, offered over HTTP on a Unix socket, and over TCP to those
 //! who have a key (`access`).
 //!
-//! `/v1/…` is about sessions (`api`); `/healthz`, `/readyz` and `/metrics` are about the daemon; `/`
-//! is the dashboard (`web`); all else is envd's protocol, for the session that the header
+//! `/v1/…` is about sessions (`api`), and `/mcp` for clients of MCP; `/healthz`, `/readyz` and
+//! `/metrics` are about the daemon; `/` is the dashboard (`web`); `/sandboxes`, `/templates` and what
+//! is beside them are E2B's control plane (`e2b`); all else is envd's protocol, for the session that
+//! the header
 //! [`SESSION`] names (`lease`), with `/metrics` among it where there is that header. The daemon must
 //! never decide anything about a session's life: it asks the pool, as any caller of the library
 //! does.
@@ -10,11 +12,14 @@
 mod access;
 mod api;
 mod connections;
+mod e2b;
 mod files;
 mod lease;
 mod listener;
+mod mcp;
 mod metrics;
 mod rest;
+mod stream;
 mod trace;
 mod web;
 
@@ -94,6 +99,9 @@ pub enum ServeError {
     /// The certificate cannot be had.
     #[error("the certificate for TLS: {0}")]
     Tls(String),
+    /// What is remembered of sandboxes cannot be read.
+    #[error(transparent)]
+    Sandboxes(#[from] e2b::StoreError),
     /// The audit log cannot be written.
     #[error("cannot write the audit log: {0}")]
     Audit(std::io::Error),
@@ -242,7 +250,9 @@ impl Daemon {
         let remote = remote.collect::<Result<_, _>>()?;
         let leases = Arc::new(Leases::new(pool.clone(), habits.logs));
         let audit = Audit::open(state, habits.audit_files).map_err(ServeError::Audit)?;
-        let access = Arc::new(Access::new(pool.clone(), leases.clone(), keys, front, audit));
+        let sandboxes = Arc::new(e2b::Sandboxes::open(pool.clone(), leases.clone(), state)?);
+        let access = Access::new(pool.clone(), leases.clone(), keys, sandboxes, front, audit);
+        let access = Arc::new(access);
         Ok(Self { pool, listener, remote, tls, access, leases, habits })
     }
 
@@ -286,24 +296,38 @@ impl Daemon {
                 .fallback_service(any(files::forward).with_state(resolver)),
         };
         let recent = api::Recent::of(&pool)?;
-        let api = api::Api::new(pool.clone(), leases.clone(), asked.clone(), recent);
+        let sandboxes = access.sandboxes.clone();
+        let api =
+            api::Api::new(pool.clone(), leases.clone(), asked.clone(), recent, sandboxes.clone());
         let own = axum::middleware::from_fn_with_state(api.clone(), api::metrics_or_envd);
         let envd = envd.layer(own);
+        let e2b = e2b::E2b::new(sandboxes.clone(), access.clone());
         let app = api::router(api, access.clone())
+            .merge(e2b::router(e2b))
             .layer(DefaultBodyLimit::max(JSON))
             .merge(web::router())
             .merge(envd)
             .layer(axum::middleware::from_fn_with_state(access.clone(), guard::guard))
+            .layer(axum::middleware::from_fn(e2b::worded))
             .layer(axum::middleware::from_fn(trace::traced))
             .layer(axum::middleware::from_fn(rest::read_on));
         let mut servers = JoinSet::new();
         let connections = Connections::default();
+        let mcp = mcp::router(app.clone(), access.clone(), connections.clone())
+            .layer(axum::middleware::from_fn_with_state(access.clone(), guard::guard))
+            .layer(axum::middleware::from_fn(trace::traced))
+            .layer(axum::middleware::from_fn(rest::read_on));
+        let app = app.merge(mcp);
         for listener in remote {
             let (tls, app, access) = (tls.clone(), app.clone(), access.clone());
             servers.spawn(connections::remote(listener, tls, app, access, connections.clone()));
         }
         servers.spawn(connections::local(listener, app, connections.clone()));
         servers.spawn(access::remember_use(access.clone()));
+        servers.spawn(sandboxes.clone().tidy());
+        servers.spawn(sandboxes.clone().listen());
+        servers.spawn(sandboxes.clone().measure());
+        servers.spawn(sandboxes.keep_time());
         let ending = tokio::select! {
             Some(ending) = stop.next() => {
                 tracing::info!(?ending, "asked to stop");

@@ -3,11 +3,11 @@
 //! holds up only a command in the foreground, and that only for as long as it may run.
 
 use std::any::Any;
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime};
 
@@ -26,7 +26,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use tracing::Instrument;
 
 use super::tail::{Piece, Tail};
-use super::{Explain, Instance, Instances, keepalive};
+use super::{Explain, Hold, Instance, Instances, keepalive, named, stopped, until};
 use crate::{Child, Chunk, Error, Exit, Scope, Spec, Stdin, Stdio};
 
 /// Chunks (of at most 64 KiB) that wait for a slow reader.
@@ -68,6 +68,8 @@ pub struct Jobs {
     kept: KeptLogs,
     /// Names of the logs that are being written, each as often as it is.
     logging: Mutex<Vec<String>>,
+    /// What every command's environment has beside the instance's.
+    pub(super) variables: Mutex<BTreeMap<String, String>>,
 }
 
 /// A command.
@@ -78,6 +80,8 @@ pub struct Job {
     child: Child,
     /// Ends with the request that started it.
     foreground: bool,
+    /// Its output is logged.
+    detached: bool,
     terminal: bool,
     started_at: SystemTime,
     stdin: tokio::sync::Mutex<Option<Stdin>>,
@@ -87,6 +91,8 @@ pub struct Job {
     /// Cancelled when it is to be killed: nobody is waited for any more who reads it.
     over: CancellationToken,
     timed_out: AtomicBool,
+    /// It was ended with all else in the instance.
+    shut_down: AtomicBool,
     /// What it has printed last, if it may go on without anybody who reads it.
     tail: Option<Arc<Tail>>,
 }
@@ -116,8 +122,8 @@ impl Jobs {
     /// No commands yet. Detached ones will be logged in the folder, which is made when the
     /// first of them starts, and of which so much is kept.
     pub fn new(logs: impl Into<PathBuf>, kept: KeptLogs) -> Self {
-        let (running, ended, logging) = Default::default();
-        Self { running, ended, logs: logs.into(), kept, logging }
+        let (running, ended, logging, variables) = Default::default();
+        Self { running, ended, logs: logs.into(), kept, logging, variables }
     }
 
     /// Whether nothing runs.
@@ -135,6 +141,11 @@ impl Jobs {
         let mut ended = self.ended.lock();
         ended.retain(|(at, _)| at.elapsed() < ENDED_FOR);
         !ended.is_empty()
+    }
+
+    /// Whether clients have set variables for the commands to come.
+    pub fn have_variables(&self) -> bool {
+        !self.variables.lock().is_empty()
     }
 
     /// The commands that run, and those that have ended in the background not long ago.
@@ -217,6 +228,20 @@ impl Jobs {
             None => return Err(ConnectError::invalid_argument("which process? set pid or tag")),
         };
         found.ok_or_else(|| ConnectError::not_found("no such process runs in the session"))
+    }
+}
+
+impl Jobs {
+    /// The last that has ended, of those that are logged, that goes by that number or tag.
+    fn select_ended(&self, selector: Option<&wire::ProcessSelector>) -> Option<Arc<Job>> {
+        use oneof::process_selector::Selector;
+        let selector = selector?.selector.as_ref()?;
+        let is = |job: &&Arc<Job>| match selector {
+            Selector::Pid(pid) => job.child.pid() == *pid,
+            Selector::Tag(tag) => job.tag.as_ref() == Some(tag),
+        };
+        let ended = self.ended.lock();
+        ended.iter().rev().map(|(_, job)| job).filter(|job| job.detached).find(is).cloned()
     }
 }
 
@@ -327,6 +352,7 @@ enum Mode {
 async fn start(
     instance: &Instance,
     request: wire::StartRequest,
+    user: Option<String>,
     mode: Mode,
     deadline: Option<Instant>,
 ) -> Result<(Arc<Job>, mpsc::Receiver<Chunk>), ConnectError> {
@@ -335,7 +361,13 @@ async fn start(
         return Err(ConnectError::invalid_argument("process.cmd is empty: name a program"));
     }
     let (span, traced) = (instance.trace)();
+    let user = user.or_else(|| instance.default_user.clone());
     let mut env = instance.env.clone();
+    if user.is_some() {
+        // Theirs are known where the command runs.
+        env.retain(|name, _| !["HOME", "USER", "LOGNAME", "SHELL"].contains(&name.as_str()));
+    }
+    env.extend(instance.jobs.variables.lock().clone());
     env.extend(traced);
     env.extend(config.envs.iter().map(|(name, value)| (name.clone(), value.clone())));
     let stdio = match request.pty.as_option().map(|pty| pty.size.as_option()) {
@@ -347,16 +379,23 @@ async fn start(
         None => Stdio::Pipes { stdin: request.stdin.unwrap_or(true) },
     };
     let cwd = config.cwd.as_deref().unwrap_or_default();
+    let cwd = match &user {
+        // From their home, which is known where it runs.
+        Some(_) if !cwd.is_empty() || instance.default_user.is_none() => cwd.into(),
+        _ => instance.workdir.join(cwd),
+    };
     let spec = Spec {
         program: config.cmd.clone().into(),
         args: config.args.iter().map(Into::into).collect(),
         env: env.into_iter().map(|(name, value)| (name.into(), value.into())).collect(),
-        cwd: instance.workdir.join(cwd),
+        user,
+        cwd,
         stdio,
     };
+    let shutdowns = Shutdowns::of(&instance.agent);
     let begun = std::time::Instant::now();
     let spawned = instance.agent.spawn(spec).instrument(span.clone()).await;
-    let mut child = spawned.map_err(|error| refused(&error))?;
+    let mut child = spawned.map_err(|error| refused(&error, mode))?;
     // Signed is what traces have.
     span.record("pid", i64::from(child.pid()));
     (instance.started)(begun.elapsed());
@@ -387,6 +426,7 @@ async fn start(
         tag,
         child,
         foreground: mode == Mode::Foreground,
+        detached: mode == Mode::Detached,
         terminal: matches!(stdio, Stdio::Pty { .. }),
         started_at: SystemTime::now(),
         tail: (mode != Mode::Foreground).then(Arc::default),
@@ -399,6 +439,7 @@ async fn start(
             Mode::Background | Mode::Detached => CancellationToken::new(),
         },
         timed_out: AtomicBool::new(false),
+        shut_down: AtomicBool::new(false),
     });
     instance.jobs.running.lock().insert(pid, job.clone());
     // Only a command in the foreground keeps the session in use by itself; what goes on in
@@ -406,26 +447,25 @@ async fn start(
     let lease = (mode == Mode::Foreground).then(|| instance.lease.clone());
     let explain = instance.explain.clone();
     tokio::spawn(end_in_time(job.clone(), deadline));
-    let pump = pump(instance.jobs.clone(), job.clone(), output, log, lease, explain);
+    let pump = pump(instance.jobs.clone(), job.clone(), output, log, lease, explain, shutdowns);
     tokio::spawn(pump.instrument(span));
     Ok((job, receiver))
 }
 
 /// Kills a command at its deadline or when it is over, whether or not anybody reads it.
 async fn end_in_time(job: Arc<Job>, deadline: Option<Instant>) {
-    let deadline = async {
-        match deadline {
-            Some(at) => tokio::time::sleep_until(at).await,
-            None => std::future::pending().await,
-        }
-    };
-    tokio::select! {
-        // What it has left running in the background is nobody's here.
+    let late = tokio::select! {
         biased;
         _ = job.child.wait() => return,
-        () = job.over.cancelled() => {}
-        () = deadline => job.timed_out.store(true, Ordering::Relaxed),
+        () = job.over.cancelled() => false,
+        () = until(deadline) => true,
+    };
+    // What it has left running in the background is nobody's here. Its reader may know of its end,
+    // and be gone, before this task is told.
+    if matches!(job.child.try_wait(), Ok(Some(_))) {
+        return;
     }
+    job.timed_out.store(late, Ordering::Relaxed);
     job.over.cancel();
     // It may have ended by itself, which is just as well.
     let _ = job.child.kill_tree().await;
@@ -442,6 +482,24 @@ fn cells(size: &wire::pty::Size) -> (u16, u16) {
     (cells(size.cols), cells(size.rows))
 }
 
+/// Tells whether all of an instance was ended since this was made.
+struct Shutdowns {
+    count: Arc<AtomicU64>,
+    before: u64,
+}
+
+impl Shutdowns {
+    fn of(agent: &crate::Agent) -> Self {
+        let count = agent.shutdowns();
+        let before = count.load(Ordering::Relaxed);
+        Self { count, before }
+    }
+
+    fn was_one(&self) -> bool {
+        self.count.load(Ordering::Relaxed) != self.before
+    }
+}
+
 /// Moves a command's output to those who follow it, until it ends.
 async fn pump(
     jobs: Arc<Jobs>,
@@ -450,6 +508,7 @@ async fn pump(
     mut log: Option<Log>,
     lease: Option<Arc<dyn Any + Send + Sync>>,
     explain: Explain,
+    shutdowns: Shutdowns,
 ) {
     let end = loop {
         match output.next().await {
@@ -475,6 +534,9 @@ async fn pump(
             Err(error) => break Err(error.to_string()),
         }
     };
+    if shutdowns.was_one() {
+        job.shut_down.store(true, Ordering::Relaxed);
+    }
     if let (Some(file), Ok((exit, why))) = (&mut log, &end) {
         let why = why.as_ref().map(|why| format!("; {why}")).unwrap_or_default();
         // The log is whole without this line.
@@ -519,15 +581,65 @@ async fn tell(job: &Job, chunk: &Chunk) {
 fn status(exit: Exit) -> String {
     match exit {
         Exit::Code(code) => format!("exit status {code}"),
-        Exit::Signal(signal) => format!("signal: {signal}"),
+        Exit::Signal(signal) => format!("signal: {}", signal_name(signal)),
     }
 }
 
+/// What a signal is called by envd, whose clients show that.
+fn signal_name(signal: i32) -> String {
+    const NAMES: [&str; 31] = [
+        "hangup",
+        "interrupt",
+        "quit",
+        "illegal instruction",
+        "trace/breakpoint trap",
+        "aborted",
+        "bus error",
+        "floating point exception",
+        "killed",
+        "user defined signal 1",
+        "segmentation fault",
+        "user defined signal 2",
+        "broken pipe",
+        "alarm clock",
+        "terminated",
+        "stack fault",
+        "child exited",
+        "continued",
+        "stopped (signal)",
+        "stopped",
+        "stopped (tty input)",
+        "stopped (tty output)",
+        "urgent I/O condition",
+        "CPU time limit exceeded",
+        "file size limit exceeded",
+        "virtual timer expired",
+        "profiling timer expired",
+        "window changed",
+        "I/O possible",
+        "power failure",
+        "bad system call",
+    ];
+    let place = usize::try_from(signal).ok().and_then(|number| number.checked_sub(1));
+    let name = place.and_then(|place| NAMES.get(place));
+    name.map_or_else(|| format!("signal {signal}"), |name| (*name).to_owned())
+}
+
 /// How a failure to start is told: the codes let a client answer as env(1) would.
-fn refused(error: &Error) -> ConnectError {
-    let text = error.to_string();
+fn refused(error: &Error, mode: Mode) -> ConnectError {
+    let text = match error {
+        // As envd's own clients know it.
+        Error::WorkingDirectory { cwd, source }
+            if mode == Mode::Background && source.kind() == std::io::ErrorKind::NotFound =>
+        {
+            format!("cwd '{}' does not exist", cwd.display())
+        }
+        error => error.to_string(),
+    };
     match error {
         Error::ProgramNotFound { .. } => ConnectError::not_found(text),
+        Error::UnknownUser { .. } => ConnectError::unauthenticated(text),
+        Error::User { .. } => ConnectError::failed_precondition(text),
         Error::TooBig { .. } => ConnectError::resource_exhausted(text),
         Error::WorkingDirectory { .. } | Error::BadString { .. } => {
             ConnectError::invalid_argument(text)
@@ -608,6 +720,10 @@ struct Follow {
     keepalive: Duration,
     first: bool,
     ended: bool,
+    /// Keeps the instance in use while a command in the background is followed.
+    hold: Option<Hold>,
+    /// Cancelled when nobody may follow it any more.
+    over: CancellationToken,
 }
 
 impl Follow {
@@ -618,7 +734,15 @@ impl Follow {
 
     /// As it was started by another request, which it goes with.
     fn of_another(job: Arc<Job>, chunks: mpsc::Receiver<Chunk>, keepalive: Duration) -> Self {
-        Self { job, chunks, _kill: None, keepalive, first: true, ended: false }
+        let (hold, over) = (None, CancellationToken::new());
+        Self { job, chunks, _kill: None, keepalive, first: true, ended: false, hold, over }
+    }
+
+    /// The same for a command that goes on by itself: whoever follows it uses the instance, and
+    /// is not left waiting when that is given up, though the command may only sleep.
+    fn using(self, instance: Instance) -> Self {
+        let over = instance.over.clone();
+        Self { hold: Some(Hold::new(instance.lease, instance.over)), over, ..self }
     }
 
     async fn next(&mut self) -> Option<Result<wire::ProcessEvent, ConnectError>> {
@@ -630,7 +754,17 @@ impl Follow {
         if self.ended {
             return None;
         }
-        match tokio::time::timeout(self.keepalive, self.chunks.recv()).await {
+        let chunk = tokio::time::timeout(self.keepalive, self.chunks.recv());
+        let told = tokio::select! {
+            biased;
+            () = self.over.cancelled() => {
+                self.ended = true;
+                self.hold = None;
+                return Some(Err(stopped()));
+            }
+            told = chunk => told,
+        };
+        match told {
             Err(_) => Some(Ok(event(wire::process_event::KeepAlive::default()))),
             Ok(Some(chunk)) => Some(Ok(data(&chunk))),
             Ok(None) => {
@@ -648,6 +782,11 @@ impl Follow {
                     "the command ran into its timeout and was killed",
                 ));
             }
+            // How it ended says nothing of it then. Whoever waits for one in the foreground is who
+            // may have asked for that, and is told.
+            Some(_) if !self.job.foreground && self.job.shut_down.load(Ordering::Relaxed) => {
+                return Err(ConnectError::unavailable("the session was stopped"));
+            }
             Some(Ok(end)) => end.clone(),
             Some(Err(why)) => return Err(ConnectError::unavailable(why.clone())),
             None => {
@@ -656,11 +795,13 @@ impl Follow {
                 ));
             }
         };
+        // To envd's own clients, whatever does not end well ends with an error.
+        let failed = (!self.job.foreground && !exit.success()).then(|| status(exit));
         Ok(event(wire::process_event::EndEvent {
             exit_code: exit.code(),
             exited: matches!(exit, Exit::Code(_)),
             status: status(exit),
-            error,
+            error: error.or(failed),
             ..Default::default()
         }))
     }
@@ -682,7 +823,7 @@ pub async fn start_detached(
     request: wire::StartRequest,
     timeout: Option<Duration>,
 ) -> Result<Arc<Job>, ConnectError> {
-    let (job, _) = start(instance, request, Mode::Detached, timeout.and_then(after)).await?;
+    let (job, _) = start(instance, request, None, Mode::Detached, timeout.and_then(after)).await?;
     Ok(job)
 }
 
@@ -700,7 +841,7 @@ pub async fn start_foreground(
     ConnectError,
 > {
     let deadline = timeout.and_then(after);
-    let (job, chunks) = start(instance, request, Mode::Foreground, deadline).await?;
+    let (job, chunks) = start(instance, request, None, Mode::Foreground, deadline).await?;
     Ok(Follow::new(job, chunks, super::KEEPALIVE).stream())
 }
 
@@ -724,7 +865,14 @@ async fn feed(job: &Job, input: Option<&wire::ProcessInput>) -> Result<(), Conne
     let bytes = match input.and_then(|input| input.input.as_ref()) {
         Some(Input::Stdin(bytes)) if !job.terminal => bytes,
         Some(Input::Pty(bytes)) if job.terminal => bytes,
-        Some(_) => return Err(ConnectError::invalid_argument("stdin is for pipes, pty for ptys")),
+        Some(_) => {
+            let text = if job.terminal {
+                "it has a terminal: send pty"
+            } else {
+                "it has no terminal: send stdin"
+            };
+            return Err(ConnectError::failed_precondition(text));
+        }
         None => return Ok(()),
     };
     job.write(bytes).await
@@ -761,7 +909,11 @@ impl<I: Instances> wire::Process for ProcessService<I> {
         ServiceStream<impl connectrpc::Encodable<wire::ConnectResponse> + Send + use<I>>,
     > {
         let selector = request.to_owned_message().process.into_option();
-        let job = self.job(&context, selector.as_ref()).await?;
+        let instance = self.0.instance(context.headers()).await?;
+        let jobs = &instance.jobs;
+        // Whoever comes back late to what goes on without anybody is told at least how it ended.
+        let job = jobs.select(selector.as_ref());
+        let job = job.or_else(|error| jobs.select_ended(selector.as_ref()).ok_or(error))?;
         let (sender, chunks) = mpsc::channel(BACKLOG);
         job.readers.lock().push(sender);
         // It may have ended since it was found, and nobody closes this channel then.
@@ -769,6 +921,7 @@ impl<I: Instances> wire::Process for ProcessService<I> {
             job.readers.lock().clear();
         }
         let follow = Follow::of_another(job, chunks, keepalive(context.headers()));
+        let follow = follow.using(instance);
         let items = follow.stream().map(|item| {
             item.map(|event| wire::ConnectResponse { event: event.into(), ..Default::default() })
         });
@@ -790,8 +943,11 @@ impl<I: Instances> wire::Process for ProcessService<I> {
             Mode::Background
         };
         let instance = self.0.instance(context.headers()).await?;
-        let (job, chunks) = start(&instance, request.to_owned_message(), mode, deadline).await?;
+        let user = named(context.headers());
+        let request = request.to_owned_message();
+        let (job, chunks) = start(&instance, request, user, mode, deadline).await?;
         let follow = Follow::new(job, chunks, keepalive(context.headers()));
+        let follow = if mode == Mode::Foreground { follow } else { follow.using(instance) };
         let items = follow.stream().map(|item| {
             item.map(|event| wire::StartResponse { event: event.into(), ..Default::default() })
         });
@@ -819,19 +975,25 @@ impl<I: Instances> wire::Process for ProcessService<I> {
     ) -> ServiceResult<impl connectrpc::Encodable<wire::StreamInputResponse> + Send + use<'a, I>>
     {
         use oneof::stream_input_request::Event as Piece;
-        let mut job = None;
-        while let Some(request) = requests.next().await {
-            match request?.to_owned_message().event {
-                Some(Piece::Start(start)) => {
-                    job = Some(self.job(&context, start.process.as_option()).await?);
+        // Whoever feeds a command uses the instance, as whoever follows it does.
+        let instance = self.0.instance(context.headers()).await?;
+        let fed = async {
+            let mut job = None;
+            while let Some(request) = requests.next().await {
+                match request?.to_owned_message().event {
+                    Some(Piece::Start(start)) => {
+                        job = Some(instance.jobs.select(start.process.as_option())?);
+                    }
+                    Some(Piece::Data(piece)) => match &job {
+                        Some(job) => feed(job, piece.input.as_option()).await?,
+                        None => return Err(ConnectError::invalid_argument("begin with start")),
+                    },
+                    Some(Piece::Keepalive(_)) | None => {}
                 }
-                Some(Piece::Data(piece)) => match &job {
-                    Some(job) => feed(job, piece.input.as_option()).await?,
-                    None => return Err(ConnectError::invalid_argument("begin with start")),
-                },
-                Some(Piece::Keepalive(_)) | None => {}
             }
-        }
+            Ok(())
+        };
+        instance.over.run_until_cancelled(fed).await.unwrap_or_else(|| Err(stopped()))?;
         Response::ok(wire::StreamInputResponse::default())
     }
 

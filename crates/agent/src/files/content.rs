@@ -1,9 +1,10 @@
 //! What is in a file, or a part of it (RFC 9110, 13 and 14).
 
 use std::fs::{File, Metadata, OpenOptions};
-use std::io::{Seek, SeekFrom};
+use std::io::{Read, Seek, SeekFrom};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use axum::body::Body;
 use axum::http::header::{
@@ -12,7 +13,9 @@ use axum::http::header::{
 };
 use axum::http::{HeaderMap, HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
+use bytes::Bytes;
 use denizen_api::Code;
+use futures::{StreamExt, stream};
 use tokio::io::AsyncReadExt;
 use tokio_util::io::ReaderStream;
 
@@ -21,11 +24,29 @@ use super::refusal::{Answer, Refused};
 
 /// Read at a time.
 const PIECE: usize = 128 * 1024;
+/// How long the beginning of what the kernel makes may take: some of it waits for an event.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 pub(super) async fn get(path: PathBuf, headers: &HeaderMap) -> Answer {
     let (file, metadata) = blocking(move || open(&path)).await?;
+    part_of(file, &metadata, headers).await
+}
+
+/// What a request with these headers gets of a file that is open.
+pub(crate) async fn part_of(file: File, metadata: &Metadata, headers: &HeaderMap) -> Answer {
     let size = metadata.len();
-    let tag = tag(&metadata);
+    // What is on no disk may be made as it is read, and has no size or that of a page then.
+    let mut file = if metadata.blocks() == 0 && size <= 4096 {
+        let begun = tokio::time::timeout(PATIENCE, blocking(move || begin(file, size))).await;
+        let silent = || Refused::new(Code::Failed, "it is made as it is read, and nothing comes");
+        match begun.map_err(|_| silent())?? {
+            Begun::File(file) => file,
+            Begun::Made(answer) => return Ok(answer),
+        }
+    } else {
+        file
+    };
+    let tag = tag(metadata);
     if headers.get_all(IF_NONE_MATCH).iter().any(|tags| names(tags, &tag)) {
         return Ok((StatusCode::NOT_MODIFIED, [(ETAG, tag)]).into_response());
     }
@@ -41,7 +62,6 @@ pub(super) async fn get(path: PathBuf, headers: &HeaderMap) -> Answer {
         }
     };
     let file = blocking(move || {
-        let mut file = file;
         let found = file.seek(SeekFrom::Start(first));
         found.map_err(|error| Refused::new(Code::Failed, error.to_string()))?;
         Ok(file)
@@ -61,6 +81,37 @@ pub(super) async fn get(path: PathBuf, headers: &HeaderMap) -> Answer {
         headers.insert(CONTENT_RANGE, text(range));
     }
     Ok(response)
+}
+
+enum Begun {
+    /// It is as long as it says.
+    File(File),
+    /// It is not: this is all of it.
+    Made(Response),
+}
+
+/// Reads the beginning of a file that the kernel may make as it is read (proc(5), sysfs(5)): of
+/// such a one nothing is known before.
+fn begin(file: File, size: u64) -> Result<Begun, Refused> {
+    let mut begin = Vec::new();
+    let read = (&file).take(PIECE as u64).read_to_end(&mut begin);
+    if u64::try_from(begin.len()) == Ok(size) && read.is_ok() {
+        return Ok(Begun::File(file));
+    }
+    let kind = [(CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"))];
+    Ok(Begun::Made(match read {
+        Err(error) if begin.is_empty() => {
+            return Err(Refused::new(Code::Failed, error.to_string()));
+        }
+        Ok(length) if length < PIECE => {
+            (kind, [(CONTENT_LENGTH, HeaderValue::from(length))], begin).into_response()
+        }
+        _ => {
+            let rest = ReaderStream::with_capacity(tokio::fs::File::from_std(file), PIECE);
+            let begin = stream::iter([Ok(Bytes::from(begin))]);
+            (kind, Body::from_stream(begin.chain(rest))).into_response()
+        }
+    }))
 }
 
 fn open(path: &Path) -> Result<(File, Metadata), Refused> {

@@ -97,6 +97,7 @@ fn some_spawn() -> Spawn {
     Spawn {
         argv: vec!["true".into()],
         env: Vec::new(),
+        user: None,
         cwd: "/".into(),
         stdin: null(),
         stdout: null(),

@@ -82,3 +82,10 @@ pub fn own_children() -> Vec<(u32, Option<char>)> {
 pub fn open_descriptors() -> usize {
     std::fs::read_dir("/proc/self/fd").unwrap().count()
 }
+
+/// Bytes as protobuf's JSON has them, which are text here.
+pub fn base64(text: &str) -> String {
+    use base64::Engine;
+    let bytes = base64::engine::general_purpose::STANDARD.decode(text).unwrap();
+    String::from_utf8(bytes).unwrap()
+}

@@ -1,6 +1,7 @@
 //! What tests of the program share: a user with a state folder of their own.
 #![allow(clippy::unwrap_used, dead_code, reason = "each test program uses a part of it")]
 
+pub mod tcp;
 pub mod wire;
 
 use std::path::{Path, PathBuf};

@@ -18,7 +18,7 @@ mod plan;
 pub(crate) mod root;
 mod users;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ffi::OsString;
 use std::fs::{self, DirBuilder};
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
@@ -28,6 +28,8 @@ use std::time::Duration;
 
 use denizen_agent::{Agent, Door, Enter, Launch, Linger};
 use denizen_image::{Owners, Store};
+use denizen_network::EgressRules;
+use parking_lot::Mutex;
 use rustix::process::Resource;
 use uuid::Uuid;
 
@@ -41,6 +43,7 @@ use self::users::Users;
 use super::{Driver, Instance, Limits, Options, Site, VOLUME};
 use crate::error::{Error, Result};
 use crate::lifecycle::Sleep;
+use crate::share::Mount;
 use crate::usage::Usage;
 
 /// Has what an earlier process left frozen of a session go on, so that it can be ended.
@@ -114,6 +117,8 @@ pub(super) struct Sandbox {
     roots: Roots,
     limits: Limits,
     networks: Networks,
+    /// The shared folders that sessions have.
+    mounts: Mutex<HashMap<Uuid, Vec<(PathBuf, Mount)>>>,
     carried: Option<Carried>,
     linger: Duration,
     /// The filter of calls, the same for all, and the key that is for their first processes.
@@ -152,8 +157,8 @@ impl Sandbox {
         }
         let key = [Uuid::new_v4(), Uuid::new_v4()].map(|random| random.as_u64_pair().1);
         let calls = calls::digits(users.is_alone(), key);
-        let linger = options.linger;
-        Ok(Self { users, groups, roots, limits, networks, carried, linger, calls, key })
+        let (linger, mounts) = (options.linger, Mutex::default());
+        Ok(Self { users, groups, roots, limits, networks, mounts, carried, linger, calls, key })
     }
 
     /// Makes the folders that a sandbox writes to, in the order of what is below them.
@@ -289,6 +294,11 @@ impl Sandbox {
         self.networks.rename(from.id, to.id);
     }
 
+    /// Which networks a session of this pool may reach of those that are open.
+    pub(super) fn narrow(&self, id: Uuid, rules: Option<EgressRules>) {
+        self.networks.narrow(id, rules);
+    }
+
     /// What tells programs within of the way to networks.
     pub(super) fn network_env(&self) -> BTreeMap<String, String> {
         self.networks.env()
@@ -391,6 +401,15 @@ impl Sandbox {
         }
         if fittings.network {
             self.networks.plan(&mut plan);
+        }
+        // Nothing is written below a path after that, which could be in what others share; and no
+        // link of the session's leads over something that it needs.
+        for (files, mount) in self.mounts.lock().get(&site.id).into_iter().flatten() {
+            for folder in mount.folders() {
+                plan.dir(folder, 0o755);
+                plan.step(["plain", folder]);
+            }
+            plan.bind(files, &mount.path, Attributes::FILES);
         }
         self.resource_limits(&mut plan, &fittings.limits);
         plan.step(["root-only"]);
@@ -517,6 +536,23 @@ impl Driver for Sandbox {
         self.groups.remove(site.id, &site.home);
         // Nobody waits on it any more.
         let _ = fs::remove_file(site.socket());
+    }
+
+    fn set_egress(&self, id: Uuid, rules: Option<EgressRules>) {
+        self.narrow(id, rules);
+    }
+
+    fn can_mount(&self) -> bool {
+        true
+    }
+
+    fn set_mounts(&self, id: Uuid, mounts: Vec<(PathBuf, Mount)>) {
+        let mut all = self.mounts.lock();
+        if mounts.is_empty() {
+            all.remove(&id).map(drop)
+        } else {
+            all.insert(id, mounts).map(drop)
+        };
     }
 
     fn can_freeze(&self) -> bool {

@@ -83,6 +83,10 @@ struct World {
     expected: BTreeMap<Uuid, Option<u64>>,
     last_release: BTreeMap<Uuid, PoolTime>,
     stopped: BTreeMap<Uuid, PoolTime>,
+    /// Sessions that were paused, and that nobody has taken since.
+    paused: BTreeSet<Uuid>,
+    /// Sessions that somebody wanted so at some time.
+    to_pause: BTreeSet<Uuid>,
     /// Sessions whose removal somebody asked for.
     removals: BTreeSet<Uuid>,
     /// Instances that are no session's yet.
@@ -151,6 +155,8 @@ impl World {
             expected: BTreeMap::new(),
             last_release: BTreeMap::new(),
             stopped: BTreeMap::new(),
+            paused: BTreeSet::new(),
+            to_pause: BTreeSet::new(),
             removals: BTreeSet::new(),
             spares: 0,
             preparing: 0,
@@ -204,7 +210,12 @@ impl World {
                     }
                 }
                 Effect::Grant { id, waiter } => self.granted(id, waiter)?,
-                Effect::Fulfil { id, waiter } => self.answered(id, waiter)?,
+                Effect::Fulfil { id, waiter } => {
+                    let mut line = self.lines.get(&id).into_iter().flatten();
+                    let paused = line.any(|asked| *asked == (waiter, Want::Paused));
+                    ensure!(!paused || !self.awake.contains(&id), "{id} is not paused");
+                    self.answered(id, waiter)?;
+                }
                 Effect::Refuse { id, waiter, why } => {
                     self.answered(id, waiter)?;
                     if why == Refusal::AtCapacity {
@@ -231,6 +242,9 @@ impl World {
         let broken = self.broken.contains(&id);
         let ends_it = op == (Op::Stop { force: true });
         ensure!(!broken || ends_it, "{op:?} of {id}, whose instance is broken");
+        if asked && op == (Op::Freeze { force: true }) {
+            self.to_pause.insert(id);
+        }
         if !pressed && !asked && !broken {
             let due = match &op {
                 // At any time, if its volume is gone.
@@ -238,7 +252,11 @@ impl World {
                     let at = self.disks.get(&id).and_then(|_| self.stopped.get(&id));
                     at.map(|at| at.after(self.policy.prune_after))
                 }
-                Op::Stop { .. } | Op::Freeze => {
+                Op::Freeze { force: true } => {
+                    ensure!(self.to_pause.contains(&id), "{id} is paused though nobody asked");
+                    None
+                }
+                Op::Stop { .. } | Op::Freeze { .. } => {
                     self.last_release.get(&id).map(|at| at.after(self.policy.idle_shutdown))
                 }
                 Op::Backup => {
@@ -296,7 +314,11 @@ impl World {
         let first = line.iter().find(|(_, want)| alike(want));
         ensure!(first.map(|(first, _)| *first) == Some(waiter), "{id}: not served in order");
         self.answered(id, waiter)?;
-        if want == Some(&Want::Still) {
+        let reads = want == Some(&Want::Still);
+        if !reads {
+            self.paused.remove(&id);
+        }
+        if reads {
             ensure!(!self.awake.contains(&id), "{id} is not still");
             self.holders.insert(id, waiter);
             self.readers.insert(id);
@@ -354,7 +376,9 @@ impl World {
     }
 
     fn end_instance(&mut self, id: Uuid) {
-        for all in [&mut self.busy, &mut self.awake, &mut self.frozen, &mut self.broken] {
+        for all in
+            [&mut self.busy, &mut self.awake, &mut self.frozen, &mut self.broken, &mut self.paused]
+        {
             all.remove(&id);
         }
     }
@@ -405,16 +429,21 @@ impl World {
                     return Ok(Outcome::Quiet);
                 }
             }
-            Op::Freeze => {
-                if self.busy_counts && self.busy.contains(&id) {
+            Op::Freeze { force } => {
+                if !force && self.busy_counts && self.busy.contains(&id) {
                     return Ok(Outcome::Busy);
                 }
                 ensure!(self.awake.remove(&id), "{id} frozen though nothing runs in it");
                 self.frozen.insert(id);
+                if *force {
+                    self.paused.insert(id);
+                }
                 self.stopped.insert(id, self.now);
             }
             Op::Thaw => {
                 ensure!(self.frozen.remove(&id), "{id} thawed though it is not frozen");
+                // Whoever wanted it may be gone by now.
+                self.paused.remove(&id);
                 self.awake.insert(id);
                 self.write_on(id);
             }
@@ -505,7 +534,7 @@ impl World {
                 self.ask(id, Want::Guard { patient })
             }
             25..=29 => {
-                let want = match self.random.below(11) {
+                let want = match self.random.below(13) {
                     0 => Want::Stopped { force: false },
                     1 => Want::Stopped { force: true },
                     2 => Want::BackedUp,
@@ -535,6 +564,7 @@ impl World {
                         let none = Saved::Snapshot(String::new());
                         Want::Restored(part(of.unwrap_or(none)))
                     }
+                    10..=11 => Want::Paused,
                     _ => Want::Removed,
                 };
                 self.ask(id, want)
@@ -617,7 +647,7 @@ impl World {
         let Flying { id, seq, op, refused, interrupted, .. } = self.flying.remove(ready[at]);
         let fails = refused || (!well && self.random.chance(if interrupted { 60 } else { 12 }));
         let breaks = match op {
-            Op::Freeze | Op::Thaw => true,
+            Op::Freeze { .. } | Op::Thaw => true,
             Op::Copy(_) => self.awake.contains(&id) && self.policy.can_freeze,
             Op::Stop { .. } => self.frozen.contains(&id) || self.broken.contains(&id),
             _ => false,
@@ -714,13 +744,22 @@ impl World {
                 self.expected.insert(id, Some(version));
             }
         }
-        // What was frozen is thawed before it is ended.
+        // What was frozen is thawed before it is ended, or found.
+        let mut kept = BTreeSet::new();
         for id in std::mem::take(&mut self.frozen) {
             self.awake.insert(id);
             self.write_on(id);
-            self.end_instance(id);
+            let paused =
+                self.rows.get(&id).is_some_and(|row| row.paused && row.phase == Phase::Frozen);
+            let whole = self.disks.get(&id).is_some_and(|disk| !disk.half);
+            if paused && whole && !self.broken.contains(&id) && self.random.chance(70) {
+                kept.insert(id);
+            } else {
+                self.end_instance(id);
+            }
         }
         self.broken.clear();
+        self.paused.retain(|id| kept.contains(id));
         self.lines.clear();
         (self.spares, self.preparing) = (0, 0);
         if self.random.chance(20) {
@@ -737,7 +776,9 @@ impl World {
             self.rows.clear();
         }
         self.now = PoolTime(self.now.0 + self.random.below(200_000));
-        self.outlive();
+        self.outlive(&kept);
+        let awake = &self.awake;
+        self.paused.retain(|id| awake.contains(id));
         let found = |disk: Option<&Disk>| match disk {
             None => Found::Nothing,
             Some(disk) if disk.half => Found::Half,
@@ -785,8 +826,13 @@ impl World {
 
     /// Some instances go on without a pool, and what is busy in them; the others have ended when
     /// the next one looks.
-    fn outlive(&mut self) {
+    fn outlive(&mut self, paused: &BTreeSet<Uuid>) {
         for id in std::mem::take(&mut self.awake) {
+            if paused.contains(&id) && self.rows.contains_key(&id) {
+                self.note(format!("{id} is found paused"));
+                self.awake.insert(id);
+                continue;
+            }
             let active = self.rows.get(&id).is_some_and(|row| row.phase == Phase::Active);
             let whole = self.disks.get(&id).is_some_and(|disk| !disk.half);
             if !(active && whole && self.random.chance(50)) {
@@ -886,6 +932,13 @@ impl World {
             });
             ensure!(known, "the instance of {id} is forgotten");
         }
+        for id in &self.paused {
+            let awake = self.awake.contains(id) && !self.broken.contains(id);
+            let sleeps = core.sessions.get(id).is_none_or(|session| {
+                session.running.is_some() || session.failures > 0 || session.evicting
+            });
+            ensure!(!awake || sleeps, "{id} was paused, and goes on by itself");
+        }
         for (id, session) in &core.sessions {
             if session.running.is_none() && session.row.phase == Phase::Frozen {
                 let frozen = self.frozen.contains(id) || self.broken.contains(id);
@@ -962,7 +1015,7 @@ fn a_seed_is_a_history() {
 
 #[test]
 fn every_planted_fault_is_caught() {
-    const ALL: [Fault; 32] = [
+    const ALL: [Fault; 34] = [
         Fault::CapacityOffByOne,
         Fault::SavedForEver,
         Fault::PruneWhileHeld,
@@ -995,6 +1048,8 @@ fn every_planted_fault_is_caught() {
         Fault::PartCountsAsSaved,
         Fault::PartIsAllThereIs,
         Fault::HalfRestoredCountsAsSaved,
+        Fault::PausedRunning,
+        Fault::PausedWakesUnasked,
     ];
     for fault in ALL {
         let caught = (0..20_000).find_map(|seed| {

@@ -23,6 +23,7 @@ use crate::error::{Error, Result as Fallible};
 use crate::event::{Event, EventKind};
 use crate::isolation::{Driver, Site};
 use crate::lifecycle::{Found, Op, Outcome, Phase, Saved, Seq};
+use crate::share::Mount;
 use crate::volume::{Staged, Volumes, remove_tree};
 use crate::{bootstrap, part, snapshot};
 
@@ -78,7 +79,7 @@ pub(super) async fn run(pool: Arc<Pool>, operation: Operation, written: Option<W
             let lost = || {
                 let error = Error::Task("it was cut off".to_owned());
                 match op {
-                    Op::Freeze | Op::Thaw => Ended::broken(error),
+                    Op::Freeze { .. } | Op::Thaw => Ended::broken(error),
                     _ => Err(error).into(),
                 }
             };
@@ -108,8 +109,8 @@ async fn carry_out(
     let ended = match op.clone() {
         Op::Create { .. } => create(pool, place, written).await.into(),
         Op::Start => start(pool, place).await.into(),
-        Op::Stop { force } => stop(pool, place, force).await,
-        Op::Freeze => freeze(pool, place).await,
+        Op::Stop { force } => stop(pool, place, force, GRACE).await,
+        Op::Freeze { force } => freeze(pool, place, force).await,
         Op::Thaw => {
             thaw(pool, place).await.map_or_else(Ended::broken, |_| Ok(Outcome::Done).into())
         }
@@ -161,7 +162,7 @@ async fn create(pool: &Arc<Pool>, place: &Arc<Place>, written: Option<Written>) 
     };
     if made.is_err() {
         let discarded = async {
-            if let Some(error) = stop(pool, place, true).await.failure {
+            if let Some(error) = stop(pool, place, true, GRACE).await.failure {
                 return Err(error);
             }
             // Also where it had an instance that was not the session's yet.
@@ -228,7 +229,7 @@ async fn create_with(
     blocking(move || {
         let Spare { site, instance } = match spare {
             Some(spare) => spare,
-            None => make_spare(&pool, origin.as_ref())?,
+            None => make_spare(&pool, origin.as_ref(), pool.places_of(place.site.id))?,
         };
         let installed =
             wait_for(written).and_then(|()| pool.volumes.install_new(place.site.id, &site.home));
@@ -249,10 +250,19 @@ fn wait_for(written: Option<Written>) -> Fallible<()> {
     written.map_or(Ok(()), |written| written.blocking_recv().unwrap_or_else(cut_off))
 }
 
-/// Makes a spare, or what only a session of that origin can be made of. Blocks.
-fn make_spare(pool: &Pool, origin: Option<&Origin>) -> Fallible<Spare> {
+/// Makes a spare, or what only a session of that origin, with these shared folders, can be made
+/// of. Blocks.
+fn make_spare(
+    pool: &Pool,
+    origin: Option<&Origin>,
+    mounts: Vec<(PathBuf, Mount)>,
+) -> Fallible<Spare> {
     let site = pool.volumes.begin_spare()?;
-    match originate(pool, &site, origin).and_then(|()| pool.driver.start(&site)) {
+    // They are its session's by another name already.
+    pool.driver.set_mounts(site.id, mounts);
+    let started = originate(pool, &site, origin).and_then(|()| pool.driver.start(&site));
+    pool.driver.set_mounts(site.id, Vec::new());
+    match started {
         Ok(instance) => Ok(Spare { site, instance }),
         Err(error) => {
             Volumes::unstage(&site.home);
@@ -275,7 +285,7 @@ pub(super) async fn prepare(pool: Arc<Pool>) {
     pool.until(|state| state.discarding == 0).await;
     let spare = blocking({
         let pool = pool.clone();
-        move || make_spare(&pool, None)
+        move || make_spare(&pool, None, Vec::new())
     });
     let spare = spare.await;
     if let Ok(spare) = &spare {
@@ -291,6 +301,7 @@ async fn warm_up(pool: &Pool, spare: &Spare) {
         program: pool.config.shell.clone().into(),
         args: pool.config.shell_args.iter().map(Into::into).chain([":".into()]).collect(),
         env: BTreeMap::new(),
+        user: None,
         cwd: pool.driver.workdir(&spare.site),
         stdio: Stdio::Pipes { stdin: false },
     };
@@ -455,7 +466,7 @@ async fn start(pool: &Arc<Pool>, place: &Arc<Place>) -> Result {
     .await
 }
 
-async fn stop(pool: &Pool, place: &Place, force: bool) -> Ended {
+async fn stop(pool: &Pool, place: &Place, force: bool, grace: Duration) -> Ended {
     if pool.state.lock().left {
         // What runs there is the next pool's.
         return Ok(Outcome::Busy).into();
@@ -463,8 +474,8 @@ async fn stop(pool: &Pool, place: &Place, force: bool) -> Ended {
     let Some(agent) = place.agent() else { return Ok(Outcome::Done).into() };
     // Whoever stands still hears nothing, neither a question nor that it shall end.
     match thaw(pool, place).await {
-        Ok(false) => end(pool, place, &agent, force).await.into(),
-        Ok(true) => match end(pool, place, &agent, force).await {
+        Ok(false) => end(pool, place, &agent, force, grace).await.into(),
+        Ok(true) => match end(pool, place, &agent, force, grace).await {
             Ok(Outcome::Done) if place.quiet.load(Ordering::Relaxed) => Ok(Outcome::Quiet).into(),
             Err(error) => Ended::broken(error),
             ended => ended.into(),
@@ -481,11 +492,11 @@ async fn stop(pool: &Pool, place: &Place, force: bool) -> Ended {
 }
 
 /// Ends an instance that can hear of it.
-async fn end(pool: &Pool, place: &Place, agent: &Agent, force: bool) -> Result {
+async fn end(pool: &Pool, place: &Place, agent: &Agent, force: bool, grace: Duration) -> Result {
     if !force && pool.settings.background_is_use && !agent.busy().await?.is_empty() {
         return Ok(Outcome::Busy);
     }
-    agent.shutdown(GRACE).await?;
+    agent.shutdown(grace).await?;
     clear_up(pool, place).await?;
     Ok(Outcome::Done)
 }
@@ -495,7 +506,7 @@ async fn clear_up(pool: &Pool, place: &Place) -> Fallible<()> {
     ended(pool, place).await
 }
 
-async fn freeze(pool: &Pool, place: &Place) -> Ended {
+async fn freeze(pool: &Pool, place: &Place, force: bool) -> Ended {
     let Some(agent) = place.agent() else {
         return Ended::broken(Error::Task("an active session has no instance".to_owned()));
     };
@@ -503,7 +514,7 @@ async fn freeze(pool: &Pool, place: &Place) -> Ended {
         Ok(running) => running.is_empty(),
         Err(error) => return Err(error.into()).into(),
     };
-    if !quiet && pool.settings.background_is_use {
+    if !force && !quiet && pool.settings.background_is_use {
         return Ok(Outcome::Busy).into();
     }
     // Asked before it is frozen: what is thawed later may run, write and be gone before it
@@ -789,7 +800,8 @@ async fn backup_for(pool: &Arc<Pool>, id: Uuid, name: String) -> Fallible<Backup
 }
 
 async fn delete(pool: &Arc<Pool>, place: &Arc<Place>, op: &Op) -> Result {
-    if let Some(error) = stop(pool, place, true).await.failure {
+    // Whose files go has nothing to save.
+    if let Some(error) = stop(pool, place, true, Duration::ZERO).await.failure {
         return Err(error);
     }
     let (pool, place, id) = (pool.clone(), place.clone(), place.site.id);

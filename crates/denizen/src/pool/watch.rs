@@ -150,7 +150,7 @@ async fn look(
         measured.insert(id);
         let place = place.clone();
         let enough = place.watched.known.lock().enough(limit);
-        let walk = walk(&place, now, room, enough).await;
+        let walk = walk(pool, &place, now, room, enough).await;
         budget.spend(clock.now(), walk.took);
         if place.watched.known.lock().measured(walk, limit) {
             end(pool, watch, &place, clock).await;
@@ -206,18 +206,30 @@ async fn room_of(pool: &Arc<Pool>) -> u64 {
     }
 }
 
-async fn walk(place: &Arc<Place>, began: Duration, room: u64, enough: u64) -> Walk {
-    let trees = place.site.trees();
+async fn walk(
+    pool: &Arc<Pool>,
+    place: &Arc<Place>,
+    began: Duration,
+    room: u64,
+    enough: u64,
+) -> Walk {
+    let own = place.site.trees();
+    let shared = pool.shared_trees(place.site.id);
     let first = match place.agent() {
         Some(agent) => agent.first_process().await,
         None => None,
     };
     let measured = blocking(move || {
         let begin = Instant::now();
-        let mut sum = used(trees.iter().map(AsRef::as_ref), enough);
-        if let (Some(first), Some(device)) = (first, device(&trees[0])) {
+        let mut sum = used(own.iter().map(AsRef::as_ref), enough);
+        if let (Some(first), Some(device)) = (first, device(&own[0])) {
             let processes = denizen_agent::descendants(first);
             sum += nameless::used(&processes, device, enough.saturating_sub(sum));
+        }
+        // Each may have as much as the session: who has much of their own is not ended for what
+        // others write there, and all who have one that is too large are.
+        for tree in &shared {
+            sum = sum.max(used([tree.as_path()], enough));
         }
         Ok((sum, begin.elapsed()))
     });
@@ -242,7 +254,7 @@ async fn end(pool: &Arc<Pool>, watch: &Watch, place: &Arc<Place>, clock: Clock) 
     }
     endings.fetch_add(1, Ordering::AcqRel);
     let room = room_of(pool).await;
-    let walk = walk(place, clock.now(), room, u64::MAX).await;
+    let walk = walk(pool, place, clock.now(), room, u64::MAX).await;
     place.watched.known.lock().ended(walk);
     let (used, limit) = (walk.used, watch.limit);
     tracing::warn!(session = %id, used, limit, "over its disk limit: ended what ran in it");

@@ -7,6 +7,7 @@ use std::time::{Duration, SystemTime};
 
 use denizen::{
     Builder, Clock, Error, Isolation, Limits, MicroVmManager, RegistryError, VmExecutionGuard,
+    VmPoolConfig,
 };
 use parking_lot::Mutex;
 
@@ -56,6 +57,17 @@ macro_rules! over {
             )*
         }
     };
+}
+
+/// A pool in this folder, whose commands a plain shell runs.
+pub fn config(folder: &Path) -> VmPoolConfig {
+    VmPoolConfig {
+        enabled: true,
+        volume_root: folder.join("pool"),
+        shell: "/bin/sh".into(),
+        shell_args: vec!["-c".to_owned()],
+        ..VmPoolConfig::default()
+    }
 }
 
 /// Has a pool be of an isolation, with what that needs here.

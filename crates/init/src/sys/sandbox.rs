@@ -128,6 +128,24 @@ struct InternetAddress {
     zero: [u8; 8],
 }
 
+/// `struct sockaddr_un` (unix(7)).
+#[repr(C)]
+struct LocalAddress {
+    family: u16,
+    path: [u8; 108],
+}
+
+/// `struct sockaddr_in6` (ipv6(7)).
+#[repr(C)]
+#[derive(Default)]
+struct InternetAddress6 {
+    family: u16,
+    port: [u8; 2],
+    flow: u32,
+    address: [u8; 16],
+    scope: u32,
+}
+
 unsafe extern "C" {
     fn open(path: *const c_char, flags: c_int, ...) -> c_int;
     pub(super) fn mount(
@@ -148,7 +166,7 @@ unsafe extern "C" {
     #[link_name = "listen"]
     fn listen_on(fd: c_int, backlog: c_int) -> c_int;
     #[link_name = "connect"]
-    fn connect_to(fd: c_int, address: *const InternetAddress, length: u32) -> c_int;
+    fn connect_from(fd: c_int, address: *const c_void, length: u32) -> c_int;
     fn accept4(fd: c_int, address: *mut c_void, length: *mut u32, flags: c_int) -> c_int;
     fn getsockopt(
         fd: c_int,
@@ -375,6 +393,7 @@ impl InternetAddress {
 /// 127.0.0.1
 const LOCALHOST: u32 = 0x7f00_0001;
 const ADDRESS_SIZE: u32 = 16;
+const ADDRESS6_SIZE: u32 = 28;
 /// `SOCK_STREAM`, and not to be waited for.
 const STREAM: c_int = 1 | O_CLOEXEC | 0x800;
 
@@ -418,18 +437,53 @@ pub fn listen(port: u16) -> Result<OwnedFd> {
     }
 }
 
-/// A connection to a port of 127.0.0.1, where this process is.
+/// A connection to a port of 127.0.0.1, where this process is, or of ::1 if only that listens. It
+/// may not be made yet: its first use tells.
 pub fn connect(port: u16) -> Result<OwnedFd> {
-    const EINPROGRESS: i32 = 115;
-    let address = InternetAddress::new(LOCALHOST, port);
-    // SAFETY: plain numbers, an open descriptor and a structure of the size given.
+    const ECONNREFUSED: i32 = 111;
+    let one = InternetAddress::new(LOCALHOST, port);
+    let mut other = InternetAddress6 { family: 10, port: port.to_be_bytes(), ..Default::default() };
+    other.address[15] = 1;
+    // SAFETY: both are addresses of the size given.
     unsafe {
-        let socket = owned(socket(2, STREAM, 0).into())?;
-        match done(connect_to(socket.as_raw_fd(), &raw const address, ADDRESS_SIZE).into()) {
+        let made = connect_to((&raw const one).cast(), 2, ADDRESS_SIZE);
+        // Of what is on this machine a refusal is there by now, though the call has not told it.
+        match made.and_then(|socket| pending_error(&socket).and(Ok(socket))) {
+            Err(ECONNREFUSED) => connect_to((&raw const other).cast(), 10, ADDRESS6_SIZE)
+                // A machine without such addresses has nothing else to say.
+                .map_err(|_| ECONNREFUSED),
+            made => made,
+        }
+    }
+}
+
+/// A socket that is being connected to an address.
+///
+/// # Safety
+/// There is an address of that family and size.
+unsafe fn connect_to(address: *const c_void, family: c_int, size: u32) -> Result<OwnedFd> {
+    const EINPROGRESS: i32 = 115;
+    // SAFETY: plain numbers and an open descriptor; the caller says so of the address.
+    unsafe {
+        let socket = owned(socket(family, STREAM, 0).into())?;
+        match done(connect_from(socket.as_raw_fd(), address, size).into()) {
             Err(error) if error != EINPROGRESS => Err(error),
             _ => Ok(socket),
         }
     }
+}
+
+/// What has gone wrong with a socket and was not told yet.
+fn pending_error(socket: &OwnedFd) -> Result<()> {
+    const SOL_SOCKET: c_int = 1;
+    const SO_ERROR: c_int = 4;
+    let (mut error, mut size): (c_int, u32) = (0, 4);
+    let to = (&raw mut error).cast();
+    // SAFETY: an open descriptor, and two numbers that live over the call.
+    unsafe {
+        done(getsockopt(socket.as_raw_fd(), SOL_SOCKET, SO_ERROR, to, &raw mut size).into())?;
+    }
+    if error == 0 { Ok(()) } else { Err(error) }
 }
 
 /// Lets others connect to a socket that is bound to a name. Few are in line: there is one owner.
@@ -441,6 +495,15 @@ pub fn wait_for_owners(socket: &OwnedFd) -> Result<()> {
 /// The next that has connected, if there is one, and it is none of this process's namespace:
 /// what is outside has no number there (unix(7), `SO_PEERCRED`).
 pub fn accept(listener: &OwnedFd) -> Result<OwnedFd> {
+    match accept_known(listener)? {
+        (socket, 0, _) => Ok(socket),
+        _ => Err(EPERM),
+    }
+}
+
+/// The next that has connected, if there is one, with its process and its user as they were then,
+/// by their numbers in this process's namespaces.
+pub fn accept_known(listener: &OwnedFd) -> Result<(OwnedFd, i32, u32)> {
     const SOL_SOCKET: c_int = 1;
     const SO_PEERCRED: c_int = 17;
     let mut credentials = [-1i32; 3];
@@ -452,7 +515,26 @@ pub fn accept(listener: &OwnedFd) -> Result<OwnedFd> {
             owned(accept4(listener.as_raw_fd(), null_mut(), null_mut(), O_CLOEXEC).into())?;
         let to = credentials.as_mut_ptr().cast();
         done(getsockopt(socket.as_raw_fd(), SOL_SOCKET, SO_PEERCRED, to, &raw mut size).into())?;
-        if credentials[0] == 0 { Ok(socket) } else { Err(EPERM) }
+        let [pid, uid, _] = credentials;
+        Ok((socket, pid, uid.cast_unsigned()))
+    }
+}
+
+/// A socket of packets that listens by a name in no folder, in this process's network namespace.
+pub fn listen_by_name(name: &[u8]) -> Result<OwnedFd> {
+    /// `SOCK_SEQPACKET`, and not to be waited for.
+    const PACKETS: c_int = 5 | O_CLOEXEC | 0x800;
+    let mut address = LocalAddress { family: 1, path: [0; 108] };
+    // The first byte stays a zero.
+    let place = address.path.get_mut(1..=name.len()).ok_or(EINVAL)?;
+    place.copy_from_slice(name);
+    let size = u32::try_from(2 + 1 + name.len()).map_err(|_| EINVAL)?;
+    // SAFETY: plain numbers, an open descriptor and a structure of the size given, or more.
+    unsafe {
+        let socket = owned(socket(1, PACKETS, 0).into())?;
+        done(bind(socket.as_raw_fd(), (&raw const address).cast(), size).into())?;
+        done(listen_on(socket.as_raw_fd(), 64).into())?;
+        Ok(socket)
     }
 }
 

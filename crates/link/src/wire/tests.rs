@@ -250,6 +250,12 @@ fn what_cannot_be_true_is_the_end() {
     frame(DATA, &[&u64::MAX.to_le_bytes()[..], b"x"].concat(), &mut out);
     host.wire.incoming(Some(1), &mut parser, &out);
     assert_eq!(host.failed(), Some(Failure::Overrun));
+    // Something is missing in between.
+    let mut host = state(10);
+    let mut out = Vec::new();
+    frame(DATA, &[&12u64.to_le_bytes()[..], b"x"].concat(), &mut out);
+    host.wire.incoming(Some(1), &mut host.parser, &out);
+    assert_eq!(host.failed(), Some(Failure::Missing { offset: 12, received: 0 }));
 }
 
 #[test]

@@ -30,21 +30,27 @@ use denizen_api::{Code, Scope};
 use futures::StreamExt;
 use hyper::body::{Body as _, Frame, SizeHint};
 use jiff::Timestamp;
+use uuid::Uuid;
 
 use super::limits::network;
 use super::rules::{self, Need, On};
 use super::{Access, Caller, Front, Peer};
 use crate::SESSION;
 use crate::api::{Refused, extract};
+use crate::e2b::{self, Sandboxes, Visit};
+use crate::stream::Messages;
 use crate::trace::{self, RequestId};
 
 /// The port at which clients of E2B reach envd in a sandbox.
-const ENVD_PORT: u16 = 49983;
+pub(crate) const ENVD_PORT: u16 = 49983;
+/// How clients of E2B name a sandbox, and its port.
+pub(crate) const SANDBOX: &str = "e2b-sandbox-id";
+const SANDBOX_PORT: &str = "e2b-sandbox-port";
 /// How long a client may send nothing of a body that it has begun.
 const STANDSTILL: Duration = Duration::from_mins(1);
 /// What a page of a listed origin may read of an answer besides its body.
 const EXPOSED: HeaderValue = HeaderValue::from_static(
-    "content-range, etag, last-modified, location, retry-after, x-request-id",
+    "content-range, etag, last-modified, location, mcp-session-id, retry-after, x-request-id",
 );
 
 /// That a request was asked by the name of a session's port: what answers it has an origin of its
@@ -52,44 +58,123 @@ const EXPOSED: HeaderValue = HeaderValue::from_static(
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct ByName;
 
+/// The sandbox whose name a request for envd was asked by.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct OfSandbox(pub(crate) Uuid);
+
 /// The session that a request for envd names.
 pub(crate) fn named(headers: &HeaderMap) -> Option<&str> {
-    let header = headers.get(SESSION).or_else(|| headers.get("e2b-sandbox-id"));
-    header?.to_str().ok()
+    if let Some(session) = headers.get(SESSION) {
+        return session.to_str().ok();
+    }
+    let sandbox = headers.get(SANDBOX)?.to_str().ok()?;
+    // Who made it may stand behind an id.
+    let id = e2b::id(sandbox).and_then(|_| sandbox.split('-').next());
+    Some(id.unwrap_or(sandbox))
 }
 
 /// Rewrites a request for `<port>-<session>.<domain>` to the path that means the same, before it
 /// is routed: so what is asked by such a name is never a route of the daemon's own.
 pub(crate) fn by_path<B>(front: &Front, request: &mut axum::http::Request<B>) {
     let host = hosts(request.uri(), request.headers()).next().flatten();
-    let Some((port, session)) = host.and_then(|host| of_session(front, &host)) else { return };
+    let by_host = host.and_then(|host| of_session(front, &host));
+    let is_by_host = by_host.is_some();
+    let Some((port, session)) = by_host.or_else(|| by_header(request.headers())) else { return };
+    let sandbox = e2b::id(&session);
+    let session = sandbox.map_or(session, |id| id.simple().to_string());
     if port == ENVD_PORT && rules::of_envd(request.uri().path()).is_some() {
         // A part of a host is one of a header.
-        if let Ok(session) = HeaderValue::from_str(&session) {
+        if let (true, Ok(session)) = (is_by_host, HeaderValue::from_str(&session)) {
             request.headers_mut().insert(SESSION, session);
+            if let Some(sandbox) = sandbox {
+                request.extensions_mut().insert(OfSandbox(sandbox));
+            }
         }
         return;
     }
     let rest = request.uri().path_and_query().map_or("/", PathAndQuery::as_str);
+    // A query may stand alone.
+    let slash = if rest.starts_with('/') { "" } else { "/" };
     let session = denizen_api::escape(&session);
-    let path = format!("/v1/sessions/{session}/ports/{port}{rest}");
+    let path = format!("/v1/sessions/{session}/ports/{port}{slash}{rest}");
     // Both parts of it were parts of a URI.
     if let Ok(path) = path.parse::<PathAndQuery>() {
         let mut parts = std::mem::take(request.uri_mut()).into_parts();
         parts.path_and_query = Some(path);
         *request.uri_mut() = Uri::from_parts(parts).unwrap_or_default();
-        request.extensions_mut().insert(ByName);
+        if is_by_host {
+            request.extensions_mut().insert(ByName);
+        }
+        if let Some(sandbox) = sandbox {
+            request.extensions_mut().insert(Visit { sandbox, port });
+        }
     }
 }
 
-/// The port and session of a host `<port>-<session>.<domain>`.
+/// The port and sandbox that clients of E2B name in headers, where they do not ask by a name.
+fn by_header(headers: &HeaderMap) -> Option<(u16, String)> {
+    let sandbox = headers.get(SANDBOX)?.to_str().ok().filter(|id| e2b::id(id).is_some())?;
+    Some((sandbox_port(headers)?, sandbox.to_owned()))
+}
+
+fn sandbox_port(headers: &HeaderMap) -> Option<u16> {
+    let port = headers.get(SANDBOX_PORT)?.to_str().ok()?;
+    port.parse().ok().filter(|port| *port != 0)
+}
+
+/// Whether a client of E2B names a port in headers that is none.
+fn names_no_port(parts: &Parts) -> bool {
+    let by_headers = [SANDBOX, SANDBOX_PORT].iter().all(|name| parts.headers.contains_key(*name));
+    by_headers && !is_named_otherwise(parts) && sandbox_port(&parts.headers).is_none()
+}
+
+/// Whether what names a sandbox in headers means nothing, as the session is named in another way.
+fn is_named_otherwise(parts: &Parts) -> bool {
+    parts.extensions.get::<ByName>().is_some() || parts.headers.contains_key(SESSION)
+}
+
+/// What a client of E2B names in headers as a sandbox, if no sandbox here can have such an id.
+fn no_sandbox(parts: &Parts) -> Option<&str> {
+    if is_named_otherwise(parts) {
+        return None;
+    }
+    sandbox_port(&parts.headers)?;
+    let name = parts.headers.get(SANDBOX)?.to_str().ok()?;
+    e2b::id(name).is_none().then_some(name)
+}
+
+/// Whether a request asks how E2B's API is, and not how a sandbox is.
+pub(crate) fn is_of_api(parts: &Parts) -> bool {
+    let names_none = || [SESSION, SANDBOX].iter().all(|name| !parts.headers.contains_key(*name));
+    let is_read = [Method::GET, Method::HEAD].contains(&parts.method);
+    is_read && parts.uri.path() == "/health" && names_none()
+}
+
+/// Whether a request is for envd in what it names, which may be a session then.
+fn is_for_envd(parts: &Parts) -> bool {
+    sandbox_port(&parts.headers) == Some(ENVD_PORT) && rules::of_envd(parts.uri.path()).is_some()
+}
+
+/// What a host that is none of ours names as a sandbox, if it does as clients of E2B would.
+fn no_sandbox_of_ours(parts: &Parts) -> Option<String> {
+    let host = hosts(&parts.uri, &parts.headers).next().flatten()?;
+    let (label, _) = host.host().split_once('.')?;
+    let (port, sandbox) = label.split_once('-')?;
+    port.parse::<u16>().ok().filter(|port| *port != 0)?;
+    e2b::looks_like_one(sandbox).then(|| sandbox.to_owned())
+}
+
+/// The port and session of a host `<port>-<session>.<domain>`. A sandbox's id is enough by itself,
+/// whatever it is below: clients of E2B have a domain of their own if they are told none, and a page
+/// of another origin that knows the id learns nothing from a name that it could not ask for.
 fn of_session(front: &Front, host: &Authority) -> Option<(u16, String)> {
     let name = host.host().to_ascii_lowercase();
-    let domain = front.domain.as_deref()?.to_ascii_lowercase();
-    let label = name.strip_suffix(&domain)?.strip_suffix('.')?;
+    let (label, domain) = name.split_once('.')?;
     let (port, session) = label.split_once('-')?;
     let port = port.parse().ok().filter(|port| *port != 0)?;
-    (!session.is_empty() && !session.contains('.')).then(|| (port, session.to_owned()))
+    let is_ours = front.domain.as_deref().is_some_and(|ours| domain.eq_ignore_ascii_case(ours));
+    let is_any = !session.is_empty() && is_ours || e2b::id(session).is_some();
+    is_any.then(|| (port, session.to_owned()))
 }
 
 /// Every name that a request is asked by: what is in its URI, and what is in its headers.
@@ -113,6 +198,14 @@ fn is_ours(front: &Front, host: &Authority, to: IpAddr) -> bool {
     name.eq_ignore_ascii_case("localhost")
         || listed(front, name)
         || of_session(front, host).is_some()
+        || front.domain.as_deref().is_some_and(|domain| is_api(name, domain))
+}
+
+/// Whether a name is the one by which clients of E2B ask for its control plane.
+fn is_api(name: &str, domain: &str) -> bool {
+    let below = name.get(name.len().saturating_sub(domain.len())..);
+    below.is_some_and(|end| end.eq_ignore_ascii_case(domain))
+        && name[..name.len() - domain.len()].eq_ignore_ascii_case("api.")
 }
 
 fn listed(front: &Front, name: &str) -> bool {
@@ -127,15 +220,16 @@ fn is_own(origin: &HeaderValue, host: Option<&Authority>, tls: bool) -> bool {
     origin.zip(host).is_some_and(|(origin, host)| origin.eq_ignore_ascii_case(host.as_str()))
 }
 
-/// The key or token that a request carries. Clients of E2B send theirs in headers of their own,
-/// and for envd an `Authorization: Basic` that names a user.
-fn secret(headers: &HeaderMap) -> Option<&str> {
-    let bearer = headers.get_all(AUTHORIZATION).iter().find_map(|value| {
+/// The keys or tokens that a request carries. Clients of E2B send theirs in headers of their own,
+/// and for envd an `Authorization: Basic` that names a user; with a request for a sandbox's port,
+/// there may be one that is the port's.
+pub(crate) fn secrets(headers: &HeaderMap) -> impl Iterator<Item = &str> {
+    let bearers = headers.get_all(AUTHORIZATION).iter().filter_map(|value| {
         let (scheme, secret) = value.to_str().ok()?.split_once(' ')?;
         scheme.eq_ignore_ascii_case("bearer").then(|| secret.trim())
     });
-    let plain = |name: &str| headers.get(name)?.to_str().ok();
-    bearer.or_else(|| plain("x-api-key")).or_else(|| plain("x-access-token"))
+    let plain = ["x-api-key", "x-access-token"].into_iter();
+    bearers.chain(plain.filter_map(|name| headers.get(name)?.to_str().ok()))
 }
 
 /// Why a request is not answered by its handler.
@@ -169,21 +263,21 @@ pub(crate) async fn guard(
     request: Request,
     next: Next,
 ) -> Response {
-    let (mut parts, body) = request.into_parts();
+    let (parts, body) = request.into_parts();
     let mut record = Record::begin(access.clone(), &parts);
     let (answer, origin) = match from_where(&access.front(), &parts) {
-        Err(refused) => (refuse(refused.into(), &mut record), None),
-        Ok(Some(origin)) if is_preflight(&parts) => (preflight(&parts), Some(origin)),
-        Ok(origin) => {
-            let answer = match admit(&access, &mut parts, &mut record) {
-                Ok(caller) => {
-                    let request = Request::from_parts(parts, body);
-                    pass(access, caller, request, next).await
-                }
-                Err(no) => refuse(no, &mut record),
-            };
-            (answer, origin)
+        Err(refused) => {
+            let is_other = refused.0.code == Code::BadHost;
+            // Whatever name leads here: nothing is told of who is here.
+            let nobody = is_other.then(|| no_sandbox_of_ours(&parts)).flatten();
+            // It counts as a refusal all the same.
+            let refused = refuse(refused.into(), &mut record);
+            let gone = nobody.map(|sandbox| e2b::gone(&sandbox));
+            let gone = gone.filter(|_| refused.status() != StatusCode::TOO_MANY_REQUESTS);
+            (gone.unwrap_or(refused), None)
         }
+        Ok(Some(origin)) if is_preflight(&parts) => (preflight(&parts), Some(origin)),
+        Ok(origin) => (answer(access, parts, body, next, &mut record).await, origin),
     };
     record.status = Some(answer.status());
     record.made = made(&answer);
@@ -191,6 +285,37 @@ pub(crate) async fn guard(
         Some(origin) => allow(answer, &origin),
         None => answer,
     }
+}
+
+/// Has a request answered that is asked by a name of ours, if who asks may ask that.
+async fn answer(
+    access: Arc<Access>,
+    mut parts: Parts,
+    body: Body,
+    next: Next,
+    record: &mut Record,
+) -> Response {
+    if let Some(sandbox) = no_sandbox(&parts).filter(|_| !is_for_envd(&parts)) {
+        return e2b::gone(sandbox);
+    }
+    if names_no_port(&parts) {
+        return Refused::new(Code::BadRequest, "Invalid sandbox port").into_response();
+    }
+    let no = match admit(&access, &mut parts, record) {
+        Ok(caller) => {
+            return match access.sandboxes.arrive(&parts).await {
+                Ok(()) => pass(access, caller, Request::from_parts(parts, body), next).await,
+                Err(gone) => gone,
+            };
+        }
+        Err(no) => no,
+    };
+    let asked = e2b::asked(&parts.uri, &parts.headers, &parts.extensions);
+    // It counts as a refusal all the same.
+    let refused = refuse(no, record);
+    // Its token is no good any more, and that is not what its client wants to know.
+    let gone = access.sandboxes.if_gone(asked).or_else(|| no_sandbox(&parts).map(e2b::gone));
+    gone.filter(|_| refused.status() != StatusCode::TOO_MANY_REQUESTS).unwrap_or(refused)
 }
 
 /// A refusal as its client gets it. Who has no good key and gets many is told to wait, and
@@ -219,9 +344,17 @@ fn admit(access: &Access, parts: &mut Parts, record: &mut Record) -> Result<Call
     let of_whole = route == "/metrics" && session.is_none();
     let rule = if of_whole { "/v1/metrics" } else { &route };
     let mut need = rules::need(&parts.method, rule);
-    if rule == "/v1/metrics" && access.front().metrics_public {
+    if rule == "/v1/metrics" && access.front().metrics_public || is_of_api(parts) {
         need = Need::Nothing;
     }
+    let is_known = rules::rule(&parts.method, rule).is_some();
+    // Whoever may ask anything of E2B's API is told what it has not.
+    let nothing = (!is_known && e2b::wire::is_ours(parts.uri.path())).then(|| {
+        need = Need::Scope(Scope::Read, On::Some);
+        let code = if route.is_empty() { Code::NotFound } else { Code::BadMethod };
+        let asked = format!("{} {}", parts.method, parts.uri.path());
+        Refused::new(code, format!("{asked}: there is no such request"))
+    });
     record.need = Some(need);
     // What is asked of envd is in the last part of its path.
     record.route = match route.strip_suffix("{method}") {
@@ -230,14 +363,14 @@ fn admit(access: &Access, parts: &mut Parts, record: &mut Record) -> Result<Call
     };
     record.session.clone_from(&session);
     trace::note(parts.method.as_str(), &record.route, session.as_deref());
-    let caller = match (parts.extensions.get::<Peer>(), secret(&parts.headers)) {
-        (Some(Peer::Local { uid }), _) => Caller::local(*uid),
-        (_, _) if need == Need::Nothing => Caller::nobody(),
-        (_, secret) => secret.and_then(|secret| access.who(secret)).ok_or_else(|| {
-            let what = if secret.is_some() { "this key or token is not good" } else { "no key" };
-            let why = format!("{what}: `denizen key create` makes one");
-            Refused::new(Code::Unauthenticated, why)
-        })?,
+    let caller = match parts.extensions.get::<Peer>() {
+        Some(Peer::Local { uid }) => Caller::local(*uid),
+        _ if need == Need::Nothing => Caller::nobody(),
+        _ if need == Need::Volume => holder(access, parts)?,
+        _ => {
+            let known = secrets(&parts.headers).find_map(|secret| access.who(secret));
+            known.map_or_else(|| visitor(access, parts), Ok)?
+        }
     };
     record.caller = Some(caller.clone());
     if let (Some(Peer::Tcp { known, .. }), Some(_)) = (&record.peer, caller.counted_as()) {
@@ -259,8 +392,40 @@ fn admit(access: &Access, parts: &mut Parts, record: &mut Record) -> Result<Call
             caller.touches(&access.pool, &session)?;
             Ok(caller)
         }
-        On::All | On::Session | On::Some => Ok(caller),
+        On::All | On::Session | On::Some => {
+            nothing.map_or(Ok(caller), |nothing| Err(nothing.into()))
+        }
     }
+}
+
+/// Who has a volume's token.
+fn holder(access: &Access, parts: &Parts) -> Result<Caller, Refused> {
+    // That of a session is read as well, and is for no volume.
+    let token = secrets(&parts.headers).find_map(|secret| access.keys.read_token(secret));
+    token.map(Caller::holder).ok_or_else(|| {
+        let why = "a volume's files need its token, which `GET /volumes/ID` tells";
+        Refused::new(Code::Unauthenticated, why)
+    })
+}
+
+/// Who asks without a good key or token, if that is let in.
+fn visitor(access: &Access, parts: &mut Parts) -> Result<Caller, Refused> {
+    let let_in = access.sandboxes.lets_in(parts)?;
+    if let Some(entrance) = let_in {
+        if let Some(token) = entrance.signed_with {
+            // A signature is good for as long as what it was made with.
+            access.who(&token).ok_or_else(|| {
+                Refused::new(Code::Unauthenticated, "the token that this was signed with is void")
+            })?;
+            // And for the user that was signed.
+            parts.headers.remove(AUTHORIZATION);
+        }
+        return Ok(Caller::visitor(entrance.sandbox));
+    }
+    let shown = secrets(&parts.headers).next().is_some();
+    let what = if shown { "this key or token is not good" } else { "no key" };
+    let why = format!("{what}: `denizen key create` makes one");
+    Err(Refused::new(Code::Unauthenticated, why))
 }
 
 /// The id of the session that was made, if one was without being named in the path.
@@ -293,6 +458,10 @@ fn from_where(front: &Front, parts: &Parts) -> Result<Option<HeaderValue>, Refus
     if first.is_none() || !all.all(|host| host.is_some_and(|host| is_ours(front, &host, to))) {
         let why = "this is no name of this daemon's: list it in the setting `hosts`, if it is";
         return Err(Refused::new(Code::BadHost, why.to_owned()));
+    }
+    if parts.extensions.get::<ByName>().is_some() && parts.extensions.get::<Visit>().is_some() {
+        // Which pages may ask is what is served there to say: nothing of ours is at stake.
+        return Ok(None);
     }
     let mut origins = parts.headers.get_all(ORIGIN).iter();
     match (origins.next(), origins.next()) {
@@ -358,17 +527,27 @@ async fn pass(
         }
     }
     request.extensions_mut().insert(caller.clone());
+    let sandboxes = access.sandboxes.clone();
+    let asked = e2b::asked(request.uri(), request.headers(), request.extensions());
     // It has the caller, and with that its place.
     let mut over = Box::pin(access.over(caller));
     let (request, broke_off) = patient(request);
     let mut answer = tokio::select! {
         answer = next.run(request) => answer,
         () = &mut over => {
+            if let Some(gone) = sandboxes.if_gone(asked) {
+                return gone;
+            }
             let why = "the key or token was revoked, or has expired".to_owned();
             return Refused::new(Code::Unauthenticated, why).into_response();
         }
     };
-    if answer.status().is_server_error() && broke_off.load(Ordering::Relaxed) {
+    // What became of it while its sandbox was being ended or put to sleep says nothing to who asked.
+    if !answer.status().is_success()
+        && let Some(gone) = sandboxes.if_gone(asked)
+    {
+        answer = gone;
+    } else if answer.status().is_server_error() && broke_off.load(Ordering::Relaxed) {
         let why = "the body of the request broke off".to_owned();
         answer = Refused::new(Code::BrokenOff, why).into_response();
     }
@@ -384,7 +563,10 @@ async fn pass(
         });
         return answer;
     }
-    answer.map(|body| Body::new(Held { body, over }))
+    let of = asked.filter(|sandbox| sandboxes.find(*sandbox).is_some());
+    let of = of.map(|sandbox| (sandboxes, sandbox));
+    let messages = Messages::of(answer.headers());
+    answer.map(|body| Body::new(Held { body, over, of, messages, is_over: false }))
 }
 
 /// A request whose body does not stand still for long, and what tells whether that broke off. A
@@ -416,10 +598,15 @@ fn patient(request: Request) -> (Request, Arc<AtomicBool>) {
     (request, broke_off)
 }
 
-/// A body that ends when its reader may no longer read it.
+/// A body that ends when its reader may no longer read it. One of a sandbox that is being ended
+/// breaks off, whatever would be said last: clients of E2B ask then what became of it. A stream of
+/// messages says so in its last one.
 struct Held<F> {
     body: Body,
     over: Pin<Box<F>>,
+    of: Option<(Arc<Sandboxes>, Uuid)>,
+    messages: Option<Messages>,
+    is_over: bool,
 }
 
 impl<F: Future<Output = ()>> hyper::body::Body for Held<F> {
@@ -430,11 +617,25 @@ impl<F: Future<Output = ()>> hyper::body::Body for Held<F> {
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        if self.is_over {
+            return Poll::Ready(None);
+        }
         if self.over.as_mut().poll(context).is_ready() {
+            self.is_over = true;
             let why = std::io::Error::other("the key or token is no longer good");
             return Poll::Ready(Some(Err(axum::Error::new(why))));
         }
-        Pin::new(&mut self.body).poll_frame(context)
+        let frame = Pin::new(&mut self.body).poll_frame(context);
+        let leaves = |(all, id): &(Arc<Sandboxes>, Uuid)| all.is_leaving(*id);
+        let has_ended = self.messages.as_ref().is_some_and(Messages::are_over);
+        if frame.is_ready() && !has_ended && self.of.as_ref().is_some_and(leaves) {
+            self.is_over = true;
+            let why = "the sandbox is being ended or put to sleep";
+            let end = Messages::cut(self.messages.as_ref(), why);
+            return Poll::Ready(Some(end.map_err(axum::Error::new)));
+        }
+        Messages::follow(&mut self.messages, &frame);
+        frame
     }
 
     fn is_end_stream(&self) -> bool {
@@ -483,14 +684,22 @@ impl Record {
     }
 
     fn matters(&self) -> bool {
+        // Whoever visits a page that a sandbox serves; and whoever asks for one that there is not.
+        let visits = self.caller.as_ref().is_some_and(Caller::is_visitor);
+        let port = self.route.contains("/ports/");
         match self.status.map(|status| status.as_u16()) {
+            _ if visits && port => false,
+            Some(502) if self.caller.is_none() => false,
             // Were they written down, whoever floods us would have the rest put aside.
             Some(429) => false,
             Some(401 | 403 | 421) => !self.is_one_of_many,
             _ => {
-                let scope =
-                    matches!(self.need, Some(Need::Scope(Scope::Operate | Scope::Admin, _)));
-                scope && !rules::goes_on(&self.route)
+                let changes = match self.need {
+                    Some(Need::Scope(scope, _)) => scope != Scope::Read,
+                    Some(Need::Volume) => !matches!(self.method, Method::GET | Method::HEAD),
+                    Some(Need::Nothing) | None => false,
+                };
+                changes && !rules::goes_on(&self.route)
             }
         }
     }
@@ -534,10 +743,14 @@ mod tests {
 
     fn asked(host: &str, path: &str) -> (String, Option<String>) {
         let front = Front { domain: Some("Box.example.org".to_owned()), ..Front::default() };
-        let request = axum::http::Request::get(path).header(HOST, host);
+        // A query alone is only had with a host before it.
+        let uri =
+            if path.starts_with('/') { path.to_owned() } else { format!("http://{host}{path}") };
+        let request = axum::http::Request::get(uri).header(HOST, host);
         let mut request = request.header(SESSION, "theirs").body(()).unwrap();
         by_path(&front, &mut request);
-        (request.uri().to_string(), named(request.headers()).map(str::to_owned))
+        let path = request.uri().path_and_query().unwrap().to_string();
+        (path, named(request.headers()).map(str::to_owned))
     }
 
     #[test]
@@ -552,6 +765,20 @@ mod tests {
             ("80-a.other.example.org", "/x", "/x"),
             ("80-a.b.box.example.org", "/x", "/x"),
             ("80-abox.example.org", "/x", "/x"),
+            ("80-a.box.example.org", "?x", "/v1/sessions/a/ports/80/?x"),
+            (
+                "8000-0123456789abcdef0123456789abcdef.e2b.app",
+                "/x",
+                "/v1/sessions/0123456789abcdef0123456789abcdef/ports/8000/x",
+            ),
+            ("8000-01234567-89ab-cdef-0123-456789abcdef.e2b.app", "/x", "/x"),
+            // Who made it may stand behind the id, and what only looks like one is none.
+            (
+                "8000-0123456789abcdef0123456789abcdef-denizen.e2b.app",
+                "/x",
+                "/v1/sessions/0123456789abcdef0123456789abcdef/ports/8000/x",
+            ),
+            ("8000-im9r2ycjiy2534qsdy1oo.e2b.app", "/x", "/x"),
             ("box.example.org", "/x", "/x"),
             // envd's port leads to its own paths, and to no other of ours.
             ("49983-a.box.example.org", "/v1/shutdown", "/v1/sessions/a/ports/49983/v1/shutdown"),

@@ -10,9 +10,9 @@ pub(crate) mod guard;
 mod keys;
 pub(crate) mod limits;
 pub(crate) mod routes;
-mod rules;
+pub(crate) mod rules;
 pub(crate) mod tls;
-mod tokens;
+pub(crate) mod tokens;
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -31,6 +31,7 @@ use self::limits::{AtATime, One, Rate};
 pub use self::tls::Certificate;
 use self::tokens::Token;
 use crate::api::Refused;
+use crate::e2b::Sandboxes;
 use crate::lease::Leases;
 
 /// How the daemon is reached besides its Unix socket.
@@ -78,6 +79,10 @@ enum Credential {
     Key(String),
     /// A session's token.
     Token(Token),
+    /// A volume's token.
+    Volume(Token),
+    /// That a sandbox's ports are open to all, or a signature for one of its files.
+    Visitor(Uuid),
     /// Nothing was needed.
     None,
 }
@@ -128,12 +133,79 @@ impl Caller {
         }
     }
 
+    /// Whoever asks for what of a sandbox is open without a key.
+    fn visitor(sandbox: Uuid) -> Self {
+        Self {
+            credential: Credential::Visitor(sandbox),
+            name: "visitor".to_owned(),
+            scope: Scope::Operate,
+            reach: Reach::One(sandbox),
+            expires: None,
+            open: None,
+        }
+    }
+
+    /// Who has a volume's token, which is good for nothing else.
+    fn holder(token: Token) -> Self {
+        Self {
+            name: "token".to_owned(),
+            scope: Scope::Operate,
+            // No session has this one.
+            reach: Reach::One(Uuid::nil()),
+            expires: Timestamp::from_second(token.expires).ok(),
+            credential: Credential::Volume(token),
+            open: None,
+        }
+    }
+
+    /// Whether it may use the files of this volume.
+    pub(crate) fn holds(&self, volume: Uuid) -> bool {
+        match &self.credential {
+            Credential::Volume(token) => token.session == volume,
+            Credential::Local { .. } => true,
+            _ => false,
+        }
+    }
+
+    /// Whether it has shown nothing of ours, so that all that it sends is for the session.
+    pub(crate) fn is_visitor(&self) -> bool {
+        matches!(self.credential, Credential::Visitor(_))
+    }
+
+    /// Whether it was let in by a session's token.
+    pub(crate) fn is_token(&self) -> bool {
+        matches!(self.credential, Credential::Token(_))
+    }
+
+    /// The key by which it is let in, or in whose name.
+    pub(crate) fn key(&self) -> Option<&str> {
+        match &self.credential {
+            Credential::Key(id) => Some(id),
+            Credential::Token(token) | Credential::Volume(token) => token.issuer.as_deref(),
+            Credential::Local { .. } | Credential::Visitor(_) | Credential::None => None,
+        }
+    }
+
+    /// When what it is let in by is void.
+    pub(crate) fn expires(&self) -> Option<Timestamp> {
+        self.expires
+    }
+
+    /// A name for a new session, if it may only use sessions with names.
+    pub(crate) fn name_for_new(&self) -> Option<String> {
+        match &self.reach {
+            Reach::Prefix(prefix) => Some(format!("{prefix}{}", Uuid::new_v4().simple())),
+            Reach::All | Reach::One(_) => None,
+        }
+    }
+
     /// What its requests are counted by.
     fn counted_as(&self) -> Option<String> {
         match &self.credential {
             Credential::Local { .. } | Credential::None => None,
             Credential::Key(id) => Some(id.clone()),
-            Credential::Token(token) => Some(token.session.to_string()),
+            Credential::Token(token) | Credential::Volume(token) => Some(token.session.to_string()),
+            Credential::Visitor(sandbox) => Some(format!("visitors of {sandbox}")),
         }
     }
 
@@ -142,7 +214,10 @@ impl Caller {
         match &self.credential {
             Credential::Local { uid } => format!("uid {uid}"),
             Credential::Key(id) => format!("key {id}"),
-            Credential::Token(token) => format!("token {}", token.session),
+            Credential::Token(token) | Credential::Volume(token) => {
+                format!("token {}", token.session)
+            }
+            Credential::Visitor(sandbox) => format!("visitor of {sandbox}"),
             Credential::None => String::new(),
         }
     }
@@ -155,6 +230,10 @@ impl Caller {
             Credential::Token(token) => {
                 serde_json::json!({ "token_of": token.session, "key": token.issuer })
             }
+            Credential::Volume(token) => {
+                serde_json::json!({ "volume": token.session, "key": token.issuer })
+            }
+            Credential::Visitor(sandbox) => serde_json::json!({ "visitor_of": sandbox }),
             Credential::None => serde_json::Value::Null,
         }
     }
@@ -219,8 +298,8 @@ const REQUESTS: [f64; 2] = [1000.0, 4000.0];
 /// How many a key may have open at a time.
 const OPEN: usize = 512;
 /// How many requests of one address are refused in a second, and at once, before it is told to
-/// wait.
-const REFUSALS: [f64; 2] = [1.0, 30.0];
+/// wait: more than the tests of an honest client, and nothing to whoever guesses keys.
+const REFUSALS: [f64; 2] = [5.0, 100.0];
 
 /// How often it is written down when keys were last used.
 const REMEMBER: Duration = Duration::from_mins(5);
@@ -230,6 +309,7 @@ pub(crate) struct Access {
     pub(crate) pool: Arc<MicroVmManager>,
     pub(crate) leases: Arc<Leases>,
     pub(crate) keys: Keys,
+    pub(crate) sandboxes: Arc<Sandboxes>,
     front: RwLock<Arc<Front>>,
     audit: Audit,
     requests: Rate<String>,
@@ -242,6 +322,7 @@ impl Access {
         pool: Arc<MicroVmManager>,
         leases: Arc<Leases>,
         keys: Keys,
+        sandboxes: Arc<Sandboxes>,
         front: Front,
         audit: Audit,
     ) -> Self {
@@ -251,6 +332,7 @@ impl Access {
             pool,
             leases,
             keys,
+            sandboxes,
             front: RwLock::new(Arc::new(front)),
             audit,
             requests: Rate::new(a_second, at_once),
@@ -262,6 +344,11 @@ impl Access {
     /// How the daemon is reached, as it is now.
     pub(crate) fn front(&self) -> Arc<Front> {
         self.front.read().clone()
+    }
+
+    /// Whether a request came by TLS.
+    pub(crate) fn is_tls(extensions: &axum::http::Extensions) -> bool {
+        matches!(extensions.get::<Peer>(), Some(Peer::Tcp { tls: true, .. }))
     }
 
     /// Changes how the daemon is reached, for requests from now on.
@@ -296,9 +383,10 @@ impl Access {
     /// Whether what a caller was let in by is still good.
     fn is_good(&self, caller: &Caller) -> bool {
         match &caller.credential {
-            Credential::Local { .. } | Credential::None => true,
+            Credential::Local { .. } | Credential::Visitor(_) | Credential::None => true,
             Credential::Key(id) => self.keys.is_good(id),
             Credential::Token(token) => self.keys.good_token(token) && self.is_of_today(token),
+            Credential::Volume(token) => self.keys.good_token(token),
         }
     }
 

@@ -117,12 +117,7 @@ async fn token(
     }
     let expires = Timestamp::now() + life;
     let expires = caller.expires.map_or(expires, |at| at.min(expires));
-    let issuer = match &caller.credential {
-        Credential::Key(id) => Some(id.as_str()),
-        Credential::Token(token) => token.issuer.as_deref(),
-        Credential::Local { .. } | Credential::None => None,
-    };
-    let token = access.keys.token(session, issuer, expires);
+    let token = access.keys.token(session, caller.key(), expires);
     let told = Token { token, session, expires_at: expires.to_string() };
     Ok((StatusCode::CREATED, axum::Json(told)).into_response())
 }

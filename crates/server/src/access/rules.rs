@@ -21,11 +21,13 @@ pub(crate) enum On {
 pub(crate) enum Need {
     /// Nothing.
     Nothing,
+    /// The token of a volume: of the one that the path names, the handler finds out.
+    Volume,
     /// A scope, over what is touched.
     Scope(Scope, On),
 }
 
-use Need::{Nothing, Scope as Of};
+use Need::{Nothing, Scope as Of, Volume};
 use On::{All, Session, Some as Seen};
 use Scope::{Admin, Operate, Read};
 
@@ -61,6 +63,7 @@ const RULES: &[(&str, &str, Need)] = &[
     // Its backups stay; and who may run commands in it may delete all that is in it anyway.
     ("DELETE", "/v1/sessions/{session}", Of(Operate, Session)),
     ("POST", "/v1/sessions/{session}/start", Of(Operate, Session)),
+    ("POST", "/v1/sessions/{session}/pause", Of(Operate, Session)),
     ("POST", "/v1/sessions/{session}/stop", Of(Operate, Session)),
     ("POST", "/v1/sessions/{session}/backup", Of(Operate, Session)),
     ("GET", "/v1/sessions/{session}/backups", Of(Read, Session)),
@@ -87,6 +90,60 @@ const RULES: &[(&str, &str, Need)] = &[
     ("POST", "/v1/sessions/{session}/processes/{process}/input", Of(Operate, Session)),
     ("POST", "/v1/sessions/{session}/processes/{process}/signal", Of(Operate, Session)),
     ("PUT", "/v1/sessions/{session}/processes/{process}/size", Of(Operate, Session)),
+    // E2B's control plane: of which sandboxes a caller may know is the handlers' to find out.
+    ("GET", "/sandboxes", Of(Read, Seen)),
+    ("POST", "/sandboxes", Of(Operate, Seen)),
+    ("GET", "/v2/sandboxes", Of(Read, Seen)),
+    ("POST", "/v2/sandboxes", Of(Operate, Seen)),
+    ("GET", "/sandboxes/metrics", Of(Read, Seen)),
+    // It has the token that lets in.
+    ("GET", "/sandboxes/{sandbox}", Of(Operate, Seen)),
+    ("DELETE", "/sandboxes/{sandbox}", Of(Operate, Seen)),
+    ("POST", "/sandboxes/{sandbox}/pause", Of(Operate, Seen)),
+    ("POST", "/sandboxes/{sandbox}/resume", Of(Operate, Seen)),
+    ("POST", "/sandboxes/{sandbox}/connect", Of(Operate, Seen)),
+    ("POST", "/v2/sandboxes/{sandbox}/connect", Of(Operate, Seen)),
+    ("POST", "/sandboxes/{sandbox}/timeout", Of(Operate, Seen)),
+    ("POST", "/sandboxes/{sandbox}/refreshes", Of(Operate, Seen)),
+    ("POST", "/sandboxes/{sandbox}/fork", Of(Operate, Seen)),
+    ("POST", "/sandboxes/{sandbox}/snapshots", Of(Operate, Seen)),
+    ("GET", "/sandboxes/{sandbox}/metrics", Of(Read, Seen)),
+    ("GET", "/sandboxes/{sandbox}/logs", Of(Read, Seen)),
+    ("GET", "/v2/sandboxes/{sandbox}/logs", Of(Read, Seen)),
+    ("PUT", "/sandboxes/{sandbox}/network", Of(Operate, Seen)),
+    // Templates are of all sessions: what one key builds, another one's sandboxes are made of.
+    ("GET", "/snapshots", Of(Read, All)),
+    ("GET", "/templates", Of(Read, Seen)),
+    ("GET", "/v2/templates", Of(Read, Seen)),
+    ("GET", "/default-templates", Of(Read, Seen)),
+    ("POST", "/v3/templates", Of(Operate, All)),
+    ("GET", "/templates/aliases/{alias}", Of(Read, Seen)),
+    ("POST", "/templates/tags", Of(Operate, All)),
+    ("DELETE", "/templates/tags", Of(Operate, All)),
+    ("GET", "/templates/{template}", Of(Read, Seen)),
+    ("DELETE", "/templates/{template}", Of(Operate, All)),
+    ("PATCH", "/templates/{template}", Of(Operate, All)),
+    ("PATCH", "/v2/templates/{template}", Of(Operate, All)),
+    ("GET", "/templates/{template}/tags", Of(Read, Seen)),
+    ("GET", "/templates/{template}/files/{hash}", Of(Operate, All)),
+    // The link that it is sent to says that it may be.
+    ("PUT", "/templates/{template}/files/{hash}/content", Nothing),
+    ("POST", "/v2/templates/{template}/builds/{build}", Of(Operate, All)),
+    ("GET", "/templates/{template}/builds/{build}/status", Of(Read, All)),
+    ("GET", "/templates/{template}/builds/{build}/logs", Of(Read, All)),
+    // Volumes, too.
+    ("GET", "/volumes", Of(Read, All)),
+    ("POST", "/volumes", Of(Operate, All)),
+    // It has the token that lets in.
+    ("GET", "/volumes/{volume}", Of(Operate, All)),
+    ("DELETE", "/volumes/{volume}", Of(Operate, All)),
+    ("*", "/volumecontent/{volume}/path", Volume),
+    ("*", "/volumecontent/{volume}/dir", Volume),
+    ("*", "/volumecontent/{volume}/file", Volume),
+    ("*", "/secrets", Of(Read, Seen)),
+    ("*", "/secrets/{secret}", Of(Read, Seen)),
+    // Only a way to the routes above, each of which is asked for as whoever asks here.
+    ("*", "/mcp", Of(Operate, Seen)),
     // envd's, for the session in a header.
     ("*", "/process.Process/{method}", Of(Operate, Session)),
     ("*", "/filesystem.Filesystem/{method}", Of(Operate, Session)),
@@ -102,7 +159,8 @@ pub(crate) fn need(method: &Method, route: &str) -> Need {
     rule(method, route).unwrap_or(Of(Admin, All))
 }
 
-fn rule(method: &Method, route: &str) -> Option<Need> {
+/// The same, if there is such a route.
+pub(super) fn rule(method: &Method, route: &str) -> Option<Need> {
     let method = if *method == Method::HEAD { "GET" } else { method.as_str() };
     let rule = RULES.iter().find(|(for_method, for_route, _)| {
         (*for_method == "*" || *for_method == method) && *for_route == route
@@ -121,6 +179,8 @@ pub(crate) fn goes_on(route: &str) -> bool {
         "/filesystem.Filesystem/GetWatcherEvents",
         "/v1/sessions/{session}/processes/{process}/input",
         "/v1/sessions/{session}/processes/{process}/size",
+        // What it does is asked for once more, by its own route.
+        "/mcp",
     ]
     .contains(&route)
 }
@@ -180,14 +240,20 @@ mod tests {
         let processes =
             denizen_agent::envd::processes(Arc::new(crate::lease::Resolver(leases.clone())));
         let recent = crate::api::Recent::of(&pool).unwrap();
-        let api = crate::api::Api::new(pool.clone(), leases.clone(), Arc::default(), recent);
         let keys = super::super::Keys::open(folder.path()).unwrap();
         let front = super::super::Front::default();
         let audit = super::super::audit::Audit::open(folder.path(), 1).unwrap();
-        let access = super::super::Access::new(pool.clone(), leases, keys, front, audit);
-        let api = crate::api::router(api, Arc::new(access));
+        let sandboxes = crate::e2b::Sandboxes::open(pool.clone(), leases.clone(), folder.path());
+        let sandboxes = Arc::new(sandboxes.unwrap());
+        let (stop, all) = (Arc::default(), sandboxes.clone());
+        let api = crate::api::Api::new(pool.clone(), leases.clone(), stop, recent, all);
+        let access =
+            super::super::Access::new(pool.clone(), leases, keys, sandboxes.clone(), front, audit);
+        let access = Arc::new(access);
+        let e2b = crate::e2b::router(crate::e2b::E2b::new(sandboxes, access.clone()));
+        let api = crate::api::router(api, access);
         let mut all = Vec::new();
-        for routes in [routes(&api), routes(&crate::web::router()), routes(&envd)] {
+        for routes in [routes(&api), routes(&crate::web::router()), routes(&envd), routes(&e2b)] {
             assert!(routes.len() > 1, "{routes:?}");
             all.extend(routes);
         }

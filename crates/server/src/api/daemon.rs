@@ -14,7 +14,7 @@ use tokio::time::Instant;
 
 use super::Api;
 use super::refusal::{Answer, Refused};
-use crate::access::guard::named;
+use crate::access::guard::{self, named};
 
 /// Whether the daemon is there.
 #[utoipa::path(get, path = "/v1/health", tag = "daemon",
@@ -124,7 +124,8 @@ pub(crate) async fn metrics(State(api): State<Api>) -> Answer<Response> {
     Ok(([(CONTENT_TYPE, crate::metrics::CONTENT_TYPE)], text).into_response())
 }
 
-/// Answers `GET /metrics` for the daemon, if it is of no session; all else is envd's.
+/// Answers `GET /metrics` for the daemon, and `GET /health` for E2B's API, if they are of no session;
+/// all else is envd's.
 pub(crate) async fn metrics_or_envd(
     State(api): State<Api>,
     request: Request,
@@ -134,7 +135,11 @@ pub(crate) async fn metrics_or_envd(
     if is_read && request.uri().path() == "/metrics" && named(request.headers()).is_none() {
         return metrics(State(api)).await.into_response();
     }
-    next.run(request).await
+    let (parts, body) = request.into_parts();
+    if guard::is_of_api(&parts) {
+        return "Health check successful".into_response();
+    }
+    next.run(Request::from_parts(parts, body)).await
 }
 
 /// End the daemon and what runs in its sessions.

@@ -4,9 +4,8 @@
 
 use axum::body::Body;
 use axum::extract::{Request, State};
-use axum::http::header::CONTENT_SECURITY_POLICY;
+use axum::http::Uri;
 use axum::http::uri::PathAndQuery;
-use axum::http::{HeaderValue, Uri};
 use axum::response::Response;
 use connectrpc::{ConnectError, ErrorCode};
 use denizen::Isolation;
@@ -17,7 +16,7 @@ use super::Api;
 use super::extract::session;
 use super::refusal::{Answer, Refused};
 use super::wire::{Binary, ServerSent};
-use crate::files::pass;
+use crate::files::{pass, secure};
 
 /// Read a file, or look at what is at a path.
 ///
@@ -151,13 +150,6 @@ async fn serve(api: &Api, mut request: Request) -> Answer<Response> {
         pass(lease, request).await.map_err(refused)?
     };
     Ok(secure(response))
-}
-
-/// Should a browser show it, it is nothing of ours: it has the origin of nobody, and runs nothing.
-fn secure(mut response: Response) -> Response {
-    let nothing = HeaderValue::from_static("sandbox; default-src 'none'");
-    response.headers_mut().insert(CONTENT_SECURITY_POLICY, nothing);
-    response
 }
 
 fn refused(error: ConnectError) -> Refused {

@@ -6,7 +6,6 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::Extension;
 use axum::body::Body;
 use axum::extract::{Request, State};
 use axum::http::header::{
@@ -14,7 +13,7 @@ use axum::http::header::{
 };
 use axum::http::request::Parts;
 use axum::http::uri::PathAndQuery;
-use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, Uri, Version};
+use axum::http::{Extensions, HeaderMap, HeaderName, HeaderValue, StatusCode, Uri, Version};
 use axum::response::{IntoResponse, Response};
 use denizen_api::Code;
 use hyper::client::conn::http1;
@@ -25,8 +24,9 @@ use tokio::net::TcpStream;
 use super::Api;
 use super::extract::{self, Path};
 use super::refusal::{Answer, Refused};
-use crate::access::Peer;
-use crate::access::guard::ByName;
+use crate::access::guard::{ByName, ENVD_PORT};
+use crate::access::{Caller, Peer};
+use crate::e2b::Visit;
 use crate::files::{drop_credentials, drop_hop_by_hop};
 use crate::lease::Lease;
 
@@ -37,6 +37,9 @@ const HEAD: usize = 64 * 1024;
 /// What a page of a session may do that is served under our own origin: run, and nothing that
 /// needs an origin.
 const SANDBOX: HeaderValue = HeaderValue::from_static("sandbox allow-scripts allow-forms");
+/// What tells our own guard which port, and lets in.
+const OF_E2B: [&str; 4] =
+    ["e2b-sandbox-id", "e2b-sandbox-port", "e2b-traffic-access-token", "x-access-token"];
 /// What an answer would say of our whole origin.
 const OF_ORIGIN: [&str; 4] =
     ["alt-svc", "clear-site-data", "service-worker-allowed", "strict-transport-security"];
@@ -52,6 +55,10 @@ pub(crate) async fn connect(
     Path((session, port)): Path<(String, u16)>,
     mut request: Request,
 ) -> Answer<Response> {
+    if request.extensions().get::<Caller>().is_some_and(Caller::is_visitor) {
+        // What is open to all is what speaks HTTP.
+        return Err(Refused::new(Code::Forbidden, "a bare connection to a port needs a key"));
+    }
     let upgrades = request.headers().get(UPGRADE).is_some_and(|it| it == "tcp");
     if !upgrades {
         let detail = "a port is reached by an upgrade of the connection to tcp; what speaks HTTP \
@@ -101,11 +108,33 @@ async fn reach(lease: &Lease, session: &str, port: u16) -> Answer<TcpStream> {
 pub(crate) async fn proxied(
     state: State<Api>,
     path: Path<Place>,
-    peer: Option<Extension<Peer>>,
-    by_name: Option<Extension<ByName>>,
     request: Request,
 ) -> Answer<Response> {
-    proxy(state, path, peer, by_name, request).await
+    proxy(state, path, request).await
+}
+
+/// How a port is asked.
+struct Asked {
+    peer: Option<Peer>,
+    /// By a name of its own.
+    by_name: bool,
+    /// By somebody who has shown nothing of ours: what looks like it is for the port.
+    by_visitor: bool,
+    /// What the port is told to be the host.
+    host: Option<HeaderValue>,
+}
+
+impl Asked {
+    fn of(extensions: &Extensions, api: &Api) -> Self {
+        let visit = extensions.get::<Visit>();
+        let host = visit.and_then(|visit| api.sandboxes.host_for(*visit));
+        Self {
+            peer: extensions.get().cloned(),
+            by_name: extensions.get::<ByName>().is_some(),
+            by_visitor: extensions.get::<Caller>().is_some_and(Caller::is_visitor),
+            host: host.and_then(|host| host.try_into().ok()),
+        }
+    }
 }
 
 /// Which port of which session.
@@ -119,16 +148,20 @@ pub(crate) struct Place {
 pub(crate) async fn proxy(
     State(api): State<Api>,
     Path(Place { session, port }): Path<Place>,
-    peer: Option<Extension<Peer>>,
-    by_name: Option<Extension<ByName>>,
     mut request: Request,
 ) -> Answer<Response> {
+    let asked = Asked::of(request.extensions(), &api);
     let lease = api.take_known(&session).await?;
-    let inside = reach(&lease, &session, port).await?;
+    let inside = reach(&lease, &session, port).await.map_err(|refused| {
+        let of_envd = port == ENVD_PORT && request.extensions().get::<Visit>().is_some();
+        // It is outside, and has no such path.
+        let nothing = || Refused::new(Code::NotFound, "404 page not found");
+        if of_envd && refused.0.code == Code::Port { nothing() } else { refused }
+    })?;
     let upgrade = hyper::upgrade::on(&mut request);
     let (mut parts, body) = request.into_parts();
     let wanted = upgrade_wanted(&parts);
-    prepare(&mut parts, peer.as_deref(), by_name.is_none())?;
+    prepare(&mut parts, &asked)?;
     if let Some(protocol) = &wanted {
         parts.headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
         parts.headers.insert(UPGRADE, protocol.clone());
@@ -139,6 +172,8 @@ pub(crate) async fn proxy(
     };
     let (mut requests, connection) = http1::Builder::new()
         .max_buf_size(HEAD)
+        // Some of what listens there knows no other spelling.
+        .title_case_headers(true)
         .handshake(TokioIo::new(inside))
         .await
         .map_err(failed)?;
@@ -155,8 +190,8 @@ pub(crate) async fn proxy(
     parts.version = Version::default();
     let protocol = parts.headers.get(UPGRADE).cloned();
     drop_hop_by_hop(&mut parts.headers);
-    parts.headers.remove(SET_COOKIE);
-    if by_name.is_none() {
+    drop_cookies(&mut parts.headers, &asked);
+    if !asked.by_name {
         for name in OF_ORIGIN {
             parts.headers.remove(name);
         }
@@ -188,7 +223,7 @@ fn upgrade_wanted(parts: &Parts) -> Option<HeaderValue> {
 }
 
 /// Makes a request one for the port.
-fn prepare(parts: &mut Parts, peer: Option<&Peer>, by_path: bool) -> Answer<()> {
+fn prepare(parts: &mut Parts, asked: &Asked) -> Answer<()> {
     let uri = std::mem::take(&mut parts.uri);
     let gone = || Refused::new(Code::NotFound, "this is no path of a port");
     let (_, rest) = extract::session(uri.path()).ok_or_else(gone)?;
@@ -196,22 +231,59 @@ fn prepare(parts: &mut Parts, peer: Option<&Peer>, by_path: bool) -> Answer<()> 
     let after = rest.strip_prefix("/ports/").ok_or_else(gone)?;
     let path = after.find('/').map(|at| &after[at..]).ok_or_else(gone)?;
     let query = uri.query().map(|query| format!("?{query}")).unwrap_or_default();
-    let asked: PathAndQuery = format!("{path}{query}").parse().map_err(|_| gone())?;
+    let wanted: PathAndQuery = format!("{path}{query}").parse().map_err(|_| gone())?;
     let host = uri.authority().map(|host| host.as_str().to_owned());
     let host = host.and_then(|host| HeaderValue::try_from(host).ok());
     let host = host.or_else(|| parts.headers.get(HOST).cloned());
-    let prefix = by_path.then(|| &uri.path()[..uri.path().len() - path.len()]);
+    let host = asked.host.clone().or(host);
+    let prefix = (!asked.by_name).then(|| &uri.path()[..uri.path().len() - path.len()]);
     drop_hop_by_hop(&mut parts.headers);
-    drop_credentials(&mut parts.headers);
+    if !(asked.by_visitor && asked.by_name) {
+        drop_credentials(&mut parts.headers);
+    }
+    drop_ours(&mut parts.headers);
+    for name in OF_E2B {
+        parts.headers.remove(name);
+    }
     // It was said to the client already that it may go on.
     parts.headers.remove(EXPECT);
-    forwarded(&mut parts.headers, peer, host.as_ref(), prefix);
+    forwarded(&mut parts.headers, asked.peer.as_ref(), host.as_ref(), prefix);
     if let Some(host) = host {
         parts.headers.insert(HOST, host);
     }
-    parts.uri = Uri::from(asked);
+    parts.uri = Uri::from(wanted);
     parts.version = Version::HTTP_11;
     Ok(())
+}
+
+/// Drops what looks like a key or token of ours, good or not, wherever it is.
+fn drop_ours(headers: &mut HeaderMap) {
+    let ours = |value: &HeaderValue| {
+        let text = String::from_utf8_lossy(value.as_bytes());
+        text.split([' ', '=', ';', ','])
+            .any(|word| word.starts_with("dk_") || word.starts_with("dt_"))
+    };
+    let names: Vec<HeaderName> =
+        headers.iter().filter(|(_, value)| ours(value)).map(|(name, _)| name.clone()).collect();
+    for name in names {
+        headers.remove(name);
+    }
+}
+
+/// Drops cookies, which would be for our origin. One whose name is a sandbox's own has an origin of
+/// its own, where a cookie is for that alone as long as it names no domain.
+fn drop_cookies(headers: &mut HeaderMap, asked: &Asked) {
+    let axum::http::header::Entry::Occupied(all) = headers.entry(SET_COOKIE) else { return };
+    let (_, all) = all.remove_entry_mult();
+    let own = |cookie: &HeaderValue| {
+        let text = String::from_utf8_lossy(cookie.as_bytes()).to_ascii_lowercase();
+        !text.split(';').skip(1).any(|part| part.trim_start().starts_with("domain"))
+    };
+    let kept: Vec<HeaderValue> =
+        all.filter(|it| asked.by_name && asked.by_visitor && own(it)).collect();
+    for cookie in kept {
+        headers.append(SET_COOKIE, cookie);
+    }
 }
 
 /// Tells who asks, by what the daemon knows itself (RFC 7239): what a client says of that, anybody

@@ -12,7 +12,7 @@ use utoipa::openapi::{Ref, RefOr};
 pub(crate) struct Refused(
     pub(crate) Problem,
     /// After how many seconds the same may be asked again, if it may be.
-    u64,
+    pub(crate) u64,
 );
 
 impl Refused {
@@ -54,6 +54,8 @@ impl IntoResponse for Refused {
             }
             _ => {}
         }
+        // For who words it in another way.
+        response.extensions_mut().insert(problem);
         response
     }
 }
@@ -68,8 +70,10 @@ impl From<Error> for Refused {
             Error::NoSnapshot { .. } => Code::NoSnapshot,
             Error::SnapshotExists { .. } => Code::SnapshotExists,
             Error::Name { .. } => Code::BadName,
-            Error::InUse { .. } => Code::InUse,
-            Error::AlreadyExists { .. } => Code::AlreadyExists,
+            Error::InUse { .. } | Error::ShareInUse { .. } => Code::InUse,
+            Error::AlreadyExists { .. } | Error::ShareExists { .. } => Code::AlreadyExists,
+            Error::UnknownShare { .. } => Code::NotFound,
+            Error::Mounts { .. } => Code::BadRequest,
             Error::BrokenOff { .. } => Code::BrokenOff,
             Error::NotImported(ArchiveError::NoSpace { .. })
             | Error::Backup(ArchiveError::NoSpace { .. }) => Code::NoSpace,
@@ -83,7 +87,7 @@ impl From<Error> for Refused {
             Error::VolumeMissing { .. } => Code::VolumeMissing,
             Error::AtCapacity { .. } | Error::AcquireTimeout { .. } => Code::AtCapacity,
             Error::Image(denizen_image::Error::NotFound { .. }) => Code::UnknownImage,
-            Error::Isolation { .. } => Code::Isolation,
+            Error::Isolation { .. } | Error::NoFreezer { .. } => Code::Isolation,
             Error::ShuttingDown => Code::ShuttingDown,
             _ => Code::Failed,
         };

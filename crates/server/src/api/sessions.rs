@@ -17,7 +17,6 @@ use super::extract::{Json, Path, Query};
 use super::refusal::{Answer, Refused};
 use super::{Api, wire};
 use crate::access::Caller;
-use crate::lease::Closed;
 
 /// Most sessions in one part of a list.
 const MOST: usize = 1000;
@@ -217,6 +216,21 @@ pub(crate) async fn start(
     Ok(axum::Json(begin(&api, id, None).await?))
 }
 
+/// Put a session to sleep as it stands, with what runs in it.
+///
+/// It sleeps until it is next used, and goes on then. Already asleep, stopped or archived is fine.
+#[utoipa::path(post, path = "/v1/sessions/{session}/pause", tag = "sessions",
+    params(("session" = String, Path, description = "Name or UUID")),
+    responses((status = 204, description = "It sleeps"), Refused))]
+pub(crate) async fn pause(
+    State(api): State<Api>,
+    Path(session): Path<String>,
+) -> Answer<StatusCode> {
+    let id = api.leases.find(&session)?;
+    api.pool.pause(id).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
 /// Whether what runs is ended.
 #[derive(Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
@@ -237,20 +251,8 @@ pub(crate) async fn stop(
     Query(Force { force }): Query<Force>,
 ) -> Answer<StatusCode> {
     let id = api.leases.find(&session)?;
-    drop(end(&api, id, force).await?);
+    drop(api.leases.stop(id, force).await?);
     Ok(StatusCode::NO_CONTENT)
-}
-
-/// With force, what requests do in it is ended first, and they give the guard back on their own;
-/// then nobody is let in until what is returned is dropped.
-async fn end(api: &Api, id: Uuid, force: bool) -> Result<Option<Closed>, Error> {
-    let mut closed = None;
-    loop {
-        match api.pool.stop(id, force).await {
-            Err(Error::InUse { .. }) if force => closed = Some(api.leases.close(id).await?),
-            done => return done.map(|()| closed),
-        }
-    }
 }
 
 /// Remove a session, its local files and snapshots; backups stay.
@@ -263,16 +265,11 @@ pub(crate) async fn remove(
     Query(Force { force }): Query<Force>,
 ) -> Answer<StatusCode> {
     let id = api.leases.find(&session)?;
-    let mut closed = None;
     if force {
-        api.pool.inspect(id)?;
-        closed = match end(&api, id, true).await {
-            Err(Error::VolumeMissing { .. }) => None,
-            ended => ended?,
-        };
+        api.leases.remove(id).await?;
+    } else {
+        api.pool.remove(id).await?;
     }
-    api.pool.remove(id).await?;
-    drop(closed);
     Ok(StatusCode::NO_CONTENT)
 }
 

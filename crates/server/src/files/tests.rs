@@ -183,7 +183,7 @@ async fn what_lets_a_client_in_does_not_reach_the_agent() {
         .header("range", "bytes=1-2")
         .body(Body::empty())
         .unwrap();
-    let request = for_the_agent(request).unwrap();
+    let request = for_the_agent(request, None).unwrap();
     ask(&mut requests, request, Duration::from_secs(20)).await.unwrap();
     let (uri, headers) = heard.recv().await.unwrap();
     assert_eq!(uri.path_and_query().unwrap(), "/files?path=a");

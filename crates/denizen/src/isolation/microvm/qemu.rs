@@ -112,6 +112,7 @@ impl Qemu {
                 argv,
                 // Its temporary files go nowhere else.
                 env: vec![("TMPDIR".into(), "/tmp".into())],
+                user: None,
                 cwd: "/".into(),
                 stdin: their_control,
                 stdout: their_port,
@@ -318,6 +319,10 @@ impl Machine {
 
     /// Has it tell how far memory is, and not take its time.
     async fn prepare_migration(&self) -> io::Result<()> {
+        // What is left of one that was given up says nothing of this one.
+        let mut events = self.migration.lock().await;
+        while events.try_recv().is_ok() {}
+        drop(events);
         let capabilities = vec![qmp::MigrationCapabilityStatus {
             capability: qmp::MigrationCapability::events,
             state: true,

@@ -78,7 +78,7 @@ impl Machine {
             .args(["-m", "256", "-smp", "1", "-nodefaults", "-no-user-config"])
             .args(["-display", "none", "-no-reboot"])
             .args([Path::new("-kernel"), &kernel.image, Path::new("-initrd"), &initramfs])
-            .args(["-append", &format!("console=ttyS0 panic=-1 quiet {line}")])
+            .args(["-append", &format!("console=ttyS0 panic=-1 quiet no_timer_check {line}")])
             .args(["-serial", &format!("file:{}", self.path("console"))])
             .args(["-chardev", &format!("file,id=relay,path={}", self.path("relay"))])
             .args(["-device", "virtio-serial-pci"])

@@ -1,5 +1,5 @@
 //! A program of the host that every sandbox has, whatever its root: denizen's own, which
-//! serves a session's files from within. With it come the loader and the libraries that it
+//! serves a session's files from within and is the sandbox's `sudo`. With it come the loader and the libraries that it
 //! was linked with, so that it runs where there are none, or others. It is shown read-only;
 //! nothing here runs it.
 
@@ -13,6 +13,8 @@ use super::plan::{Attributes, Plan};
 
 /// Where it is within.
 const FOLDER: &str = "/run/denizen";
+/// What is run there as `sudo`.
+const SUDO: &str = "/run/denizen/sudo";
 
 /// The program and what it needs.
 #[derive(Clone, Debug)]
@@ -62,6 +64,11 @@ impl Carried {
             plan.step(["file", &within]);
             plan.bind(path, &within, Attributes::PROGRAM);
         }
+        let words: Vec<_> =
+            self.command().iter().map(|word| format!("'{}'", word.to_string_lossy())).collect();
+        let script = format!("#!/bin/sh\nexec {} sudo \"$@\"\n", words.join(" "));
+        plan.step(["put", SUDO, "755", &script]);
+        plan.step(["sudo"]);
     }
 
     /// How it is run within.

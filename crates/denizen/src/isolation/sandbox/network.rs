@@ -9,11 +9,14 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use denizen_agent::Door;
-use denizen_network::{DNS, Egress, Event, GATEWAY, Gateway, HostResolver, MTU, Rules};
+use denizen_network::{
+    DNS, Egress, EgressRules, Event, GATEWAY, Gateway, HostResolver, MTU, Narrowed, Rules,
+};
 use parking_lot::Mutex;
 use rustix::fs::FileType;
 use rustix::net::sockopt::socket_acceptconn;
 use tokio::runtime::Handle;
+use tokio::sync::watch;
 use tokio::task::AbortHandle;
 use uuid::Uuid;
 
@@ -30,17 +33,20 @@ pub(super) struct Networks {
     network: Network,
     notices: Option<Notices>,
     served: Arc<Mutex<HashMap<Uuid, Served>>>,
+    /// The rules of those that have some of their own. Locked after `served`, if both are.
+    own: Arc<Mutex<HashMap<Uuid, EgressRules>>>,
 }
 
 /// A way that is served, and whose it is.
 struct Served {
     owner: Arc<Mutex<Uuid>>,
+    own: watch::Sender<EgressRules>,
     task: AbortHandle,
 }
 
 impl Networks {
     pub(super) fn new(network: Network, notices: Option<Notices>) -> Self {
-        Self { network, notices, served: Arc::default() }
+        Self { network, notices, served: Arc::default(), own: Arc::default() }
     }
 
     /// What a sandbox needs within.
@@ -53,7 +59,7 @@ impl Networks {
                 let (address, prefix) = ADDRESS;
                 plan.step(["tun", &number(address), &number(GATEWAY.0)]);
                 plan.step([prefix.to_string(), MTU.to_string()]);
-                plan.step(["put", "/etc/resolv.conf", &format!("nameserver {DNS}\n")]);
+                plan.step(["put", "/etc/resolv.conf", "644", &format!("nameserver {DNS}\n")]);
             }
         }
     }
@@ -89,7 +95,7 @@ impl Networks {
             }
         };
         let full = matches!(self.network, Network::Full(_));
-        let (served, runtime) = (self.served.clone(), runtime.clone());
+        let (served, own, runtime) = (self.served.clone(), self.own.clone(), runtime.clone());
         let notices = self.notices.clone();
         Some(Door(Arc::new(move |way: OwnedFd| {
             let notices = notices.clone();
@@ -103,9 +109,11 @@ impl Networks {
                     }
                 }
             };
-            let task = runtime.spawn(serve(owner.clone(), way, rules.clone(), full, told));
-            let task = task.abort_handle();
-            if let Some(before) = served.lock().insert(id, Served { owner, task }) {
+            let mut served = served.lock();
+            let (own, narrowed) = watch::channel(own.lock().get(&id).cloned().unwrap_or_default());
+            let serving = serve(owner.clone(), way, rules.clone(), narrowed, full, told);
+            let task = runtime.spawn(serving).abort_handle();
+            if let Some(before) = served.insert(id, Served { owner, own, task }) {
                 before.task.abort();
             }
         })))
@@ -116,7 +124,21 @@ impl Networks {
         let mut served = self.served.lock();
         if let Some(way) = served.remove(&from) {
             *way.owner.lock() = to;
+            way.own.send_replace(self.own.lock().get(&to).cloned().unwrap_or_default());
             served.insert(to, way);
+        }
+    }
+
+    /// Which rules of its own a sandbox has from now on.
+    pub(super) fn narrow(&self, id: Uuid, rules: Option<EgressRules>) {
+        let served = self.served.lock();
+        let mut own = self.own.lock();
+        if let Some(way) = served.get(&id) {
+            way.own.send_replace(rules.clone().unwrap_or_default());
+        }
+        match rules {
+            Some(rules) => drop(own.insert(id, rules)),
+            None => drop(own.remove(&id)),
         }
     }
 
@@ -144,18 +166,20 @@ async fn serve(
     owner: Arc<Mutex<Uuid>>,
     way: OwnedFd,
     rules: Rules,
+    narrowed: Narrowed,
     full: bool,
     told: impl Fn(Event) + Send + Sync + 'static,
 ) {
     let resolver = Arc::new(HostResolver);
     let never = std::future::pending();
     let ended = if full {
-        Gateway::new(rules, resolver, told).serve(way, never).await.map_err(|e| e.to_string())
+        let gateway = Gateway::new(rules, resolver, told).narrowed(narrowed);
+        gateway.serve(way, never).await.map_err(|e| e.to_string())
     } else {
         let listener = tokio::net::TcpListener::from_std(std::net::TcpListener::from(way));
         match listener {
             Ok(listener) => {
-                let egress = Egress::new(rules, resolver, told);
+                let egress = Egress::new(rules, resolver, told).narrowed(narrowed);
                 egress.serve(listener, never).await.map_err(|e| e.to_string())
             }
             Err(error) => Err(error.to_string()),
