@@ -4,7 +4,7 @@ import assert from "node:assert/strict";
 import { readFile } from "node:fs/promises";
 import { createRequire } from "node:module";
 import { join } from "node:path";
-import { after, before, test } from "node:test";
+import { after, afterEach, before, test } from "node:test";
 import { launch, startDaemon } from "./daemon.mjs";
 
 const axe = await readFile(createRequire(import.meta.url).resolve("axe-core/axe.min.js"), "utf8");
@@ -21,11 +21,26 @@ after(async () => {
   await daemon?.stop();
 });
 
+/** The pages of the test that runs. */
+let pages = [];
+afterEach(async (context) => {
+  for (const page of context.passed === false ? pages : []) {
+    const seen = await page.evaluate(() => [
+      location.hash,
+      document.activeElement?.outerHTML.slice(0, 200),
+      document.body.innerText,
+    ]);
+    console.log(`as the page was: ${seen.join("\n")}\nthe daemon: ${daemon.said.join("\n")}`);
+  }
+  pages = [];
+});
+
 /** A page, and all that the browser had to complain of. */
 async function open(options = {}) {
   const context = await browser.newContext({ acceptDownloads: true, ...options });
   const page = await context.newPage();
   page.setDefaultTimeout(PATIENCE);
+  pages.push(page);
   const complaints = [];
   page.on("pageerror", (error) => complaints.push(String(error)));
   page.on("console", (message) => {
@@ -233,9 +248,12 @@ test("all is done by keyboard alone", async () => {
   await page.keyboard.press("Enter");
   await page.getByRole("dialog").waitFor();
   await page.keyboard.press("Escape");
-  await page.getByRole("dialog").waitFor({ state: "detached" });
+  // By its element: one that is closed has no role, and is there until the page has heard of it.
+  await page.locator("dialog").waitFor({ state: "detached" });
   assert.equal(await focused(), "New session");
   await page.keyboard.press("Enter");
+  // What is typed before the dialog is there is for the button below it.
+  await page.getByRole("dialog").getByLabel("Name", { exact: true }).and(page.locator(":focus")).waitFor();
   await page.keyboard.type("by-keys");
   await page.keyboard.press("Enter");
   await page.getByRole("heading", { name: "by-keys", exact: true }).waitFor();
