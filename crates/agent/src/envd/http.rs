@@ -146,8 +146,7 @@ async fn look_up<I: Instances>(
     // A part of what is packed would be no part of the file; and how long it will be is not known
     // before, which is what HEAD is asked for.
     let length = response.headers().get(header::CONTENT_LENGTH);
-    let length: Option<u64> = length.and_then(|it| it.to_str().ok()?.parse().ok());
-    let whole = response.status() == StatusCode::OK && length != Some(0);
+    let whole = response.status() == StatusCode::OK && length.is_none_or(|it| it != "0");
     let packed = packed && whole && method != Method::HEAD;
     let told = response.headers_mut();
     told.insert(MODE, mode.into());
@@ -169,7 +168,7 @@ async fn look_up<I: Instances>(
     // The instance stays in use until the last byte is out.
     let hold = Hold::new(instance.lease, instance.over);
     let body = if packed {
-        Body::from_stream(hold.keep(gzip::pack(content, length)))
+        Body::from_stream(hold.keep(gzip::pack(content)))
     } else {
         Body::from_stream(hold.keep(content))
     };

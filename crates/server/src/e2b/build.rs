@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use axum::body::Body;
 use denizen::{Error, VmExecutionGuard};
-use denizen_agent::envd::Piece;
+use denizen_agent::envd::{Job, Piece};
 use denizen_api::Code;
 use denizen_image::PullOptions;
 use futures::StreamExt;
@@ -18,6 +18,7 @@ use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use subtle::ConstantTimeEq;
 use tokio::io::AsyncWriteExt;
+use tokio::task::JoinHandle;
 use uuid::Uuid;
 
 use super::Sandboxes;
@@ -46,6 +47,8 @@ const LINKS: usize = 1000;
 const ENV_BYTES: usize = 128 << 10;
 /// How long one step may take.
 const STEP: Duration = Duration::from_hours(1);
+/// How long is waited for the output of a start command that has ended.
+const LAST_WORDS: Duration = Duration::from_secs(5);
 /// What an image of E2B's is called that has nothing of its own: here it is what every session is
 /// made of.
 const E2B_BASE: &str = "e2bdev/base";
@@ -491,6 +494,25 @@ impl Sandboxes {
     }
 }
 
+/// Tells what a start command prints, until it ends.
+async fn tell(job: Arc<Job>, progress: Arc<Mutex<Progress>>, name: String) {
+    let Some(pieces) = job.read(0) else { return };
+    let mut pieces = std::pin::pin!(pieces);
+    let (mut out, mut err) = (Lines::default(), Lines::default());
+    let line = |from: &str, text: String| {
+        progress.lock().line(&name, Level::Info, format!("[start] [{from}]: {text}"));
+    };
+    while let Some(piece) = pieces.next().await {
+        let Piece::Output { chunk, .. } = piece else { continue };
+        match chunk.stream {
+            denizen_agent::Stream::Stderr => err.take(&chunk.bytes, |text| line("stderr", text)),
+            _ => out.take(&chunk.bytes, |text| line("stdout", text)),
+        }
+    }
+    out.finish(|text| line("stdout", text));
+    err.finish(|text| line("stderr", text));
+}
+
 impl Building {
     fn line(&self, step: &str, message: String) {
         self.progress.lock().line(step, Level::Info, message);
@@ -531,54 +553,46 @@ impl Building {
         if start.is_some() || ready.is_some() {
             let line = start.unwrap_or_else(|| "sleep infinity".to_owned());
             let lease = self.lease().await?;
-            tokio::select! {
-                ready = self.try_start(&lease, &line, ready.as_deref(), name) => ready?,
+            let started = tokio::select! {
+                started = self.try_start(&lease, &line, ready.as_deref(), name) => started?,
                 () = lease.ended() => return Err(Refused::stopped()),
-            }
+            };
             self.setup.start = Some(Start::Command { line, ready });
+            drop(lease);
+            drop(self.all.leases.stop(self.session, true).await?);
+            // It has ended now, and nothing more comes of it.
+            let _ = tokio::time::timeout(LAST_WORDS, started).await;
+        } else {
+            drop(self.all.leases.stop(self.session, true).await?);
         }
-        drop(self.all.leases.stop(self.session, true).await?);
         self.all.leases.unset_defaults(self.session);
         Ok(self.setup.clone())
     }
 
-    /// Starts what sandboxes will run from their start on, and waits until it is ready.
+    /// Starts what sandboxes will run from their start on, and waits until it is ready. What is
+    /// returned ends when all is told that it has printed, which is after its end.
     async fn try_start(
         &self,
         lease: &Arc<Lease>,
         line: &str,
         ready: Option<&str>,
         name: &str,
-    ) -> Answer<()> {
+    ) -> Answer<JoinHandle<()>> {
         self.line(name, format!("Running start command: {line}"));
         let instance = lease.clone().instance(&axum::http::HeaderMap::new())?;
         let job = denizen_agent::envd::start_detached(&instance, start::shell(line), None).await?;
-        let told = async {
-            let (mut out, mut err) = (Lines::default(), Lines::default());
-            if let Some(pieces) = job.read(0) {
-                let mut pieces = std::pin::pin!(pieces);
-                while let Some(piece) = pieces.next().await {
-                    let Piece::Output { chunk, .. } = piece else { continue };
-                    let (lines, from) = match chunk.stream {
-                        denizen_agent::Stream::Stderr => (&mut err, "stderr"),
-                        _ => (&mut out, "stdout"),
-                    };
-                    lines.take(&chunk.bytes, |text| {
-                        self.line(name, format!("[start] [{from}]: {text}"));
-                    });
-                }
-            }
-            // It has ended, which is for whoever waits to judge.
-            std::future::pending::<()>().await;
-        };
-        let Some(ready) = ready else { return Ok(()) };
+        let told = tokio::spawn(tell(job.clone(), self.progress.clone(), name.to_owned()));
+        let Some(ready) = ready else { return Ok(told) };
         self.line(name, format!("Waiting for template to be ready: {ready}"));
-        tokio::select! {
-            ready = start::wait(&instance, ready, &job) => ready?,
-            () = told => {}
+        if let Err(refused) = start::wait(&instance, ready, &job).await {
+            if job.info().ended.is_some() {
+                // The reason may be in what it has printed.
+                let _ = tokio::time::timeout(LAST_WORDS, told).await;
+            }
+            return Err(refused);
         }
         self.line(name, "Template is ready".to_owned());
-        Ok(())
+        Ok(told)
     }
 
     /// The session, with what its commands have by now.
