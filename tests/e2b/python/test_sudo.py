@@ -211,6 +211,7 @@ async def test_in_a_terminal_it_has_one(sdk, sandbox):
     await type("echo $((40 + 2))-$(id -un)-$(tty)-$(stty size)\n", "42-root-/dev/pts/1-30 100")
     await type("sleep 1000 &\n", "[1]")
     await type("fg; echo $((1 + 1))-ended\n", "\rsleep 1000\r\n")
+    await sandbox.commands.run("until ps -o stat= -C sleep | grep -q +; do :; done")
     await type("\x03", "^C")
     await type("echo $((2 + 2))-goes-on\n", "4-goes-on")
     await sandbox.pty.send_stdin(terminal.pid, b"exit 5\n")
@@ -220,6 +221,8 @@ async def test_in_a_terminal_it_has_one(sdk, sandbox):
     await type("stty -a | grep -o ' echo \\| icanon ' | wc -l\n", "\r2\r\n")
     # In a pipeline it has the user's; what is typed to end it is for all that it runs.
     await type("sudo sh -c 'tty; sleep 1000; echo $((3 + 3))-not-ended' | cat\n", "\r/dev/pts/0")
+    # What a shell is just about to start would miss it, and the shell waits for that.
+    await sandbox.commands.run("until pgrep -x sleep; do :; done")
     await type("\x03", "^C")
     await type("echo $((3 + 4))-$(pgrep -cx sleep)\n", "7-0")
     assert b"6-not-ended" not in terminal.bytes
