@@ -8,6 +8,7 @@ the methods that it says it covers.
 import asyncio
 import inspect
 import threading
+import time
 
 import e2b
 import e2b_code_interpreter
@@ -111,12 +112,17 @@ class Face:
             self._sdk.called.add(method)
             args = [self._sdk.bare(arg) for arg in args]
             named = {key: self._sdk.bare(arg) for key, arg in named.items()}
-            if self._sdk.flavour == "sync":
-                answer = await on_thread(lambda: value(*args, **named))
-            else:
-                answer = value(*args, **named)
-                if inspect.isawaitable(answer):
-                    answer = await answer
+            began = time.monotonic()
+            try:
+                if self._sdk.flavour == "sync":
+                    answer = await on_thread(lambda: value(*args, **named))
+                else:
+                    answer = value(*args, **named)
+                    if inspect.isawaitable(answer):
+                        answer = await answer
+            finally:
+                # It is shown with a case that fails.
+                print(f"{time.strftime('%X')} {method}: {time.monotonic() - began:.2f} s")
             return self._sdk.faced(answer)
 
         return call
