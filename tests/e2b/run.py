@@ -160,6 +160,8 @@ def main():
     began = time.monotonic()
     with Daemon(folder / "daemon", "--network", "full") as daemon:
         failed = run_all(folder, daemon, options.only)
+    if failed:
+        print("the daemon's last words:", (folder / "daemon/log").read_text(errors="replace")[-8000:])
     if options.only:
         return failed
     if failed:
