@@ -183,6 +183,8 @@ pub async fn serve_files(socket: UnixStream, workdir: PathBuf) -> std::io::Resul
     let router = files(Arc::new(Within(instance))).merge(own(workdir));
     let service = hyper_util::service::TowerToHyperService::new(router);
     hyper::server::conn::http2::Builder::new(TokioExecutor::new())
+        // The daemon is the one who asks, and it lets its clients ask for no more than they may.
+        .max_concurrent_streams(None)
         .serve_connection(TokioIo::new(socket), service)
         .await
         .map_err(std::io::Error::other)

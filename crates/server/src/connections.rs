@@ -37,8 +37,9 @@ const OF_ONE: usize = CONNECTIONS / 2;
 const HEAD: u16 = 32 * 1024;
 /// How long a client may take to send these, also after the request before.
 const PATIENCE: Duration = Duration::from_secs(15);
-/// How long a client that has come with a good key may have no request under way.
-const IDLE: Duration = Duration::from_mins(3);
+/// How long a client that has come with a good key may have no request under way. E2B's keep a
+/// connection for five minutes: whoever closes it first should be the one who would use it next.
+const IDLE: Duration = Duration::from_mins(6);
 /// The most requests at a time on one connection of HTTP/2.
 const STREAMS: u32 = 256;
 /// What is taken in of a request that nobody reads yet, and of all of a connection.
@@ -218,12 +219,20 @@ async fn serve(
         let answer = app.call(request);
         async move { answer.await.map(|answer| answer.map(|body| Answer { body, _one: one })) }
     });
+    let builder = protocols();
+    let serving = builder.serve_connection_with_upgrades(TokioIo::new(io), service);
+    let mut serving = std::pin::pin!(all.serve(serving));
+    tokio::select! {
+        () = &mut serving => {}
+        () = unasked(quiet, &known) => {}
+    }
+}
+
+/// What is spoken on a connection.
+fn protocols() -> Builder<TokioExecutor> {
     let mut builder = Builder::new(TokioExecutor::new());
-    builder
-        .http1()
-        .timer(TokioTimer::new())
-        .header_read_timeout(PATIENCE)
-        .max_buf_size(HEAD.into());
+    // How long the next request may take to come is not the protocol's to say: see [`unasked`].
+    builder.http1().timer(TokioTimer::new()).header_read_timeout(None).max_buf_size(HEAD.into());
     let [idle, _, end] = SILENCE;
     builder
         .http2()
@@ -234,12 +243,7 @@ async fn serve(
         .initial_connection_window_size(WINDOWS)
         .keep_alive_interval(idle)
         .keep_alive_timeout(end);
-    let serving = builder.serve_connection_with_upgrades(TokioIo::new(io), service);
-    let mut serving = std::pin::pin!(all.serve(serving));
-    tokio::select! {
-        () = &mut serving => {}
-        () = unasked(quiet, &known) => {}
-    }
+    builder
 }
 
 /// Ends when no request has been under way for too long: nobody else is to wait for the place of
@@ -371,5 +375,57 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Cuttable<S> {
         context: &mut Context<'_>,
     ) -> Poll<std::io::Result<()>> {
         Pin::new(&mut self.stream).poll_shutdown(context)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use std::convert::Infallible;
+
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_finds_its_connection_as_it_left_it() {
+        let (mut client, server) = tokio::io::duplex(4096);
+        let service = service_fn(|_| async {
+            Ok::<_, Infallible>(Response::new(axum::body::Body::from("there")))
+        });
+        tokio::spawn(async move {
+            protocols()
+                .serve_connection_with_upgrades(TokioIo::new(server), service)
+                .await
+                .unwrap();
+        });
+        for _ in 0..2 {
+            client.write_all(b"GET / HTTP/1.1\r\nhost: it\r\n\r\n").await.unwrap();
+            let mut told = Vec::new();
+            while !told.ends_with(b"there") {
+                assert!(client.read_buf(&mut told).await.unwrap() > 0, "it was closed");
+            }
+            tokio::time::sleep(IDLE - Duration::from_secs(1)).await;
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_asks_for_nothing_goes_sooner_if_nobody_knows_them() {
+        let (under_way, quiet) = watch::channel(0);
+        let known = Arc::new(AtomicBool::new(false));
+        let begun = tokio::time::Instant::now();
+        unasked(quiet.clone(), &known).await;
+        assert_eq!(begun.elapsed(), PATIENCE);
+        known.store(true, Ordering::Relaxed);
+        let begun = tokio::time::Instant::now();
+        let under_way = Arc::new(under_way);
+        let one = UnderWay::begin(under_way.clone());
+        let answered = async move {
+            tokio::time::sleep(IDLE * 2).await;
+            drop(one);
+        };
+        tokio::join!(unasked(quiet, &known), answered);
+        assert_eq!(begun.elapsed(), IDLE * 3);
     }
 }

@@ -116,6 +116,10 @@ class Daemon:
             "E2B_VOLUME_API_URL": self.url,
             "E2B_API_KEY": self.key,
             "E2B_VALIDATE_API_KEY": "false",
+            # A connection for each request: what the Python SDK sends with (pyqwest 0.12.0, whose
+            # hyper is older than 1.12.0) puts one in some ten thousand behind a stream on the same
+            # connection, where it waits until the stream ends.
+            "E2B_MAX_KEEPALIVE_CONNECTIONS": "0",
         }
 
 
