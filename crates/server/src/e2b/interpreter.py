@@ -693,10 +693,11 @@ def environment_code(language, variables):
 class Kernel:
     """One kernel's process and its channels; used by one thread only."""
 
-    def __init__(self, language, name, cwd):
+    def __init__(self, language, name, cwd, unwanted):
         import zmq
 
         self._zmq = zmq
+        self._unwanted = unwanted
         # The file with the kernel's key is kept out of the user's home.
         self._files = tempfile.mkdtemp(prefix="interpreter-")
         self._manager = jupyter().KernelManager(
@@ -741,6 +742,8 @@ class Kernel:
                     break
             if not self.alive():
                 raise RuntimeError("it ended at once")
+            if self._unwanted():
+                raise RuntimeError("nobody wants it any more")
         raise RuntimeError(f"it was not ready in {START_SECONDS} seconds")
 
     def _request(self, kind, content):
@@ -1098,9 +1101,13 @@ class Context:
         answer["done"].wait()
         return answer["error"]
 
-    def stop(self):
+    def leave(self):
+        """Begins to end it."""
         self._stopping = True
         self.wake()
+
+    def stop(self):
+        self.leave()
         self._thread.join()
 
     def wake(self):
@@ -1153,7 +1160,8 @@ class Context:
             if self._kernel_name is None:
                 self._kernel = Shell(self.cwd)
             else:
-                self._kernel = Kernel(self.language, self._kernel_name, self.cwd)
+                unwanted = lambda: self._stopping
+                self._kernel = Kernel(self.language, self._kernel_name, self.cwd, unwanted)
             return None
         except Exception as failed:  # kernels of others fail in their own ways
             return f"the kernel '{self._kernel_name or self.language}' did not start: {failed}"
@@ -1282,12 +1290,15 @@ class Interpreter:
         except (OSError, ValueError) as failed:
             raise Refused(400, f"cwd cannot be used: {failed}") from None
         made = Context(language, kernel, cwd)
-        failed = made.ready()
-        if failed:
-            made.stop()
-            raise Refused(500, failed)
+        # Known before it is ready, so that it ends with all others.
         with self._lock:
             self._contexts[made.id] = made
+        failed = made.ready()
+        if failed:
+            with self._lock:
+                self._contexts.pop(made.id, None)
+            made.stop()
+            raise Refused(500, failed)
         return made
 
     def get(self, id):
@@ -1313,6 +1324,8 @@ class Interpreter:
     def stop(self):
         with self._lock:
             contexts, self._contexts = list(self._contexts.values()), {}
+        for context in contexts:
+            context.leave()
         for context in contexts:
             context.stop()
 
@@ -1484,18 +1497,20 @@ class Server(http.server.ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
-def ended(*_):
-    raise SystemExit
-
-
 def main():
-    signal.signal(signal.SIGTERM, ended)
+    # Whichever thread the kernel gives a signal to, this one is told, and misses none: one that
+    # comes in the moment before it would wait is there to be read.
+    hears, tells = os.pipe()
+    os.set_blocking(tells, False)
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    signal.set_wakeup_fd(tells)
     with Server(("0.0.0.0", int(os.environ.get("PORT") or PORT)), Handler) as server:
         server.interpreter = Interpreter()
         server.interpreter.begin()
+        # It sleeps while nobody asks.
+        threading.Thread(target=server.serve_forever, args=(None,), daemon=True).start()
         try:
-            # It sleeps while nobody asks, and only a signal ends it.
-            server.serve_forever(poll_interval=None)
+            os.read(hears, 1)
         finally:
             server.interpreter.stop()
 

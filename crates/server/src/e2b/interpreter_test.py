@@ -5,6 +5,7 @@ They need ipykernel, matplotlib and pandas. PIL is used where it is there.
 
 import base64
 import concurrent.futures
+import ctypes
 import http.client
 import json
 import os
@@ -114,6 +115,12 @@ class Program:
         events = [json.loads(line) for line in answer]
         connection.close()
         return Events(events)
+
+
+def children(pid, name):
+    """Those of a process's that are of a program."""
+    found = subprocess.run(["pgrep", "-P", str(pid), "-x", name], capture_output=True, text=True)
+    return found.stdout.split()
 
 
 class Events(list):
@@ -831,6 +838,37 @@ class Missing(unittest.TestCase):
         finally:
             program.close()
         self.assertFalse(os.path.exists(f"/proc/{pid}"))
+
+    def test_it_ends_whichever_of_its_threads_is_told_so(self):
+        program = Program()
+        try:
+            program.run("1")
+            process = program.process.pid
+
+            def is_told(thread):
+                status = pathlib.Path(f"/proc/{process}/task/{thread}/status").read_text()
+                blocked = int(status.split("SigBlk:")[1].split()[0], 16)
+                return not blocked >> (signal.SIGTERM - 1) & 1
+
+            others = [thread for thread in os.listdir(f"/proc/{process}/task") if is_told(thread)]
+            others.remove(str(process))
+            self.assertEqual(ctypes.CDLL(None).tgkill(process, int(others[-1]), signal.SIGTERM), 0)
+            self.assertEqual(program.process.wait(20), 0)
+        finally:
+            program.process.kill()
+            program.files.cleanup()
+
+    def test_it_ends_while_a_kernel_begins(self):
+        program = Program(shell_kernel=True)
+        spec = pathlib.Path(program.files.name, "jupyter", "kernels", "bash", "kernel.json")
+        spec.write_text(json.dumps({"argv": ["sleep", "1000"], "display_name": "Shell", "language": "bash"}))
+        connection = program.connect()
+        connection.request("POST", "/contexts", json.dumps({"language": "bash"}))
+        while not (begun := children(program.process.pid, "sleep")):
+            time.sleep(0.02)  # nothing tells of it
+        program.close()
+        connection.close()
+        self.assertFalse(os.path.exists(f"/proc/{begun[0]}"))
 
 
 if __name__ == "__main__":
