@@ -5,7 +5,6 @@ mod common;
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::process::Command as Program;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,7 +12,7 @@ use denizen::{EgressRules, Error, Isolation, MicroVmManager, Network, VmExecutio
 use tempfile::TempDir;
 use uuid::Uuid;
 
-use crate::common::{config, isolated, opened, server, text};
+use crate::common::{config, has_tun, is_apart, isolated, opened, server, text};
 
 fn rules(allow: &[&str], deny: &[&str]) -> EgressRules {
     let all = |texts: &[&str]| texts.iter().map(|text| text.parse().unwrap()).collect();
@@ -133,33 +132,15 @@ fn serve(address: &str) {
 }
 
 async fn rules_of_a_session_narrow_a_full_network(isolation: Isolation) {
-    // In a network namespace of the test's own, with names of its own.
-    if std::env::var_os("DENIZEN_TEST_APART").is_none() {
-        if !rustix::process::geteuid().is_root() {
-            println!("skipped: an address of the test's own needs root");
-            return;
-        }
-        let tun = std::fs::File::options().write(true).open("/dev/net/tun");
-        if tun.is_err_and(|error| error.kind() == std::io::ErrorKind::PermissionDenied) {
-            println!("skipped: this machine keeps /dev/net/tun from its users");
-            return;
-        }
-        let hosts = tempfile::NamedTempFile::new().unwrap();
-        std::fs::write(hosts.path(), "192.0.2.1 a.test b.test\n192.0.2.2 c.test\n").unwrap();
-        let again = "ip link set lo up && ip addr add 192.0.2.1/32 dev lo &&
-            ip addr add 192.0.2.2/32 dev lo && mount --bind \"$1\" /etc/hosts && shift &&
-            exec \"$0\" \"$@\"";
-        let output = Program::new("unshare")
-            .args(["--net", "--mount", "sh", "-c", again])
-            .arg(std::env::current_exe().unwrap())
-            .arg(hosts.path())
-            .arg(format!("{}::rules_of_a_session_narrow_a_full_network", isolation.name()))
-            .args(["--exact", "--nocapture"])
-            .env("DENIZEN_TEST_APART", "1")
-            .output()
-            .unwrap();
-        let said = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "{}{said}", String::from_utf8_lossy(&output.stdout));
+    // With names of its own, too.
+    let hosts = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(hosts.path(), "192.0.2.1 a.test b.test\n192.0.2.2 c.test\n").unwrap();
+    let prepare = format!(
+        "ip addr add 192.0.2.2/32 dev lo && mount --bind '{}' /etc/hosts",
+        hosts.path().display()
+    );
+    let test = format!("{}::rules_of_a_session_narrow_a_full_network", isolation.name());
+    if !has_tun() || !is_apart(&test, &["--net", "--mount"], &prepare) {
         return;
     }
     for address in ["192.0.2.1:80", "192.0.2.2:80"] {

@@ -18,7 +18,7 @@ use tempfile::TempDir;
 use tokio::io::AsyncWriteExt;
 use uuid::Uuid;
 
-use crate::common::{isolated, limits, server, text};
+use crate::common::{has_tun, is_apart, isolated, limits, server, text};
 
 struct World {
     folder: TempDir,
@@ -356,29 +356,8 @@ mod networks {
     }
 
     async fn a_full_network_is_one(isolation: Isolation) {
-        // In a network namespace of the test's own: its address is nobody else's.
-        if std::env::var_os("DENIZEN_TEST_APART").is_none() {
-            if !rustix::process::geteuid().is_root() {
-                println!("skipped: an address of the test's own needs root");
-                return;
-            }
-            let tun = std::fs::File::options().write(true).open("/dev/net/tun");
-            if tun.is_err_and(|error| error.kind() == std::io::ErrorKind::PermissionDenied) {
-                println!("skipped: this machine keeps /dev/net/tun from its users");
-                return;
-            }
-            let again =
-                "ip link set lo up && ip addr add 192.0.2.1/32 dev lo && exec \"$0\" \"$@\"";
-            let output = Program::new("unshare")
-                .args(["--net", "sh", "-c", again])
-                .arg(std::env::current_exe().unwrap())
-                .arg(format!("networks::{}::a_full_network_is_one", isolation.name()))
-                .args(["--exact", "--nocapture"])
-                .env("DENIZEN_TEST_APART", "1")
-                .output()
-                .unwrap();
-            let said = String::from_utf8_lossy(&output.stderr);
-            assert!(output.status.success(), "{}{said}", String::from_utf8_lossy(&output.stdout));
+        let test = format!("networks::{}::a_full_network_is_one", isolation.name());
+        if !has_tun() || !is_apart(&test, &["--net"], "true") {
             return;
         }
         let port = server("192.0.2.1");

@@ -29,7 +29,7 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use tempfile::TempDir;
 use uuid::Uuid;
 
-use crate::common::{cache, opened, server, text};
+use crate::common::{cache, is_apart, opened, server, text};
 
 /// Longer than anything here takes.
 const DEADLINE: Timespec = Timespec { tv_sec: 30, tv_nsec: 0 };
@@ -455,22 +455,7 @@ async fn what_runs_within_is_never_its_owner() {
 
 #[tokio::test]
 async fn networks_lead_out_again() {
-    // In a network namespace of the test's own: its address is nobody else's.
-    if std::env::var_os("DENIZEN_TEST_APART").is_none() {
-        if !rustix::process::geteuid().is_root() {
-            println!("skipped: an address of the test's own needs root");
-            return;
-        }
-        let again = "ip link set lo up && ip addr add 192.0.2.1/32 dev lo && exec \"$0\" \"$@\"";
-        let output = Program::new("unshare")
-            .args(["--net", "sh", "-c", again])
-            .arg(std::env::current_exe().unwrap())
-            .args(["--exact", "networks_lead_out_again", "--nocapture"])
-            .env("DENIZEN_TEST_APART", "1")
-            .output()
-            .unwrap();
-        let said = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "{}{said}", String::from_utf8_lossy(&output.stdout));
+    if !is_apart("networks_lead_out_again", &["--net"], "true") {
         return;
     }
     let port = server("192.0.2.1");

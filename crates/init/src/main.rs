@@ -534,10 +534,8 @@ impl Init {
                 continue;
             };
             command.running = false;
-            match status & 0x7f {
-                0 => self.event(3, 0, id, (status >> 8 & 0xff).unsigned_abs()),
-                signal => self.event(3, 1, id, signal.unsigned_abs()),
-            }
+            let (how, value) = ending(status);
+            self.event(3, how, id, value.unsigned_abs());
             // At once: the owner is waiting.
             self.flush();
         }
@@ -823,6 +821,14 @@ fn header(kind: u8, flags: u8, id: u32) -> Vec<u8> {
     let mut event = vec![kind, flags, 0, 0];
     event.extend(id.to_le_bytes());
     event
+}
+
+/// How a child has ended (wait(2)), as `exited` tells it: whether by a signal, and that or its code.
+fn ending(status: i32) -> (u8, i32) {
+    match status & 0x7f {
+        0 => (0, status >> 8 & 0xff),
+        signal => (1, signal),
+    }
 }
 
 fn number(packet: &[u8], at: usize) -> Option<u32> {

@@ -14,7 +14,7 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
 use crate::start::Failure;
 use crate::sys::{self, CONTROL, PollFd};
-use crate::{PACKET, header, number, users};
+use crate::{PACKET, ending, header, number, users};
 
 /// The socket's name, which is in no folder.
 const NAME: &[u8] = b"denizen-sudo";
@@ -116,10 +116,8 @@ pub fn serve(
             let _ = sys::read(signals, &mut [0; 128]);
             while let Ok(Some((pid, status))) = sys::reap_any() {
                 if child == Some(pid) {
-                    return match status & 0x7f {
-                        0 => tell(3, 0, status >> 8 & 0xff),
-                        signal => tell(3, 1, signal),
-                    };
+                    let (how, value) = ending(status);
+                    return tell(3, how, value);
                 }
             }
         }

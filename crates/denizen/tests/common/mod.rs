@@ -212,3 +212,40 @@ pub fn server(address: &str) -> u16 {
     });
     port
 }
+
+/// Whether this is the process in which a test has a network of its own, with addresses that are
+/// nobody else's (192.0.2.1 is there). Elsewhere it is run so here, by its name: in namespaces that
+/// unshare(1) makes, where a line of shell is run first; or it is said why that cannot be.
+pub fn is_apart(test: &str, namespaces: &[&str], prepare: &str) -> bool {
+    if std::env::var_os("DENIZEN_TEST_APART").is_some() {
+        return true;
+    }
+    if !rustix::process::geteuid().is_root() {
+        println!("skipped: an address of the test's own needs root");
+        return false;
+    }
+    let again = format!(
+        "ip link set lo up && ip addr add 192.0.2.1/32 dev lo && {prepare} && exec \"$0\" \"$@\""
+    );
+    let output = std::process::Command::new("unshare")
+        .args(namespaces)
+        .args(["sh", "-c", &again])
+        .arg(std::env::current_exe().unwrap())
+        .args([test, "--exact", "--nocapture"])
+        .env("DENIZEN_TEST_APART", "1")
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{}{said}", String::from_utf8_lossy(&output.stdout));
+    false
+}
+
+/// Whether a gateway can be made here; says so if not.
+pub fn has_tun() -> bool {
+    let tun = std::fs::File::options().write(true).open("/dev/net/tun");
+    let is_kept = tun.is_err_and(|error| error.kind() == std::io::ErrorKind::PermissionDenied);
+    if is_kept {
+        println!("skipped: this machine keeps /dev/net/tun from its users");
+    }
+    !is_kept
+}

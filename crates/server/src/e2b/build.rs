@@ -550,20 +550,20 @@ impl Building {
             }
         }
         "finalize".clone_into(name);
+        let mut started = None;
         if start.is_some() || ready.is_some() {
             let line = start.unwrap_or_else(|| "sleep infinity".to_owned());
             let lease = self.lease().await?;
-            let started = tokio::select! {
-                started = self.try_start(&lease, &line, ready.as_deref(), name) => started?,
+            started = Some(tokio::select! {
+                told = self.try_start(&lease, &line, ready.as_deref(), name) => told?,
                 () = lease.ended() => return Err(Refused::stopped()),
-            };
+            });
             self.setup.start = Some(Start::Command { line, ready });
-            drop(lease);
-            drop(self.all.leases.stop(self.session, true).await?);
+        }
+        drop(self.all.leases.stop(self.session, true).await?);
+        if let Some(told) = started {
             // It has ended now, and nothing more comes of it.
-            let _ = tokio::time::timeout(LAST_WORDS, started).await;
-        } else {
-            drop(self.all.leases.stop(self.session, true).await?);
+            let _ = tokio::time::timeout(LAST_WORDS, told).await;
         }
         self.all.leases.unset_defaults(self.session);
         Ok(self.setup.clone())
